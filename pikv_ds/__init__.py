@@ -1,0 +1,23 @@
+"""PiKV-DS: a distributed, expert-sharded KV cache for DeepSpeed and Megatron MoE inference."""
+
+from pikv_ds.api import attach, detach, initialize, new_cache, stats
+from pikv_ds.cache import ExpertShardedKVCache
+from pikv_ds.config import ConfigError, PiKVConfig
+from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
+from pikv_ds.version import __version__
+
+__all__ = [
+    "ConfigError",
+    "ExpertShardedKVCache",
+    "NonFiniteError",
+    "PeerError",
+    "PiKVConfig",
+    "PiKVError",
+    "PoolFullError",
+    "__version__",
+    "attach",
+    "detach",
+    "initialize",
+    "new_cache",
+    "stats",
+]

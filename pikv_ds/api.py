@@ -1,0 +1,158 @@
+"""The front door: `initialize`, `attach`, `detach`, `stats`. Puts the core and an integration together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pikv_ds import metrics
+from pikv_ds.cache import ExpertShardedKVCache, ModelShape
+from pikv_ds.config import ConfigError, PiKVConfig
+from pikv_ds.errors import PeerError
+from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.version import __version__
+
+if TYPE_CHECKING:
+    from pikv_ds.hf import Attachment, PiKVCache
+
+_KEY = "_pikv_attachment"
+
+
+def initialize(model: nn.Module, config: Mapping[str, Any], **kwargs: Any) -> Any:
+    """`deepspeed.initialize` with expert parallelism, and PiKV under the model.
+
+    Args:
+        model: a Hugging Face MoE model with all its experts, on every rank.
+        config: DeepSpeed's configuration with a ``"pikv"`` section (see `PiKVConfig`).
+        kwargs: passed on to `deepspeed.initialize`.
+
+    Returns:
+        The DeepSpeed engine; generate with ``engine.module.generate``.
+
+    Raises:
+        ConfigError: a setting that cannot work, with its key, value and remedy.
+    """
+    settings = PiKVConfig.from_dict(config.get("pikv", {}))
+    from pikv_ds import deepspeed_moe, hf
+
+    hf.check_supported(model)
+    engine = deepspeed_moe.initialize(model, config, settings.timeout_s, **kwargs)
+    attach(engine, settings)
+    return engine
+
+
+def attach(
+    model: Any, config: PiKVConfig | Mapping[str, Any] | None = None, ep_group: dist.ProcessGroup | None = None
+) -> Attachment:
+    """Puts an expert-sharded KV cache under a model that is already parallelised.
+
+    Args:
+        model: a transformers model, or a DeepSpeed engine around one.
+        config: settings; the defaults if None.
+        ep_group: ranks that share their KV; by default the expert-parallel group of the model's
+            MoE layers. Without any process group the cache works on one rank.
+
+    Raises:
+        ConfigError, ValueError: an unsupported model or setting, by name.
+        PeerError: the ranks have different settings or versions.
+    """
+    settings = config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {})
+    from pikv_ds import hf
+
+    module = _module(model)
+    if _KEY in module.__dict__:
+        raise ValueError("PiKV is already attached to this model; detach it first")
+    routers = dict(hf.hf_routers(module))
+    group, experts = ep_group, None
+    if "deepspeed" in sys.modules:
+        from pikv_ds import deepspeed_moe
+
+        routers = deepspeed_moe.routers(module) or routers
+        group = group or deepspeed_moe.expert_group(module)
+        experts = deepspeed_moe.num_experts(module)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if group is None and world > 1:
+        raise ValueError("the model has no expert-parallel layers; name the ranks that share KV: attach(..., ep_group=…)")
+    device = next(module.parameters()).device
+    kv_group = make_group(group if world > 1 else None, settings.timeout_s)
+    exchange = Exchange(kv_group, device, getattr(torch, settings.partial_dtype))
+    experts = experts or _num_experts(module) if routers else exchange.size
+
+    def make_store(shape: ModelShape) -> ExpertShardedKVCache:
+        _compare(exchange, settings, shape)
+        return ExpertShardedKVCache(shape, settings, exchange, device)
+
+    attachment = hf.Attachment(module, make_store, routers, experts)
+    module.__dict__[_KEY] = attachment
+    return attachment
+
+
+def detach(model: Any) -> None:
+    """Takes PiKV out of a model again; nothing of it stays. Harmless where it is not attached."""
+    attachment = _module(model).__dict__.pop(_KEY, None)
+    if attachment is not None:
+        attachment.detach()
+
+
+def new_cache(model: Any) -> PiKVCache:
+    """An empty cache for one batch, to pass as ``past_key_values`` and keep over several calls."""
+    return attachment_of(model).new_cache()
+
+
+def stats(model: Any) -> dict[str, Any]:
+    """What the cache did and holds, over all ranks. Collective: call it on every rank."""
+    return metrics.stats(attachment_of(model).store)
+
+
+def attachment_of(model: Any) -> Attachment:
+    """The attachment of a model or engine.
+
+    Raises:
+        ValueError: PiKV is not attached.
+    """
+    attachment = _module(model).__dict__.get(_KEY)
+    if attachment is None:
+        raise ValueError("PiKV is not attached to this model; call pikv_ds.attach or pikv_ds.initialize")
+    return attachment
+
+
+def _module(model: Any) -> nn.Module:
+    """The transformers model in an engine or wrapper."""
+    while not hasattr(model, "generate") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) and hasattr(inner, "generate") else model
+
+
+def _num_experts(module: nn.Module) -> int:
+    from pikv_ds.deepspeed_moe import num_experts_of_config
+
+    experts = num_experts_of_config(module)
+    if experts is None:
+        raise ValueError(f"{type(module).__name__}: its configuration does not tell the number of experts")
+    return experts
+
+
+def _compare(exchange: Exchange, config: PiKVConfig, shape: ModelShape) -> None:
+    """All ranks must mean the same thing before they share a cache."""
+    mine = {"version": __version__, "torch": torch.__version__, **config.to_dict(), **vars(shape)}
+    texts = exchange.all_gather_text(json.dumps(mine, default=str, sort_keys=True))
+    first = json.loads(texts[0] or "{}")
+    for rank, text in enumerate(texts):
+        other = json.loads(text or "{}")
+        different = [k for k in first if first[k] != other.get(k)]
+        if different:
+            key = different[0]
+            raise PeerError(
+                f"ranks 0 and {rank} differ in {', '.join(different)} ({key}: {first[key]!r} and {other.get(key)!r}); "
+                "start all ranks with the same configuration, model and versions"
+            )
+
+
+__all__ = ["ConfigError", "attach", "attachment_of", "detach", "initialize", "new_cache", "stats"]

@@ -1,0 +1,199 @@
+"""Attention of one layer: the open tail, the local shard and the other ranks' shards, merged.
+
+The query goes to the pages. While it travels, this rank attends to what it holds itself; then it
+answers the others' queries, and the partials are merged in the order of the ranks, the tail last,
+in float32: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pikv_ds.exchange import Exchange, StepPlan
+from pikv_ds.layout import PageLayout
+from pikv_ds.ops import Ops
+from pikv_ds.pages import PagePool, PageTable
+from pikv_ds.policies.routing import Lookup, QuestLookup
+from pikv_ds.sequences import SequenceBatch
+
+FEW_QUERIES = 8
+"""Up to so many query tokens per sequence are attended page by page, as in decoding."""
+
+
+@dataclass
+class ShardedAttention:
+    """Exact attention over keys that are spread over the ranks of a group."""
+
+    ops: Ops
+    exchange: Exchange
+    pool: PagePool
+    table: PageTable
+    layout: PageLayout
+    lookup: Lookup
+    counters: Counter[str] = field(default_factory=Counter)
+    """``pages_visited`` and ``pages_in_scope``: (KV head, page) pairs read, and those there were."""
+    num_sealed: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Sealed pages of every sequence of the group over all ranks, for the pinned local pages."""
+
+    def __call__(
+        self, plan: StepPlan, batch: SequenceBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        """Attention output of one layer for this rank's batch.
+
+        Args:
+            query: ``[B, H, T, D]``, positions already encoded.
+            key, value: ``[B, K, T, D]``, the new tokens only.
+
+        Returns:
+            ``[B, T, H, D]`` in the query's dtype; zeros at columns that are no tokens.
+        """
+        mine = [row for row in range(len(batch)) if batch.new[row] and batch.sealed[row]]
+        rows = [batch.columns(query[row], row).transpose(0, 1) for row in mine]  # each [n, H, D]
+        stacked = torch.cat(rows) if rows else query.new_empty(0, query.shape[1], query.shape[3])
+        self.counters["queries"] += len(stacked)
+        handle = self.exchange.dispatch(stacked, plan.query_counts)
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale)
+        if sum(plan.query_counts) == 0:
+            return local.to(query.dtype)
+        rank = self.exchange.rank
+        own = self._shard(layer, [(rank, s, n) for s, n in plan.rows[rank]], stacked, scale)
+        asked = [(r, s, n) for r, rows_ in enumerate(plan.rows) if r != rank for s, n in rows_]
+        outs, lses = self.exchange.combine(handle, *self._shard(layer, asked, handle.wait(), scale))
+        if not mine:
+            return local.to(query.dtype)
+        index = [(row, col) for row in mine for col in self._token_columns(batch, row, query.shape[2])]
+        at = tuple(torch.tensor(i, device=query.device) for i in zip(*index, strict=True))
+        partials = [*outs[:rank], own[0], *outs[rank:], local[at]]
+        partial_lses = [*lses[:rank], own[1], *lses[rank:], local_lse[at]]
+        merged, merged_lse = torch.empty_like(partials[-1]), torch.empty_like(partial_lses[-1])
+        self.ops.merge_partials(
+            torch.stack(partials).flatten(1, 2),
+            torch.stack(partial_lses).flatten(1, 2),
+            merged.view(-1, merged.shape[-1]),
+            merged_lse.view(-1),
+        )
+        local[at] = merged
+        return local.to(query.dtype)
+
+    @staticmethod
+    def _token_columns(batch: SequenceBatch, row: int, width: int) -> list[int]:
+        return list(range(width)) if batch.tokens is None else batch.tokens[row].nonzero().squeeze(1).tolist()
+
+    def _own_tokens(
+        self, batch: SequenceBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the open tail and the tokens of this pass: ``[B, T, H, D]``, ``[B, T, H]``.
+
+        The log-sum-exp is left empty where nothing needs to be merged.
+        """
+        b, h, t, d = query.shape
+        out = torch.zeros(b, t, h, d, dtype=torch.float32, device=query.device)
+        lse = torch.full((b, t, h), -torch.inf, dtype=torch.float32, device=query.device)
+        if t == 1 and batch.tokens is None:
+            lengths = batch.append_one(layer, key, value)
+            tail = batch.tail(layer, key)
+            self.ops.tail_attention(
+                query.squeeze(2), tail.keys, tail.values, lengths, scale, out.squeeze(1), lse.squeeze(1)
+            )
+            return out, lse
+        joined = batch.append_many(layer, key, value)
+        whole = batch.tokens is None and not any(batch.lengths) and all(batch.new)
+        if whole:  # fresh prompts of one length: one call for the batch
+            return _prompt_attention(query, key, value, scale).transpose(1, 2).float(), lse
+        for row, (keys, values) in enumerate(joined):
+            if not batch.new[row]:
+                continue
+            columns = slice(None) if batch.tokens is None else batch.tokens[row]
+            q = batch.columns(query[row], row)
+            if batch.lengths[row] == 0:
+                fresh = _prompt_attention(q[None], keys[None], values[None], scale)
+                out[row, columns] = fresh[0].transpose(0, 1).float()
+                continue
+            n = batch.new[row]
+            row_out, row_lse = out.new_empty(n, h, d), lse.new_empty(n, h)
+            self.ops.context_attention(
+                q.transpose(0, 1), keys, values, scale, batch.open_tokens(row), row_out, row_lse
+            )
+            out[row, columns], lse[row, columns] = row_out, row_lse
+        return out, lse
+
+    def _shard(
+        self, layer: int, asked: list[tuple[int, int, int]], query: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention of query rows over the pages that lie on this rank.
+
+        Args:
+            asked: ``(source rank, sequence id, query tokens)``, in the order of the rows.
+            query: ``[R, H, D]``.
+
+        Returns:
+            float32 ``[R, H, D]`` and ``[R, H]``.
+        """
+        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        if not asked:
+            return out, lse
+        sequences = tuple((source, sequence) for source, sequence, _ in asked)
+        rows = self.table.rows(layer, sequences)
+        few = all(tokens <= FEW_QUERIES for _, _, tokens in asked)
+        if few or isinstance(self.lookup, QuestLookup):
+            repeats = torch.tensor([tokens for _, _, tokens in asked], device=query.device)
+            single = int(repeats.max()) == 1
+            slots, numbers, counts = (
+                x if single else x.repeat_interleave(repeats, dim=0) for x in (rows.slots, rows.page_idx, rows.counts)
+            )
+            sealed = torch.tensor([self.num_sealed[s] for s in sequences], device=query.device)
+            table = self._select(query, slots, numbers, counts, sealed.repeat_interleave(repeats))
+            self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse)
+            return out, lse
+        start = 0
+        for row, (_, _, tokens) in enumerate(asked):
+            end, count = start + tokens, int(rows.counts[row])
+            pages = self.ops.gather_pages(self.pool.slabs, rows.slots[row, :count]) if count else None
+            self._attend_pages(query[start:end], pages, scale, out[start:end], lse[start:end])
+            start = end
+        return out, lse
+
+    def _attend_pages(self, query: Tensor, pages: Tensor | None, scale: float, out: Tensor, lse: Tensor) -> None:
+        """Many queries of one sequence over encoded pages uint8 ``[P, page_bytes]``."""
+        if pages is None:
+            out.zero_()
+            lse.fill_(-torch.inf)
+            return
+        keys, values = (x.transpose(0, 1).flatten(1, 2) for x in self.ops.unseal_pages(pages, self.layout))
+        self._count(len(pages) * self.layout.num_kv_heads * len(query), len(pages) * len(query))
+        self.ops.context_attention(query, keys, values, scale, None, out, lse)
+
+    def _select(self, query: Tensor, slots: Tensor, numbers: Tensor, counts: Tensor, sealed: Tensor) -> Tensor:
+        """The page table after the lookup: ``[R, P]`` for all pages, ``[R, K, P]`` for a selection."""
+        total = int(counts.sum())
+        k = self.layout.num_kv_heads
+        if not isinstance(self.lookup, QuestLookup) or total == 0:
+            self._count(total * k, total)
+            return slots
+        scores = torch.empty(len(slots), k, slots.shape[1], dtype=torch.float32, device=query.device)
+        self.ops.page_scores(query, self.pool.summary_slabs, slots, counts, self.layout, scores)
+        budget = self.lookup.budget_pages(counts)
+        assert budget is not None
+        chosen = slots.new_empty(len(slots), k, slots.shape[1])
+        pinned = self.lookup.pinned(numbers, sealed)
+        self.ops.select_pages(slots, counts, scores, pinned, budget, chosen)
+        self._count(int((chosen > 0).sum()), total)
+        return chosen
+
+    def _count(self, visited: int, in_scope: int) -> None:
+        self.counters["pages_visited"] += visited
+        self.counters["pages_in_scope"] += in_scope * self.layout.num_kv_heads
+
+
+def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Ordinary causal attention of whole prompts, ``[B, H, T, D]``: nothing to merge, so torch's own."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # repeated as Hugging Face does: the same kernel, the same bits
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scale)

@@ -1,0 +1,324 @@
+"""`ExpertShardedKVCache`: the one stateful class. It owns storage, tables and statistics.
+
+A rank has one cache. Its own sequences live in `SequenceBatch`es; their sealed pages live on the
+ranks of their home experts. A forward pass is `begin_step`, then for every layer `attend` and
+`routed`; all ranks of the group make the same passes, with zero tokens where they have none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pikv_ds.attention import ShardedAttention
+from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
+from pikv_ds.exchange import Exchange, StepPlan
+from pikv_ds.ops import Ops
+from pikv_ds.pages import PagePool, PageTable
+from pikv_ds.placement import Topology
+from pikv_ds.sealing import PageSender
+from pikv_ds.sequences import SequenceBatch
+
+UNLIMITED = 2**40
+"""Free pages that a rank without a capacity announces."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cache must know of a model. The same on every rank."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    """Experts of the routed layers; a model without any counts one per rank."""
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token over all layers in an unsharded, uncompressed cache."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class ExpertShardedKVCache:
+    """A KV cache whose pages are spread over a group of ranks by their home experts.
+
+    Args:
+        shape: the model.
+        config: settings, equal on all ranks.
+        exchange: the group's collectives; None for one rank.
+
+    Raises:
+        ValueError: the experts cannot be spread over the ranks, or the codec does not fit.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        config: PiKVConfig,
+        exchange: Exchange | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape, self.config = shape, config
+        self.exchange = exchange or Exchange(None, device)
+        self.device = torch.device(device)
+        self.topology = Topology(shape.num_experts, self.exchange.size)
+        self.layout = config.codec.layout(shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype)
+        self.ops = Ops(config.backend, self.device.type)
+        capacity = config.capacity_tokens
+        bounds_bytes = 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+        self.pool = PagePool(
+            self.layout.page_bytes,
+            bounds_bytes if config.lookup.needs_bounds else 0,
+            slab_pages=config.slab_pages,
+            capacity_pages=None if capacity is None else capacity // config.page_size * shape.num_layers,
+            watermark=config.watermark,
+            device=self.device,
+            poison=config.debug,
+        )
+        self.table = PageTable(shape.num_layers, self.device)
+        self.sender = PageSender(
+            self.ops, self.exchange, self.pool, self.table, self.layout, config.placement, self.topology
+        )
+        self.attention = ShardedAttention(
+            self.ops,
+            self.exchange,
+            self.pool,
+            self.table,
+            self.layout,
+            config.lookup,
+            num_sealed=self.sender.num_sealed,
+        )
+        self.plan: StepPlan | None = None
+        self.num_steps = 0
+        self.step_tokens = 0
+        self.peak_bytes = 0
+        self.peak_tokens = 0
+        self.peak_own_tokens = 0
+        self.peak_pages = 0
+        self.held_bytes = 0
+        self._batches: list[SequenceBatch] = []
+        self._next_id = 0
+        self._released: list[int] = []
+        self._announced: list[tuple[int, int]] | None = None
+        self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
+        self._bad_layers = torch.zeros(shape.num_layers, dtype=torch.bool, device=self.device)
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def new_batch(self, size: int) -> SequenceBatch:
+        """Registers ``size`` new sequences of this rank."""
+        ids = list(range(self._next_id, self._next_id + size))
+        self._next_id += size
+        batch = SequenceBatch(ids, self.shape.num_layers, self.exchange.size, self.config.page_size)
+        self._batches.append(batch)
+        return batch
+
+    def release(self, batch: SequenceBatch, rows: list[int] | None = None) -> None:
+        """Gives back finished sequences: their tails at once, their pages with the next step plan."""
+        rows = list(range(len(batch))) if rows is None else rows
+        self.sender.drop(batch, rows)
+        self._released += batch.release(rows)
+        if not any(batch.alive) and batch in self._batches:
+            self._batches.remove(batch)
+
+    # -- a forward pass ----------------------------------------------------------------------
+
+    def begin_step(
+        self, batch: SequenceBatch | None, new: list[int], tokens: Tensor | None = None, error: str | None = None
+    ) -> None:
+        """Starts a forward pass. Every rank calls it, with no batch where it has nothing to do.
+
+        Args:
+            new: tokens that each sequence of the batch appends, 0 for finished ones.
+            tokens: bool ``[B, T]``, which columns of the pass are tokens; None: all of those of
+                living sequences.
+            error: what is wrong on this rank; then every rank raises.
+
+        Raises:
+            PiKVError: the same on every rank: an error of one rank, a full pool, NaN in K or V.
+        """
+        if batch is not None and batch.in_step:
+            error = error or "the previous forward pass of this batch was broken off; release it and start anew"
+        entries: list[tuple[int, int]] = []
+        seals = 0
+        if batch is not None and error is None:
+            batch.begin(new, tokens)
+            for row in range(len(batch)):
+                seals += batch.filling(row)
+                if new[row] and batch.sealed[row]:
+                    entries.append((batch.ids[row], new[row]))
+        try:
+            self._exchange_plan(entries, seals, max(new, default=0), error)
+        except BaseException:
+            if batch is not None:
+                batch.break_off()
+            raise
+        self.num_steps += 1
+        self.step_tokens += sum(new)
+
+    def attend(self, batch: SequenceBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
+        assert self.plan is not None
+        self._bad_layers[layer] |= ~(torch.isfinite(key).all() & torch.isfinite(value).all())
+        out = self.attention(self.plan, batch, layer, query, key, value, scale)
+        self._measure()
+        return out
+
+    def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None, like: Tensor) -> None:
+        """Seals what has filled up at a layer, once its router has run.
+
+        Args:
+            experts: int ``[B, T, k]``; None at a layer without a router.
+            like: the layer's new keys ``[B, K, T, D]`` (shape and type only).
+        """
+        assert self.plan is not None
+        for pages in batch.fill(layer, experts, like):
+            self.sender.stage(batch, layer, pages)
+        self._measure()
+        if self.plan.prefill:
+            self.sender.send(self.plan, list(self.plan.seals))
+        batch.close_layer(layer)
+        if not batch.in_step and self.plan.prefill:
+            self.sender.settle()
+        self._measure()
+        if self.config.debug and not batch.in_step:
+            self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Checks the invariants that one rank can see; raises AssertionError."""
+        self.pool.check_integrity()
+        self.table.check_integrity(self.pool)
+        size = self.config.page_size
+        for batch in self._batches:
+            for row in range(len(batch)):
+                if not batch.alive[row]:
+                    continue
+                length = batch.lengths[row]
+                bound = -(-length // self.topology.num_ranks) - (-length // self.topology.num_experts) + size
+                for layer in range(self.shape.num_layers):
+                    staged = sum(p.batch is batch and p.row == row and p.layer == layer for p in self.sender.staged)
+                    loads = batch.loads[layer][row]
+                    assert sum(loads) + staged == batch.sealed[row], "a sealed page is not stored exactly once"
+                    for rank, pages in enumerate(loads):
+                        tail = batch.open_tokens(row) + staged * size if rank == self.exchange.rank else 0
+                        assert pages * size + tail <= bound, (
+                            f"rank {rank} holds {pages * size + tail} tokens of a sequence of {length}, bound {bound}"
+                        )
+
+    # -- sizes -------------------------------------------------------------------------------
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that this rank has allocated for keys and values now: pool, tails, pages under way."""
+        tails = sum(b.tail_nbytes + b.fresh_nbytes for b in self._batches)
+        return self.pool.page_storage_bytes + tails + self.sender.nbytes
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens times layers that lie on this rank: pages of everybody, own tails, staged pages."""
+        tails = sum(
+            b.open_tokens(row) * self.shape.num_layers
+            for b in self._batches
+            for row in range(len(b))
+            if b.alive[row]
+        )
+        return (self.pool.num_used + len(self.sender.staged)) * self.config.page_size + tails
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of this rank's own living sequences: what an unsharded cache would keep here."""
+        return sum(b.lengths[row] for b in self._batches for row in range(len(b)) if b.alive[row])
+
+    def _measure(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.kv_bytes + self.pool.summary_storage_bytes)
+        if not any(b.in_step for b in self._batches):
+            self.peak_tokens = max(self.peak_tokens, self.stored_tokens)
+            self.peak_pages = max(self.peak_pages, self.pool.num_used)
+            self.held_bytes = max(self.held_bytes, self.kv_bytes)  # between passes: no prompt in work
+            self.peak_own_tokens = max(self.peak_own_tokens, self.own_tokens)
+
+    # -- the step plan -----------------------------------------------------------------------
+
+    def _exchange_plan(self, entries: list[tuple[int, int]], seals: int, most_new: int, error: str | None) -> None:
+        self.sender.settle()
+        free = self.pool.num_free()
+        bad = self._bad_layers.nonzero().squeeze(1).tolist()
+        if bad and error is None:
+            error = (
+                f"NaN or infinity in the keys or values of layer {bad[0]} (rank {self.exchange.rank}); "
+                "check the model's weights and dtype"
+            )
+        changed = entries != self._announced
+        header = [
+            self.num_steps,
+            int(error is not None) + int(bool(bad)),
+            len(entries) if changed else 0,
+            int(changed),
+            len(self._released),
+            seals,
+            int(most_new > 1),
+            len(self.sender.staged),
+            UNLIMITED if free is None else free,
+            UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
+        ]
+        headers = self.exchange.all_gather(header)
+        steps, status, num_entries, has_changed, num_released, all_seals, prompts, staged, frees, spare = map(
+            list, zip(*headers, strict=True)
+        )
+        self._raise_if_any_failed(steps, status, error)
+        counts = [e + r for e, r in zip(num_entries, num_released, strict=True)]
+        table = [*entries, *((i, 0) for i in self._released)] if changed else [(i, 0) for i in self._released]
+        for source, rows in enumerate(self.exchange.all_gather_ragged(table, 2, counts)):
+            if has_changed[source]:
+                self._plan_rows[source] = tuple((s, n) for s, n in rows[: num_entries[source]])
+            for sequence, _ in rows[num_entries[source] :]:
+                self._forget((source, sequence))
+        self._announced, self._released = entries, []
+        frees, spare = self._refresh_free(frees, spare, num_released)
+        self.plan = StepPlan(tuple(self._plan_rows), tuple(all_seals), any(prompts), frees)
+        self._check_room(all_seals, staged, spare if self.plan.prefill else frees)
+        self.sender.send(self.plan, staged)
+        self.sender.settle()
+
+    def _forget(self, sequence: tuple[int, int]) -> None:
+        """Returns a finished sequence's pages to the pool."""
+        self.pool.free(self.table.remove(sequence))
+        self.sender.num_sealed.pop(sequence, None)
+
+    def _refresh_free(self, frees: list[int], spare: list[int], num_released: list[int]) -> tuple[list[int], list[int]]:
+        """Free pages of every rank after finished sequences have been forgotten."""
+        if not any(num_released) or self.config.capacity_tokens is None:
+            return frees, spare
+        now = self.exchange.all_gather([self.pool.num_free() or 0, self.pool.num_free(reserve=True) or 0])
+        return [a for a, _ in now], [b for _, b in now]
+
+    def _check_room(self, seals: list[int], staged: list[int], room: list[int]) -> None:
+        """All ranks see the same numbers, so all raise or none does."""
+        need = sum(seals) * self.shape.num_layers + sum(staged)
+        if need <= sum(room):
+            return
+        size, ranks = self.config.page_size, self.exchange.size
+        missing = -(-(need - sum(room)) // (self.shape.num_layers * ranks)) * size
+        raise PoolFullError(
+            f"the KV pool is full: this step seals {need} pages, the {ranks} rank(s) have {sum(room)} free. "
+            f"{missing} tokens per rank more are needed ({missing * self.layout.page_bytes // size} bytes per layer): "
+            f"raise pikv.capacity_tokens from {self.config.capacity_tokens} to at least "
+            f"{(self.config.capacity_tokens or 0) + missing}, send fewer or shorter prompts, or use a smaller codec"
+        )
+
+    def _raise_if_any_failed(self, steps: list[int], status: list[int], error: str | None) -> None:
+        if any(status):
+            self._bad_layers.zero_()
+            texts = self.exchange.all_gather_text(error)
+            kind = NonFiniteError if 2 in status else PiKVError if error else PeerError
+            raise kind("; ".join(f"rank {r}: {t}" if self.exchange.size > 1 else t for r, t in enumerate(texts) if t))
+        if len(set(steps)) > 1:
+            raise PeerError(
+                f"the ranks are not in the same forward pass (steps {steps}): every rank of the group must make the "
+                "same calls; use generate(..., synced_gpus=True)"
+            )

@@ -1,0 +1,191 @@
+"""`PiKVConfig`: every setting of the cache, checked where it enters.
+
+A configuration comes as keyword arguments, as a plain dict (`from_dict`: the ``"pikv"`` section
+of a DeepSpeed JSON file) or from a file (`from_json`). Every error names the key, the value and
+the remedy, so that a typo is one line of output and not an hour of a cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pikv_ds.policies.codecs import CODECS, Codec
+from pikv_ds.policies.routing import LOOKUPS, PLACEMENTS, ExactLookup, ExpertPlacement, Lookup, Placement
+
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+BACKENDS = ("auto", "reference", "cpp")
+PARTIAL_DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the key, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class PiKVConfig:
+    """Settings of an expert-sharded KV cache. All ranks of a job must use the same ones."""
+
+    page_size: int = 32
+    """Consecutive tokens per page: the unit of placement, compression and transport.
+    One of 8, 16, 32, 64, 128, 256."""
+
+    codec: Codec = CODECS["none"]
+    """How a sealed page's bytes are encoded: "none", "int8" or "int4"."""
+
+    placement: Placement = field(default_factory=ExpertPlacement)
+    """Where a sealed page lives: "expert" (rank of the expert that its tokens activated most),
+    "interleave" (page mod ranks) or "hash" (the paper's)."""
+
+    lookup: Lookup = field(default_factory=ExactLookup)
+    """Which pages a query visits: "exact" (all) or {"name": "quest", "budget": 0.5, ...}."""
+
+    capacity_tokens: int | None = None
+    """Most tokens per layer that this rank's pool may hold, over all sequences. None: the pool
+    grows as long as the device has memory."""
+
+    slab_pages: int = 16
+    """Pages allocated at a time when the pool grows. Larger: fewer allocations, more slack."""
+
+    watermark: float = 0.01
+    """Share of `capacity_tokens` that prompts leave free, so that running sequences can go on."""
+
+    prefill_chunk_tokens: int | None = None
+    """Longest piece of a prompt that goes through the model at once. None: whole prompts."""
+
+    partial_dtype: str = "float32"
+    """Type in which partial attention outputs travel: "float32" (exact) or "bfloat16" (half the
+    bytes). Log-sum-exps are always float32."""
+
+    backend: str = "auto"
+    """Kernels: "auto" (the fastest that is built), "reference" (pure torch) or "cpp"."""
+
+    timeout_s: float = 120.0
+    """Seconds after which a collective of the cache gives up on a silent rank."""
+
+    debug: bool = False
+    """Check every invariant after every step and poison unused memory. Slow."""
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            _fail("page_size", self.page_size, f"choose one of {', '.join(map(str, PAGE_SIZES))}")
+        if self.capacity_tokens is not None:
+            _whole("capacity_tokens", self.capacity_tokens, at_least=self.page_size, because="one page")
+        _whole("slab_pages", self.slab_pages, at_least=1)
+        if self.prefill_chunk_tokens is not None:
+            _whole("prefill_chunk_tokens", self.prefill_chunk_tokens, at_least=self.page_size, because="one page")
+        _real("watermark", self.watermark, 0.0, 0.5)
+        _real("timeout_s", self.timeout_s, 1.0, 86400.0)
+        if self.partial_dtype not in PARTIAL_DTYPES:
+            _fail("partial_dtype", self.partial_dtype, _choices(self.partial_dtype, PARTIAL_DTYPES))
+        if self.backend not in BACKENDS:
+            _fail("backend", self.backend, _choices(self.backend, BACKENDS))
+        if not isinstance(self.debug, bool):
+            _fail("debug", self.debug, "use true or false")
+        for key, kind in (("codec", Codec), ("placement", Placement), ("lookup", Lookup)):
+            if not isinstance(getattr(self, key), kind):
+                _fail(key, getattr(self, key), "pass a policy, or build the configuration with from_dict")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> PiKVConfig:
+        """Builds a configuration from plain JSON values. Unknown keys are errors."""
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"pikv: expected an object with settings, got {settings!r}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        values: dict[str, Any] = {}
+        for key, value in settings.items():
+            if key not in known:
+                _fail(key, value, f"unknown setting; {_choices(key, known)}")
+            values[key] = value
+        for key, table in (("codec", CODECS), ("placement", PLACEMENTS), ("lookup", LOOKUPS)):
+            if key in values:
+                values[key] = _policy(key, values[key], table)
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> PiKVConfig:
+        """Reads a JSON file: either the settings themselves or a DeepSpeed file with "pikv"."""
+        settings = load_json(path)
+        try:
+            return cls.from_dict(settings.get("pikv", settings))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict(config.to_dict()) == config`."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for key in ("codec", "placement", "lookup"):
+            policy = out[key]
+            own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.init}
+            out[key] = {"name": policy.name, **own} if own else policy.name
+        return out
+
+    def digest(self) -> str:
+        """Short hash of the settings; all ranks compare it before they share a cache."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `ConfigError` that names the file, the line and the cause."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; pass the path of a JSON configuration") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: line {error.lineno}: {error.msg}; the file must be JSON") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
+    """A policy from its name, or from {"name": ..., options}; instances pass through."""
+    name, options = value, {}
+    if isinstance(value, Mapping):
+        options = {k: v for k, v in value.items() if k != "name"}
+        name = value.get("name")
+    elif not isinstance(value, str):
+        return value
+    if name not in table:
+        _fail(f"{key}.name" if isinstance(value, Mapping) else key, name, _choices(name, table))
+    kind = table[name]
+    if not isinstance(kind, type):  # a codec: a value, not a class with options
+        if options:
+            _fail(f"{key}.{next(iter(options))}", options[next(iter(options))], f'"{name}" takes no options')
+        return kind
+    allowed = [f.name for f in dataclasses.fields(kind) if f.init]
+    for option, setting in options.items():
+        if option not in allowed:
+            takes = _choices(option, allowed) if allowed else f'"{name}" takes no options'
+            _fail(f"{key}.{option}", setting, takes)
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"pikv.{key}.{error}") from None
+
+
+def _choices(value: Any, allowed: Any) -> str:
+    names = [str(a) for a in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f'did you mean "{close[0]}"? ' if close else ""
+    return f"{hint}choose one of {', '.join(names)}"
+
+
+def _fail(key: str, value: Any, remedy: str) -> None:
+    raise ConfigError(f"pikv.{key} = {value!r}: {remedy}")
+
+
+def _whole(key: str, value: Any, at_least: int, because: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        _fail(key, value, f"use a whole number of at least {at_least}" + (f" ({because})" if because else ""))
+
+
+def _real(key: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        _fail(key, value, f"use a number between {low:g} and {high:g}")

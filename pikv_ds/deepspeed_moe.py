@@ -1,0 +1,147 @@
+"""DeepSpeed: engines, expert-parallel groups and the outputs of its gates.
+
+The only file that imports deepspeed. What is private in DeepSpeed (gate tuples, AutoEP's classes,
+group timeouts) is touched in one function each.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pikv_ds.config import ConfigError
+
+AUTOEP_MODELS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3"}
+"""``model_type`` of a Hugging Face configuration to AutoEP's preset."""
+
+
+def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **kwargs: Any) -> Any:
+    """`deepspeed.initialize` for inference with expert parallelism.
+
+    Fills in what follows from the model and the job: ``expert_parallel.autoep_size`` (all ranks)
+    and ``preset_model``, no ZeRO. The rest of `config` goes to DeepSpeed as it is.
+
+    Raises:
+        ConfigError: an EP size that divides neither the experts nor the ranks.
+    """
+    from pikv_ds import launch_env
+
+    launch_env.prepare()
+    import deepspeed
+
+    # Built just in time, for a minute or more, and of no use to us: the cache talks gloo or NCCL.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_s))
+    settings = {k: v for k, v in config.items() if k != "pikv"}
+    settings.setdefault("train_micro_batch_size_per_gpu", 1)
+    settings.setdefault("zero_optimization", {"stage": 0})
+    parallel = settings.get("expert_parallel")
+    if parallel is not None and parallel.get("enabled", False):
+        settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
+    engine.eval()
+    group = expert_group(engine.module)
+    if group is not None:
+        _set_timeout(group, timeout_s)
+    return engine
+
+
+def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> dict[str, Any]:
+    """AutoEP's section with sizes and preset filled in and checked."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    size = parallel.get("autoep_size", "auto")
+    size = world if size == "auto" else size
+    parallel["autoep_size"] = size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or world % size:
+        raise ConfigError(
+            f"expert_parallel.autoep_size = {size!r}: must divide the {world} rank(s); "
+            f"choose one of {', '.join(str(d) for d in range(1, world + 1) if world % d == 0)}, or \"auto\""
+        )
+    experts = num_experts_of_config(model)
+    if experts is not None and experts % size:
+        divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
+        raise ConfigError(
+            f"expert_parallel.autoep_size = {size}: does not divide the model's {experts} experts; "
+            f"use {divisors} ranks per group"
+        )
+    if parallel.get("preset_model", "auto") == "auto":
+        if model_type not in AUTOEP_MODELS:
+            raise ConfigError(
+                f"expert_parallel.preset_model: model type {model_type!r} has no AutoEP preset that PiKV knows "
+                f"({', '.join(AUTOEP_MODELS)}); name one, or shard the model yourself and use pikv_ds.attach"
+            )
+        parallel["preset_model"] = AUTOEP_MODELS[model_type]
+    return parallel
+
+
+def num_experts_of_config(model: nn.Module) -> int | None:
+    """Routed experts that a Hugging Face configuration names."""
+    config = getattr(model, "config", None)
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if isinstance(getattr(config, key, None), int):
+            return int(getattr(config, key))
+    return None
+
+
+def routers(model: nn.Module) -> dict[nn.Module, Callable[[Any], Tensor]]:
+    """Gates of native MoE layers and routers of AutoEP layers, with how to read them."""
+    found: dict[nn.Module, Callable[[Any], Tensor]] = {}
+    for module in model.modules():
+        if type(module).__name__ == "MOELayer":
+            found[module.gate] = lambda output, k=module.gate.k: _read_gate(output, k)  # type: ignore[misc,union-attr]
+        elif type(module).__name__ == "AutoEPMoELayer":
+            found[module.router] = lambda output: output[1]  # type: ignore[index]  # (scores, experts [T, k], counts)
+    return found
+
+
+def _read_gate(output: Any, k: int) -> Tensor:
+    """Chosen experts ``[tokens, k]``, -1 for dropped, from the tuple of a `TopKGate`.
+
+    Seven entries since mid-2026: (l_aux, C, E, indices [k, S], locations, gates [k, S], counts);
+    four before: (l_aux, combine weights [S, E, C], mask, counts).
+    """
+    if len(output) == 7:
+        indices = output[3]
+        return (torch.stack(list(indices)) if isinstance(indices, (list, tuple)) else indices).T
+    if len(output) == 4:
+        weights, experts = output[1].sum(-1).topk(k, dim=1)
+        return experts.masked_fill(weights == 0, -1)
+    raise ValueError(f"unknown gate output with {len(output)} entries; this DeepSpeed is not supported")
+
+
+def expert_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The expert-parallel group of a model's MoE layers, None without any."""
+    for module in model.modules():
+        if type(module).__name__ in ("MOELayer", "AutoEPMoELayer") and getattr(module, "ep_group", None) is not None:
+            return module.ep_group  # type: ignore[return-value]
+    return None
+
+
+def num_experts(model: nn.Module) -> int | None:
+    """Routed experts of the MoE layers over the whole group; all layers must agree.
+
+    Raises:
+        ValueError: layers with different numbers of experts.
+    """
+    counts = set()
+    for module in model.modules():
+        if type(module).__name__ == "AutoEPMoELayer":
+            counts.add(int(module.num_experts))  # type: ignore[arg-type]
+        elif type(module).__name__ == "MOELayer":
+            counts.add(int(module.num_local_experts) * int(module.ep_size))  # type: ignore[arg-type,union-attr]
+    if len(counts) > 1:
+        raise ValueError(f"MoE layers with different numbers of experts ({sorted(counts)}) are not supported")
+    return counts.pop() if counts else None
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
+    """DeepSpeed's groups wait 30 minutes by default; a dead rank should show sooner."""
+    set_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    if set_timeout is not None:
+        set_timeout(datetime.timedelta(seconds=timeout_s), group)

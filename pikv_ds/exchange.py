@@ -1,0 +1,249 @@
+"""Everything that crosses ranks: the step plan, queries out and partials back, sealed pages.
+
+One process group of its own, with its own timeout, so that a silent rank is an error after
+`timeout_s` and not after half an hour. All ranks call the same methods in the same order; a rank
+with nothing to say takes part with zero rows. Shapes follow from the step plan, which is
+exchanged once per forward pass: no layer waits for the host to learn how much it will receive.
+
+`dispatch` returns a handle that `combine` consumes (DeepEP's protocol). Counted bytes are those
+that leave this rank for another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pikv_ds.errors import PeerError
+
+
+@contextlib.contextmanager
+def _talking(what: str) -> Iterator[None]:
+    """Turns a backend's failure into an error that says what was going on."""
+    try:
+        yield
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0][:200]
+        raise PeerError(
+            f"a rank of the group did not answer while this one {what}: {cause}. Look at the other ranks' output for "
+            "the first error; if they were only slow, raise pikv.timeout_s"
+        ) from error
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What every rank will do in one forward pass: exchanged once, before its first layer."""
+
+    rows: tuple[tuple[tuple[int, int], ...], ...]
+    """Per rank: ``(sequence id, query tokens)`` of each sequence that has sealed pages."""
+    seals: tuple[int, ...]
+    """Per rank: pages that fill up in this pass, per layer."""
+    prefill: bool
+    """Some rank seals a prompt: pages are sent layer by layer instead of once per pass."""
+    free: list[int]
+    """Per rank: pages that its pool can still take; kept up to date as pages are sent."""
+
+    @property
+    def query_counts(self) -> list[int]:
+        """Query rows of every rank."""
+        return [sum(tokens for _, tokens in rows) for rows in self.rows]
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Queries under way. `combine` needs it to send the partials back where they belong."""
+
+    counts: tuple[int, ...]
+    """Query rows of every rank."""
+    received: Tensor
+    """``[sum of the other ranks' rows, H, D]``, in rank order; ready after `wait`."""
+    _work: Any
+
+    def wait(self) -> Tensor:
+        """The other ranks' queries, in rank order."""
+        if self._work is not None:
+            with _talking("received queries"):
+                self._work.wait()
+        return self.received
+
+
+@dataclass(frozen=True)
+class PagesInFlight:
+    """Page bytes under way to their owners."""
+
+    received: Tensor
+    """uint8 ``[pages, row_bytes]``, in rank order of their sources; ready after `wait`."""
+    _work: Any
+    _sent: Tensor  # keeps the send buffer alive until the transfer is over
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            with _talking("received pages"):
+                self._work.wait()
+        return self.received
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held while the pages travel."""
+        return self.received.nbytes + self._sent.nbytes
+
+
+class Exchange:
+    """Collectives of one group of ranks; without a group, of one rank with itself.
+
+    Args:
+        group: process group made for the cache alone (see `make_group`), or None for one rank.
+        partial_dtype: type in which partial outputs travel.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        partial_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.device = torch.device(device)
+        self.partial_dtype = partial_dtype
+        self.sent_bytes: Counter[str] = Counter()
+
+    def all_gather(self, row: Sequence[int], kind: str = "plan") -> list[list[int]]:
+        """Every rank's integers; all rows must have the same length. Returns ``[size][len(row)]``."""
+        if self.size == 1:
+            return [list(row)]
+        mine = torch.tensor(row, dtype=torch.int64, device=self.device)
+        everyone = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
+        with _talking("exchanged the step plan"):
+            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+        self.sent_bytes[kind] += mine.nbytes * (self.size - 1)
+        return everyone.view(self.size, -1).tolist()
+
+    def all_gather_ragged(
+        self, rows: Sequence[Sequence[int]], width: int, counts: Sequence[int], kind: str = "plan"
+    ) -> list[list[list[int]]]:
+        """Every rank's table of integers, of which all know the number of rows beforehand.
+
+        Args:
+            rows: ``[counts[self.rank]][width]``.
+            counts: rows of every rank.
+        """
+        most = max(counts)
+        if most == 0:
+            return [[] for _ in counts]
+        flat = [x for row in rows for x in row] + [0] * ((most - len(rows)) * width)
+        tables = self.all_gather(flat, kind)
+        return [
+            [table[i * width : (i + 1) * width] for i in range(n)] for table, n in zip(tables, counts, strict=True)
+        ]
+
+    def all_gather_text(self, text: str | None) -> list[str | None]:
+        """Every rank's text: reasons of errors. Rare, so an object collective will do."""
+        if self.size == 1:
+            return [text]
+        texts: list[str | None] = [None] * self.size
+        with _talking("exchanged the reason of an error"):
+            dist.all_gather_object(texts, text, group=self.group)
+        return texts
+
+    def dispatch(self, query: Tensor, counts: Sequence[int]) -> Dispatched:
+        """Sends this rank's query rows to every other rank.
+
+        Args:
+            query: ``[counts[self.rank], H, D]``.
+            counts: query rows of every rank, from the step plan.
+        """
+        num_heads, head_dim = query.shape[1:]
+        others = [0 if r == self.rank else n for r, n in enumerate(counts)]
+        received = query.new_empty(sum(others), num_heads, head_dim)
+        if self.size == 1 or sum(counts) == 0:
+            return Dispatched(tuple(counts), received, None)
+        copies = query.repeat(self.size - 1, 1, 1)
+        mine = [0 if r == self.rank else counts[self.rank] for r in range(self.size)]
+        with _talking("sent queries"):
+            work = dist.all_to_all_single(received, copies, others, mine, group=self.group, async_op=True)
+        self.sent_bytes["query"] += copies.nbytes
+        return Dispatched(tuple(counts), received, work)
+
+    def combine(self, handle: Dispatched, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns partials to the queries' ranks.
+
+        Args:
+            handle: what `dispatch` returned.
+            out, lse: float32 ``[N, H, D]`` and ``[N, H]`` for the N rows of `handle.received`.
+
+        Returns:
+            This rank's partials from the other ranks, in rank order: ``[size - 1, n, H, D]`` and
+            ``[size - 1, n, H]``, float32.
+        """
+        n = handle.counts[self.rank]
+        num_heads, head_dim = out.shape[1:]
+        if self.size == 1 or sum(handle.counts) == 0:
+            return out.new_empty(self.size - 1, n, num_heads, head_dim), lse.new_empty(self.size - 1, n, num_heads)
+        packed = torch.cat(
+            [
+                out.to(self.partial_dtype).view(torch.uint8),
+                lse.contiguous().unsqueeze(-1).view(torch.uint8),
+            ],
+            dim=-1,
+        )
+        back = [0 if r == self.rank else c for r, c in enumerate(handle.counts)]
+        mine = [0 if r == self.rank else n for r in range(self.size)]
+        received = packed.new_empty((self.size - 1) * n, *packed.shape[1:])
+        with _talking("exchanged partial attentions"):
+            dist.all_to_all_single(received, packed, mine, back, group=self.group)
+        self.sent_bytes["partial"] += packed.nbytes
+        received = received.view(self.size - 1, n, *packed.shape[1:])
+        split = head_dim * self.partial_dtype.itemsize
+        outs = received[..., :split].contiguous().view(self.partial_dtype).float()
+        lses = received[..., split:].contiguous().view(torch.float32).squeeze(-1)
+        return outs, lses
+
+    def send_pages(self, payload: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> PagesInFlight:
+        """Sends rows of page bytes to their owners.
+
+        Args:
+            payload: uint8 ``[sum(send_counts), row_bytes]``, ordered by owner.
+            send_counts, receive_counts: rows to and from every rank, 0 for this one.
+        """
+        received = payload.new_empty(sum(receive_counts), payload.shape[1])
+        work = None
+        if self.size > 1:
+            with _talking("sent pages"):
+                work = dist.all_to_all_single(
+                    received, payload, list(receive_counts), list(send_counts), group=self.group, async_op=True
+                )
+            self.sent_bytes["page"] += payload.nbytes
+        return PagesInFlight(received, work, payload)
+
+
+def make_group(ranks_like: dist.ProcessGroup | None, timeout_s: float) -> dist.ProcessGroup | None:
+    """A process group of the cache's own with the ranks of `ranks_like` and its own timeout.
+
+    Groups of a launcher or framework keep their default timeout (30 minutes) and their traffic
+    would mix with ours. Every rank of the world must call this at the same time: each creates
+    every group, in the same order.
+
+    Args:
+        ranks_like: the expert-parallel group of this rank, or None: one rank, no group.
+    """
+    if ranks_like is None:
+        return None
+    mine = sorted(dist.get_process_group_ranks(ranks_like))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    own = None
+    for ranks in sorted({tuple(r) for r in everyone}):
+        group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s))
+        if dist.get_rank() in ranks:
+            own = group
+    return own

@@ -1,0 +1,355 @@
+"""Hugging Face models: PiKV under `generate`, by transformers' own conventions.
+
+* an attention function in transformers' registry, which the model's layers call;
+* a `Cache` subclass, through which the layers hand over their new keys and values;
+* forward hooks on the routers, which tell a page's home expert.
+
+The model's code and parameters stay as they are; `detach` restores everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from pikv_ds.cache import ExpertShardedKVCache, ModelShape
+from pikv_ds.sequences import SequenceBatch
+
+ATTENTION = "pikv_ds"
+"""Name under which our attention is registered with transformers."""
+
+ReadExperts = Callable[[Any], Tensor]
+"""Takes a router's output to the chosen experts, int ``[tokens, k]``, -1 for dropped."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model does something with its keys and values that this cache would get wrong."""
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What ties one attention module to the cache."""
+
+    index: int
+    has_router: bool
+    pending: PiKVCache | None = None
+    """The cache through which the module has just handed over its keys; taken by the attention."""
+    running: tuple[PiKVCache, Tensor, int] | None = None
+    """Cache, keys and width of the pass, between the attention and the router."""
+
+
+class PiKVCache(Cache):
+    """A batch of sequences in the sharded store, as transformers' models take it.
+
+    Pass it as ``past_key_values`` to keep sequences over several calls; `release` gives their
+    pages back, and so does losing the last reference to it.
+    """
+
+    def __init__(self, store: ExpertShardedKVCache, release_finished: bool = False) -> None:
+        super().__init__(layers=[])
+        self.store = store
+        self.batch: SequenceBatch | None = None
+        self.columns = 0
+        self.idle = False
+        self.release_finished = release_finished
+        self.layer_of: Mapping[int, _Layer] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Announces new keys and values; the attention function takes them from here."""
+        if layer_idx not in self.layer_of:
+            raise UnsupportedModelError(f"layer {layer_idx} was not there when PiKV was attached; attach again")
+        self.layer_of[layer_idx].pending = self
+        return key_states, value_states
+
+    def begin(self, key: Tensor, attention_mask: Tensor | None) -> SequenceBatch:
+        """Starts a forward pass with the first layer's keys ``[B, K, T, D]``."""
+        rows, width = key.shape[0], key.shape[2]
+        if self.batch is None:
+            self.batch = self.store.new_batch(rows)
+            weakref.finalize(self, self.store.release, self.batch)
+            if self.idle:
+                self.store.release(self.batch)
+        batch, error, tokens = self.batch, None, None
+        if len(batch) != rows:
+            error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
+            rows = len(batch)
+        new = [width if alive else 0 for alive in batch.alive]
+        known_full = width == 1 and any(batch.lengths)  # generate appends ones: no need to read the mask
+        if attention_mask is not None and not known_full and any(new) and error is None:
+            mask = attention_mask[:, self.columns : self.columns + width].bool()
+            if not bool(mask.all()):
+                alive = torch.tensor(batch.alive, device=mask.device)
+                tokens = mask & alive[:, None]
+                new = tokens.sum(1).tolist()
+        elif width > 1 and not all(batch.alive) and any(new):
+            tokens = torch.tensor(batch.alive, device=key.device)[:, None].expand(rows, width)
+        self.columns += width
+        self.store.begin_step(batch, new if error is None else [0] * len(batch), tokens, error)
+        return batch
+
+    def release(self, rows: list[int] | None = None) -> None:
+        """Gives back finished sequences (all of them by default)."""
+        if self.batch is not None:
+            self.store.release(self.batch, rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+        return self.columns + cache_position.shape[0], 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.batch is not None
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return []
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def reset(self) -> None:
+        self.release()
+        self.batch, self.columns = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise NotImplementedError("PiKV does not support beam search; use num_beams=1")
+
+    def crop(self, max_length: int) -> None:
+        raise NotImplementedError("PiKV does not support cropping (assisted decoding); decode without an assistant")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise NotImplementedError("PiKV does not repeat sequences that are in the cache; repeat the prompt")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise NotImplementedError("PiKV does not reorder sequences that are in the cache; use a new cache")
+
+
+class Attachment:
+    """A model with PiKV under it. `detach` restores the model exactly.
+
+    Args:
+        model: a transformers model whose attention goes through `AttentionInterface`.
+        make_store: builds the rank's cache for the model's shape.
+        routers: how to read the choice of experts from each router's output.
+        num_experts: of the routed layers, as all EP ranks count them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        make_store: Callable[[ModelShape], ExpertShardedKVCache],
+        routers: Mapping[nn.Module, ReadExperts],
+        num_experts: int,
+    ) -> None:
+        check_supported(model)
+        self.model = model
+        pairs = pair_routers(model, routers)
+        if not pairs:
+            raise UnsupportedModelError(f"{type(model).__name__}: no attention layer found that PiKV knows how to hook")
+        self.store = make_store(model_shape(model, [a for a, _ in pairs], num_experts))
+        self.layers: dict[int, _Layer] = {}
+        self._hooks: list[Any] = []
+        self._attention_modules: list[nn.Module] = []
+        for index, (attention, router) in enumerate(pairs):
+            layer = _Layer(index, router is not None)
+            self.layers[attention.layer_idx] = layer  # type: ignore[index]
+            attention._pikv = layer  # type: ignore[assignment]
+            self._attention_modules.append(attention)
+            if router is not None:
+                hook = functools.partial(_router_ran, layer, routers[router])
+                self._hooks.append(router.register_forward_hook(hook))
+        self._previous = model.config._attn_implementation
+        AttentionInterface.register(ATTENTION, pikv_attention)
+        AttentionMaskInterface.register(ATTENTION, _padding_mask)
+        model.set_attn_implementation(ATTENTION)
+        self._generate = model.generate
+        self._get_criteria = model._get_stopping_criteria
+        model.generate = functools.wraps(model.generate)(functools.partial(_generate, self))  # type: ignore[method-assign]
+        self.current: weakref.ref[PiKVCache] | None = None
+
+    def new_cache(self, release_finished: bool = False) -> PiKVCache:
+        """An empty cache for one batch; pass it as ``past_key_values``."""
+        cache = PiKVCache(self.store, release_finished)
+        cache.layer_of = self.layers
+        return cache
+
+    def detach(self) -> None:
+        """Takes PiKV out of the model again."""
+        for hook in self._hooks:
+            hook.remove()
+        for attention in self._attention_modules:
+            del attention._pikv
+        del self.model.generate
+        self.model.set_attn_implementation(self._previous)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuses, by name, what the cache would get wrong.
+
+    Raises:
+        UnsupportedModelError: with the module or setting and what to do.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{name} is no transformers model; PiKV hooks attention through transformers")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} does not use transformers' AttentionInterface, so PiKV cannot hook it")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModelError(
+            f"{name}: sliding_window = {config.sliding_window} is not supported; set it to None if the model allows"
+        )
+    other = sorted({t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"})
+    if other:
+        raise UnsupportedModelError(f"{name}: layer types {', '.join(other)} are not supported, only full_attention")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(f"{name}: multi-head latent attention (kv_lora_rank) is not supported here")
+    for key in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, key, None):
+            raise UnsupportedModelError(f"{name}: {key} = {getattr(config, key)} is not supported")
+
+
+def hf_routers(model: nn.Module) -> dict[nn.Module, ReadExperts]:
+    """Routers of transformers' own MoE layers: ``(logits, weights, indices [tokens, k])``."""
+    return {m: _read_integers for m in model.modules() if type(m).__name__.endswith("TopKRouter")}
+
+
+def _read_integers(output: Any) -> Tensor:
+    """The one table of integers in a router's output."""
+    tables = [t for t in output if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point()]
+    if len(tables) != 1:
+        raise UnsupportedModelError("a router's output has no table of expert indices [tokens, k]")
+    return tables[0]
+
+
+def pair_routers(model: nn.Module, routers: Mapping[nn.Module, ReadExperts]) -> list[tuple[nn.Module, nn.Module | None]]:
+    """Each attention module with the router that follows it, None at dense layers, in order."""
+    pairs: list[tuple[nn.Module, nn.Module | None]] = []
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "num_key_value_groups"):
+            pairs.append((module, None))
+        elif module in routers and pairs and pairs[-1][1] is None:
+            pairs[-1] = (pairs[-1][0], module)
+    return pairs
+
+
+def model_shape(model: PreTrainedModel, attentions: list[nn.Module], num_experts: int) -> ModelShape:
+    """The model's shape; all attention layers must have the same.
+
+    Raises:
+        UnsupportedModelError: layers differ in heads or head size.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    sizes = {int(a.head_dim) for a in attentions}  # type: ignore[arg-type]
+    groups = {int(a.num_key_value_groups) for a in attentions}  # type: ignore[arg-type]
+    if len(sizes) != 1 or groups != {heads // kv_heads}:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: all layers must share head_dim and KV heads, got {sizes}, {groups}"
+        )
+    return ModelShape(len(attentions), heads, kv_heads, sizes.pop(), num_experts, model.dtype)
+
+
+def pikv_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function in transformers' registry.
+
+    Args:
+        query: ``[B, H, T, D]``; key, value: ``[B, K, T, D]``, new tokens only with a `PiKVCache`.
+        attention_mask: ``[B, columns]``, 0 at padding, or None.
+
+    Returns:
+        ``[B, T, H, D]`` and None (there are no attention weights to return).
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: _Layer | None = getattr(module, "_pikv", None)
+    if layer is None or layer.pending is None:
+        return _plain_attention(query, key, value, attention_mask, scale), None
+    cache, layer.pending = layer.pending, None
+    batch = cache.begin(key, attention_mask) if layer.index == 0 else cache.batch
+    assert batch is not None
+    out = cache.store.attend(batch, layer.index, query, key, value, scale)
+    if layer.has_router:
+        layer.running = (cache, key, query.shape[2])
+    else:
+        cache.store.routed(batch, layer.index, None, key)
+    return out, None
+
+
+def _router_ran(layer: _Layer, read: ReadExperts, module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a router: the pages of its layer can be sealed now."""
+    if layer.running is None:
+        return
+    (cache, key, width), layer.running = layer.running, None
+    assert cache.batch is not None
+    experts = read(output).view(key.shape[0], width, -1)
+    cache.store.routed(cache.batch, layer.index, experts, key)
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Dense attention for passes without a `PiKVCache`, so that an attached model stays a model."""
+    t, n = query.shape[2], key.shape[2]
+    visible = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)[None, None]
+    if mask is not None:
+        visible = visible & mask[:, None, None, :n].bool()
+        visible = visible | torch.eye(t, n, dtype=torch.bool, device=query.device).roll(n - t, 1)  # no empty rows
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale).transpose(1, 2)
+
+
+def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Our mask in transformers' registry: the plain padding mask, causality is the cache's."""
+    return attention_mask
+
+
+def _generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
+    """`generate` over the sharded cache, all ranks in step.
+
+    As transformers', with these differences: the cache is ours; on several ranks `synced_gpus` is
+    always on, so that a rank that finishes early serves its shard until all are done; an empty
+    batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
+    of ``prefill_chunk_tokens``.
+    """
+    from pikv_ds.hf_generate import generate
+
+    return generate(attachment, *args, **kwargs)
+
+
+def release_on_finish(cache: PiKVCache, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+    """Stopping criteria that also release what they stop."""
+
+    class Releasing(StoppingCriteriaList):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            done = super().__call__(input_ids, scores, **kwargs)
+            if cache.release_finished and bool(done.any()):
+                cache.release(done.nonzero().squeeze(1).tolist())
+            return done
+
+    return Releasing(criteria)

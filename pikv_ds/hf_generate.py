@@ -1,0 +1,193 @@
+"""`generate` of a model with PiKV: argument checks, chunked prefill, ranks in step."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pikv_ds.errors import PeerError, PiKVError
+
+if TYPE_CHECKING:
+    from pikv_ds.hf import Attachment, PiKVCache
+
+
+def generate(attachment: Attachment, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    """See `pikv_ds.hf._generate`."""
+    model, store = attachment.model, attachment.store
+    settings = generation_config or model.generation_config
+    ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    problem = _problem(attachment, ids, settings, kwargs)
+    chunk = store.config.prefill_chunk_tokens
+    num_chunks = 1
+    if problem is None and chunk is not None and len(ids):
+        num_chunks = -(-(ids.shape[1] - _seen(kwargs)) // chunk)
+    # Two EP groups of a world keep step too: transformers' end-of-loop check spans the world.
+    most_chunks = _agree(num_chunks, problem, several, ids.device if ids is not None else model.device)
+
+    from pikv_ds.hf import release_on_finish
+
+    own = kwargs.get("past_key_values")
+    cache = own if own is not None else attachment.new_cache(release_finished=True)
+    kwargs["past_key_values"] = cache
+    attachment.current = weakref.ref(cache)
+    if kwargs.get("return_dict_in_generate", settings.return_dict_in_generate):
+        cache.release_finished = False  # the caller gets the cache and may go on with it
+    if several:
+        kwargs["synced_gpus"] = True
+    repeats = kwargs.pop("num_return_sequences", None) or settings.num_return_sequences or 1
+    if repeats > 1:
+        ids = ids.repeat_interleave(repeats, dim=0)
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
+        kwargs["num_return_sequences"] = 1
+    try:
+        if len(ids) == 0:
+            _serve_only(attachment, cache, ids, most_chunks, several)
+            store.begin_step(None, [])
+            return ids
+        for _ in range(most_chunks - num_chunks):
+            _idle_pass(attachment, attachment.new_cache())
+        if num_chunks > 1:
+            assert chunk is not None
+            kwargs["attention_mask"] = mask = _padding(ids, kwargs.get("attention_mask"), settings)
+            _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
+        model._get_stopping_criteria = lambda *a, **k: release_on_finish(  # type: ignore[method-assign]
+            cache, attachment._get_criteria(*a, **k)
+        )
+        out = attachment._generate(ids, generation_config=generation_config, **kwargs)
+        if cache.release_finished:
+            cache.release()
+        store.begin_step(None, [])  # closing plan: returns the pages, and reports what the last pass found
+        return out
+    except PiKVError:
+        cache.release()
+        raise
+    except Exception as error:
+        cache.release()
+        _tell_the_others(attachment, cache, error)
+        raise
+    finally:
+        model.__dict__.pop("_get_stopping_criteria", None)
+        if cache.release_finished:
+            cache.release()
+
+
+def _problem(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with the call, in a sentence."""
+    from pikv_ds.hf import PiKVCache
+
+    if ids is None or ids.dim() != 2:
+        return "generate: pass input_ids of shape [batch, tokens]"
+    wanted = {key: kwargs.get(key, getattr(settings, key, None)) for key in _REFUSED}
+    for key, (neutral, remedy) in _REFUSED.items():
+        if wanted[key] not in neutral:
+            return f"generate: {key} = {wanted[key]!r} is not supported: {remedy}"
+    if kwargs.get("synced_gpus") is False and dist.is_initialized() and dist.get_world_size() > 1:
+        return "generate: synced_gpus=False would hang the other ranks when this one finishes; leave it out"
+    own = kwargs.get("past_key_values")
+    if own is not None and not isinstance(own, PiKVCache):
+        return f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
+    limit = getattr(attachment.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    new = kwargs.get("max_new_tokens", settings.max_new_tokens) or 1
+    if limit is not None and len(ids) and ids.shape[1] + new > limit:
+        return (
+            f"generate: a prompt of {ids.shape[1]} tokens and {new} new ones exceed the model's context of {limit}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    return None
+
+
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), "beam search reorders the cache; use num_beams=1"),
+    "use_cache": ((None, True), "without a cache there is nothing to shard; detach first"),
+    "cache_implementation": ((None, "dynamic"), "the cache is PiKV's; detach first to use another"),
+    "assistant_model": ((None,), "assisted decoding crops the cache; decode without an assistant"),
+    "prompt_lookup_num_tokens": ((None,), "prompt lookup crops the cache; leave it out"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search reorders the cache; leave it out"),
+    "output_attentions": ((None, False), "there are no attention weights to return; detach first"),
+    "prefill_chunk_size": ((None,), "set pikv.prefill_chunk_tokens instead, so that all ranks agree"),
+}
+
+
+def _agree(num_chunks: int, problem: str | None, several: bool, device: torch.device) -> int:
+    """The most chunks of any rank of the world; raises on every rank if one has a problem."""
+    if not several:
+        if problem:
+            raise ValueError(problem)
+        return num_chunks
+    both = torch.tensor([num_chunks, int(problem is not None)], device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    if int(both[1]):
+        texts: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, problem)
+        message = "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t)
+        raise ValueError(message) if problem else PeerError(message)
+    return int(both[0])
+
+
+def _seen(kwargs: dict[str, Any]) -> int:
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _idle_pass(attachment: Attachment, cache: PiKVCache) -> None:
+    """A forward pass of one padding token that leaves nothing behind but serves the others."""
+    cache.idle = True
+    token = torch.zeros(1, 1, dtype=torch.long, device=attachment.model.device)
+    with torch.no_grad():
+        attachment.model(input_ids=token, past_key_values=cache, use_cache=True)
+
+
+def _serve_only(attachment: Attachment, cache: PiKVCache, ids: Tensor, passes: int, several: bool) -> None:
+    """A rank without sequences: makes the others' passes until all are done."""
+    if not several:
+        return
+    for _ in range(passes):
+        _idle_pass(attachment, cache)
+    model = attachment.model
+    while model._has_unfinished_sequences(True, synced_gpus=True, device=ids.device):
+        _idle_pass(attachment, cache)
+
+
+def _padding(ids: Tensor, mask: Tensor | None, settings: Any) -> Tensor:
+    """The padding mask, found as `generate` finds it: padding tokens, unless they also end texts."""
+    pad, eos = settings.pad_token_id, settings.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    if mask is None and pad is not None and pad not in ends:
+        return ids.ne(pad).long()
+    return torch.ones_like(ids) if mask is None else mask
+
+
+def _prefill_chunks(
+    attachment: Attachment, cache: PiKVCache, ids: Tensor, mask: Tensor, chunk: int, num_chunks: int
+) -> None:
+    """All chunks of the prompt but the last, which `generate` itself takes."""
+    start = cache.get_seq_length()
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    for i in range(num_chunks - 1):
+        end = start + chunk
+        with torch.no_grad():
+            attachment.model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        start = end
+
+
+def _tell_the_others(attachment: Attachment, cache: PiKVCache, error: Exception) -> None:
+    """Between two passes the others wait in the next step plan: tell them there why this rank ends."""
+    if cache.batch is not None and cache.batch.in_step:
+        return  # in the middle of a pass; they learn it when this process ends
+    try:
+        attachment.store.begin_step(None, [], error=f"{type(error).__name__}: {error}")
+    except PiKVError:
+        pass

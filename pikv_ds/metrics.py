@@ -1,0 +1,134 @@
+"""What the cache did and holds, as a dict of plain numbers, and as a table for people.
+
+Sizes are memory that is really allocated: whole slabs, scales, padding and metadata included.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pikv_ds.cache import ExpertShardedKVCache
+
+
+def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
+    """This rank's figures; needs no other rank.
+
+    ``tokens`` are per layer (tokens times layers, over layers); ``peak_*`` are the most since the
+    cache was made or `reset_peaks` was called.
+    """
+    layers, attention, sender = cache.shape.num_layers, cache.attention.counters, cache.sender.counters
+    return {
+        "rank": cache.exchange.rank,
+        "tokens": cache.stored_tokens / layers,
+        "own_tokens": cache.own_tokens,
+        "pages": cache.pool.num_used,
+        "kv_bytes": cache.kv_bytes,
+        "pool_bytes": cache.pool.page_storage_bytes,
+        "summary_bytes": cache.pool.summary_storage_bytes,
+        "peak_tokens": cache.peak_tokens / layers,
+        "peak_own_tokens": cache.peak_own_tokens,
+        "peak_pages": cache.peak_pages,
+        "peak_kv_bytes": cache.peak_bytes,
+        "held_kv_bytes": cache.held_bytes,
+        "unsharded_kv_bytes": cache.peak_own_tokens * cache.shape.token_bytes,
+        "steps": cache.num_steps,
+        "seals": sender["seals"],
+        "overflowed_pages": sender["overflowed"],
+        "queries": attention["queries"],
+        "pages_in_scope": attention["pages_in_scope"],
+        "pages_visited": attention["pages_visited"],
+        "sent_bytes": dict(cache.exchange.sent_bytes),
+    }
+
+
+def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
+    """Figures of all ranks. Collective: every rank of the group must call it."""
+    texts = cache.exchange.all_gather_text(json.dumps(rank_stats(cache)))
+    per_rank = [json.loads(t) for t in texts if t is not None]
+    tokens = [r["peak_tokens"] for r in per_rank]
+    queries = sum(r["queries"] for r in per_rank)
+    query_bytes = sum(r["sent_bytes"].get("query", 0) for r in per_rank)
+    partial_bytes = sum(r["sent_bytes"].get("partial", 0) for r in per_rank)
+    in_scope = sum(r["pages_in_scope"] for r in per_rank)
+    visited = sum(r["pages_visited"] for r in per_rank)
+    return {
+        "config": cache.config.to_dict(),
+        "num_ranks": cache.exchange.size,
+        "num_layers": cache.shape.num_layers,
+        "page_bytes": cache.layout.page_bytes,
+        "per_rank": per_rank,
+        "skew": _skew(tokens),
+        "unsharded_skew": _skew([r["peak_own_tokens"] for r in per_rank]),
+        "wire_bytes_per_token_layer": (query_bytes + partial_bytes) / queries if queries else 0.0,
+        "wire_formula_bytes": wire_bytes_per_token_layer(cache),
+        "page_wire_bytes": sum(r["sent_bytes"].get("page", 0) for r in per_rank),
+        "plan_wire_bytes": sum(
+            r["sent_bytes"].get("plan", 0) + r["sent_bytes"].get("page_header", 0) for r in per_rank
+        ),
+        "seals": sum(r["seals"] for r in per_rank),
+        "hits": visited,
+        "pages_in_scope": in_scope,
+        "visited_share": visited / in_scope if in_scope else 1.0,
+    }
+
+
+def wire_bytes_per_token_layer(cache: ExpertShardedKVCache) -> int:
+    """What a decoded token costs on the wire at one layer, whatever the context (invariant 5).
+
+    ``(G - 1) * H * (D * q + D * p + 4)``: the query goes to the G - 1 other ranks in the model's
+    dtype of q bytes, an output in the partial dtype of p bytes and a float32 log-sum-exp return.
+    """
+    shape, peers = cache.shape, cache.exchange.size - 1
+    partial = cache.exchange.partial_dtype.itemsize
+    return peers * shape.num_heads * (shape.head_dim * (shape.dtype.itemsize + partial) + 4)
+
+
+def reset_peaks(cache: ExpertShardedKVCache) -> None:
+    """Starts the peak figures anew at what is held now."""
+    cache.peak_bytes = cache.peak_tokens = cache.peak_own_tokens = cache.peak_pages = cache.held_bytes = 0
+
+
+def table(figures: dict[str, Any], title: str = "KV cache") -> Table:
+    """The figures of `stats` as a rich table: one line per rank, and the sum."""
+    from rich.table import Table
+
+    out = Table(title=title, title_justify="left", caption_justify="left")
+    for name in ("rank", "own tokens", "KV unsharded", "tokens held", "pages", "KV held", "KV peak", "of unsharded max"):
+        out.add_column(name, justify="right")
+    rows = figures["per_rank"]
+    largest = max((r["unsharded_kv_bytes"] for r in rows), default=0)
+    for r in rows:
+        out.add_row(
+            str(r["rank"]),
+            f"{r['peak_own_tokens']:,}",
+            _mib(r["unsharded_kv_bytes"]),
+            f"{r['peak_tokens']:,.0f}",
+            f"{r['peak_pages']:,}",
+            _mib(r["held_kv_bytes"]),
+            _mib(r["peak_kv_bytes"]),
+            f"{r['held_kv_bytes'] / largest:.0%}" if largest else "-",
+        )
+    out.add_section()
+    out.add_row(
+        "all",
+        f"{sum(r['peak_own_tokens'] for r in rows):,}",
+        _mib(sum(r["unsharded_kv_bytes"] for r in rows)),
+        f"{sum(r['peak_tokens'] for r in rows):,.0f}",
+        f"{sum(r['peak_pages'] for r in rows):,}",
+        _mib(sum(r["held_kv_bytes"] for r in rows)),
+        "",
+        "",
+    )
+    return out
+
+
+def _skew(values: list[float]) -> float:
+    return max(values) / (sum(values) / len(values)) if sum(values) else 1.0
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

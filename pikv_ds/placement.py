@@ -1,0 +1,85 @@
+"""From a page's home expert to the rank that owns it. Pure functions, no communication.
+
+Routing is skewed, so the memory bound of the store is enforced here: for every sequence and layer
+no rank keeps more than ``ceil(L/G) + ceil(L/E) + page_size`` tokens. The source rank of a sequence
+places all its pages, so it knows every rank's share of it without asking anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which rank hosts which expert: contiguous blocks, as DeepSpeed and Megatron lay them out."""
+
+    num_experts: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        if self.num_ranks < 1 or self.num_experts < 1 or self.num_experts % self.num_ranks:
+            raise ValueError(
+                f"{self.num_experts} experts cannot be spread evenly over {self.num_ranks} expert-parallel ranks; "
+                f"choose an EP size that divides {self.num_experts}"
+            )
+
+    def owner(self, expert: int) -> int:
+        """Rank that hosts ``expert``."""
+        return expert // (self.num_experts // self.num_ranks)
+
+
+def page_limits(num_tokens: int, page_size: int, topology: Topology, source: int) -> list[int]:
+    """How many pages of one sequence and layer each rank may hold, ``[num_ranks]``.
+
+    Args:
+        num_tokens: length L of the sequence in tokens, the open tail included.
+        source: the sequence's own rank. It also keeps the tail, for which one page is reserved.
+    """
+    ranks, experts = topology.num_ranks, topology.num_experts
+    tokens = -(-num_tokens // ranks) + -(-num_tokens // experts) + page_size
+    limit = tokens // page_size
+    return [limit - 1 if rank == source else limit for rank in range(ranks)]
+
+
+def choose_owner(
+    preference: Sequence[int], loads: Sequence[int], limits: Sequence[int], free: Sequence[int]
+) -> int | None:
+    """The first preferred rank with room, else the least loaded one with room, else None.
+
+    Args:
+        preference: ranks, best first; may name only some of them.
+        loads: pages of this sequence and layer that each rank already holds, ``[num_ranks]``.
+        limits: how many it may hold, ``[num_ranks]``.
+        free: pages that each rank's pool can still take from this source, ``[num_ranks]``.
+    """
+    for rank in preference:
+        if loads[rank] < limits[rank] and free[rank] > 0:
+            return rank
+    rest = [r for r in range(len(loads)) if loads[r] < limits[r] and free[r] > 0]
+    return min(rest, key=lambda r: (loads[r], r)) if rest else None
+
+
+def fair_shares(free: Sequence[int], demand: Sequence[int]) -> list[list[int]]:
+    """Splits each rank's free pages over the sources that want to send pages: ``[source][owner]``.
+
+    All ranks compute the same table from the step plan, so sources that place their pages without
+    asking each other still never overfill an owner. Plenty is not divided: an owner that could
+    take everybody's pages is open to all.
+    """
+    total = sum(demand)
+    shares = [[0] * len(free) for _ in demand]
+    for owner, pages in enumerate(free):
+        if pages >= total:
+            for source in range(len(demand)):
+                shares[source][owner] = demand[source]
+            continue
+        exact = [pages * d / total for d in demand]
+        floor = [int(x) for x in exact]
+        by_remainder = sorted(range(len(demand)), key=lambda s: (floor[s] - exact[s], s))
+        for source in by_remainder[: pages - sum(floor)]:
+            floor[source] += 1
+        for source in range(len(demand)):
+            shares[source][owner] = floor[source]
+    return shares

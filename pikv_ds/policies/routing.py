@@ -1,0 +1,150 @@
+"""Routing: where a page lives (placement) and which pages a query visits (lookup).
+
+Neither ever touches the model's own choice of experts. A policy is a frozen dataclass with one
+method; add one by writing it and naming it in `PLACEMENTS` or `LOOKUPS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from pikv_ds.placement import Topology
+
+
+@runtime_checkable
+class Placement(Protocol):
+    """Where a page lives."""
+
+    name: str
+
+    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+        """Ranks in order of preference.
+
+        Args:
+            page_idx: number of the page within its sequence, 0 = first.
+            votes: how often the page's tokens chose each expert, ``[num_experts]``; None at
+                layers without a router.
+        """
+        ...
+
+
+def _ranking(votes: list[int]) -> list[int]:
+    """Experts by votes, most first; ties go to the lower number, so that all ranks agree."""
+    return sorted(range(len(votes)), key=lambda e: (-votes[e], e))
+
+
+@dataclass(frozen=True)
+class InterleavePlacement:
+    """Page ``p`` lives on rank ``p mod G``: the placement of decode context parallelism (vLLM, SGLang)."""
+
+    name = "interleave"
+
+    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+        return [(page_idx + i) % topology.num_ranks for i in range(topology.num_ranks)]
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """A page lives with the expert that its tokens activated most (PiKV); overflow follows its ranking."""
+
+    name = "expert"
+
+    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+        if votes is None:
+            return InterleavePlacement().owners(page_idx, votes, topology)
+        return list(dict.fromkeys(topology.owner(e) for e in _ranking(votes)))
+
+
+@dataclass(frozen=True)
+class HashPlacement:
+    """The paper's hash ``s(t, e) = (t mod N) xor (e mod E)`` over pages and home experts."""
+
+    period: int = 1024
+    """N: the page number is taken modulo this."""
+    name = "hash"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
+            raise ValueError(f"period = {self.period!r}: use a whole number of at least 1")
+
+    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+        home = _ranking(votes)[0] if votes is not None else 0
+        expert = ((page_idx % self.period) ^ home) % topology.num_experts
+        first = topology.owner(expert)
+        return [(first + i) % topology.num_ranks for i in range(topology.num_ranks)]
+
+
+@runtime_checkable
+class Lookup(Protocol):
+    """Which pages a query visits."""
+
+    name: str
+    needs_bounds: bool
+    """Whether pages must carry key bounds (a summary that costs memory)."""
+
+    def budget_pages(self, num_pages: Tensor) -> Tensor | None:
+        """How many of ``num_pages`` (``[R]`` int64, pages of the query's sequence on this rank) a
+        query may visit; None visits all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExactLookup:
+    """Every page: attention is exact."""
+
+    name = "exact"
+    needs_bounds = False
+
+    def budget_pages(self, num_pages: Tensor) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class QuestLookup:
+    """The pages with the highest upper bound of ``q . k`` (Quest, Tang et al. 2024).
+
+    A page's score for a query is ``sum_i max(q_i * min_i, q_i * max_i)`` over its keys' per-channel
+    minima and maxima, the maximum over the query heads of a KV head. Sink and most recent pages
+    are always visited. Every rank applies the budget to its own pages, so nothing but the query
+    travels, and the wire does not grow with the context.
+    """
+
+    budget: float = 0.5
+    """Share of the pages that a query visits, pinned pages included."""
+    sink_pages: int = 1
+    """First pages of a sequence that are always visited."""
+    local_pages: int = 1
+    """Most recently sealed pages that are always visited."""
+    name = "quest"
+    needs_bounds = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)) or not 0 < self.budget <= 1:
+            raise ValueError(f"budget = {self.budget!r}: use a share of the pages, above 0 and at most 1")
+        for key in ("sink_pages", "local_pages"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{key} = {value!r}: use a whole number of at least 0")
+
+    def budget_pages(self, num_pages: Tensor) -> Tensor | None:
+        return torch.ceil(num_pages.double() * self.budget).long()
+
+    def pinned(self, page_idx: Tensor, num_sealed: Tensor) -> Tensor:
+        """Which of the pages numbered ``page_idx [R, P]`` are always visited, bool ``[R, P]``.
+
+        Args:
+            num_sealed: sealed pages of each row's sequence over all ranks, ``[R]``.
+        """
+        return (page_idx < self.sink_pages) | (page_idx >= num_sealed[:, None] - self.local_pages)
+
+
+PLACEMENTS: dict[str, type[Placement]] = {
+    "expert": ExpertPlacement,
+    "interleave": InterleavePlacement,
+    "hash": HashPlacement,
+}
+LOOKUPS: dict[str, type[Lookup]] = {"exact": ExactLookup, "quest": QuestLookup}

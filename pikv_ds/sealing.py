@@ -1,0 +1,193 @@
+"""`PageSender`: encodes full pages, chooses their owners and sends them there.
+
+Prompts are sent layer by layer, while the next layer computes (seal-behind): a rank never holds
+more than its shard plus about one layer of its own prompts. While decoding, the pages of all
+layers wait for the next step and go in one exchange.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pikv_ds.errors import PoolFullError
+from pikv_ds.exchange import Exchange, PagesInFlight, StepPlan
+from pikv_ds.layout import PageLayout
+from pikv_ds.ops import Ops
+from pikv_ds.pages import PagePool, PageTable
+from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
+from pikv_ds.policies.routing import Placement
+from pikv_ds.sequences import FullPages, SequenceBatch
+
+HEADER = 4
+"""Integers that announce a page: sequence id, layer, page number, owner rank."""
+NO_OWNER = -1
+
+
+@dataclass
+class StagedPage:
+    """A page that is encoded and waits for its owner."""
+
+    batch: SequenceBatch
+    row: int
+    layer: int
+    page_idx: int
+    votes: list[int] | None
+    payload: Tensor
+    """uint8 ``[page_bytes + summary_bytes]``"""
+
+
+class PageSender:
+    """Moves full pages from their sequences' rank to their owners, all ranks in step."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        exchange: Exchange,
+        pool: PagePool,
+        table: PageTable,
+        layout: PageLayout,
+        placement: Placement,
+        topology: Topology,
+    ) -> None:
+        self.ops, self.exchange, self.pool, self.table, self.layout = ops, exchange, pool, table, layout
+        self.placement, self.topology = placement, topology
+        self.staged: list[StagedPage] = []
+        self.num_sealed: dict[tuple[int, int], int] = {}
+        self.counters: Counter[str] = Counter()
+        self._in_flight: tuple[PagesInFlight, list[int]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages that are staged or under way."""
+        flying = self._in_flight[0].nbytes if self._in_flight else 0
+        return flying + sum(p.payload.nbytes for p in self.staged)
+
+    def stage(self, batch: SequenceBatch, layer: int, pages: FullPages) -> None:
+        """Encodes full pages of one sequence; they wait for `send`."""
+        n = pages.keys.shape[0]
+        payload = torch.empty(
+            n, self.pool.page_bytes + self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device
+        )
+        encoded = torch.empty(n, self.pool.page_bytes, dtype=torch.uint8, device=pages.keys.device)
+        self.ops.seal_pages(pages.keys, pages.values, self.layout, encoded)
+        payload[:, : self.pool.page_bytes] = encoded
+        if self.pool.summary_bytes:
+            bounds = torch.zeros(n, self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
+            self.ops.page_bounds(pages.keys, bounds)
+            payload[:, self.pool.page_bytes :] = bounds
+        votes = None if pages.experts is None else self._votes(pages.experts)
+        for i in range(n):
+            self.staged.append(
+                StagedPage(
+                    batch, pages.row, layer, pages.first_page + i, None if votes is None else votes[i], payload[i]
+                )
+            )
+
+    def _votes(self, experts: Tensor) -> list[list[int]]:
+        """How often each expert was chosen, per page, from ``[N, S, k]`` (-1: dropped by the gate)."""
+        flat = experts.flatten(1).long() + 1
+        counts = torch.zeros(flat.shape[0], self.topology.num_experts + 1, dtype=torch.int64, device=flat.device)
+        counts.scatter_add_(1, flat, torch.ones_like(flat))
+        return counts[:, 1:].tolist()
+
+    def drop(self, batch: SequenceBatch, rows: list[int]) -> None:
+        """Forgets staged pages of sequences that are finished."""
+        gone = set(rows)
+        self.staged = [p for p in self.staged if p.batch is not batch or p.row not in gone]
+
+    def send(self, plan: StepPlan, counts: list[int]) -> None:
+        """Places and sends what is staged; every rank calls it at the same point.
+
+        Args:
+            counts: staged pages of every rank, which all ranks know.
+
+        Raises:
+            PoolFullError: on every rank alike, before anything has been moved.
+        """
+        self.settle()
+        staged, self.staged = self.staged, []
+        rank = self.exchange.rank
+        assert len(staged) == counts[rank], f"{len(staged)} pages staged, {counts[rank]} announced"
+        if sum(counts) == 0:
+            return
+        owners = self._place(staged, fair_shares(plan.free, counts)[rank])
+        rows = [
+            [page.batch.ids[page.row], page.layer, page.page_idx, owner]
+            for page, owner in zip(staged, owners, strict=True)
+        ]
+        headers = self.exchange.all_gather_ragged(rows, HEADER, counts, kind="page_header")
+        homeless = sum(row[3] == NO_OWNER for table in headers for row in table)
+        if homeless:
+            raise PoolFullError(
+                f"the KV pool is full: {homeless} of {sum(counts)} new pages found no rank with room; "
+                f"{homeless * self.layout.page_size} tokens ({homeless * self.pool.page_bytes} bytes) more are "
+                "needed. Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
+            )
+        incoming: list[tuple[tuple[int, int], int, int]] = []  # from the others, in rank order
+        receive_counts = [0] * self.exchange.size
+        for source, table in enumerate(headers):
+            for sequence, layer, page_idx, owner in table:
+                plan.free[owner] -= 1
+                key = (source, sequence)
+                self.num_sealed[key] = max(self.num_sealed.get(key, 0), page_idx + 1)
+                if owner == rank and source != rank:
+                    incoming.append((key, layer, page_idx))
+                    receive_counts[source] += 1
+        kept = [page for page, owner in zip(staged, owners, strict=True) if owner == rank]
+        if kept:
+            slots = self.pool.allocate(len(kept))
+            self._store(slots, torch.stack([p.payload for p in kept]))
+            for page, slot in zip(kept, slots, strict=True):
+                self.table.add((rank, page.batch.ids[page.row]), page.layer, page.page_idx, slot)
+        slots = self.pool.allocate(len(incoming))
+        for (key, layer, page_idx), slot in zip(incoming, slots, strict=True):
+            self.table.add(key, layer, page_idx, slot)
+        leaving = sorted((o, i) for i, o in enumerate(owners) if o != rank)
+        send_counts = [sum(o == r for o, _ in leaving) for r in range(self.exchange.size)]
+        row_bytes = self.pool.page_bytes + self.pool.summary_bytes
+        payload = (
+            torch.stack([staged[i].payload for _, i in leaving])
+            if leaving
+            else torch.empty(0, row_bytes, dtype=torch.uint8, device=self.pool.device)
+        )
+        self.counters["seals"] += len(staged)
+        self._in_flight = (self.exchange.send_pages(payload, send_counts, receive_counts), slots)
+
+    def settle(self) -> None:
+        """Waits for the pages under way and stores those that this rank owns."""
+        if self._in_flight is None:
+            return
+        transfer, slots = self._in_flight
+        self._in_flight = None
+        received = transfer.wait()
+        if slots:
+            self._store(slots, received)
+
+    def _place(self, staged: list[StagedPage], free: list[int]) -> list[int]:
+        """Owner rank of each staged page, `NO_OWNER` where nobody has room."""
+        owners = []
+        free = list(free)
+        for page in staged:
+            batch, row = page.batch, page.row
+            limits = page_limits(
+                batch.lengths[row] + batch.new[row], self.layout.page_size, self.topology, self.exchange.rank
+            )
+            loads = batch.loads[page.layer][row]
+            preference = self.placement.owners(page.page_idx, page.votes, self.topology)
+            owner = choose_owner(preference, loads, limits, free)
+            if owner is None:
+                owners.append(NO_OWNER)
+                continue
+            self.counters["overflowed"] += owner != preference[0]
+            loads[owner] += 1
+            free[owner] -= 1
+            owners.append(owner)
+        return owners
+
+    def _store(self, slots: list[int], payload: Tensor) -> None:
+        split = self.pool.page_bytes
+        self.pool.write(slots, payload[:, :split], payload[:, split:] if self.pool.summary_bytes else None)

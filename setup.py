@@ -1,0 +1,106 @@
+"""Builds the optional C++/CUDA extension `pikv_ds._C`; all metadata is in pyproject.toml.
+
+PIKV_BUILD_CPP   unset: build if a compiler exists, and install without the extension if the build
+                 fails; 1: a failed build is an error; 0: do not build.
+PIKV_BUILD_CUDA  0: leave the CUDA kernels out although torch and the toolkit would allow them.
+MAX_JOBS         number of compiler processes at a time.
+
+Without the extension the package runs on the `reference` backend (pure torch).
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:
+    sys.exit(
+        f"pikv-ds: setup.py needs torch to build against, but importing it failed ({error}). "
+        "Install torch first, then run `pip install --no-build-isolation .`"
+    )
+
+# Paths in this file are relative to it, as setuptools demands for sources.
+ROOT = Path(__file__).resolve().parent
+
+# The oldest torch and Python whose ABI the binary uses; it then runs on all later ones.
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+PYTHON_ABI_TAG = "cp311"
+
+
+def sources(pattern: str) -> list[str]:
+    """Files of csrc/ that match `pattern`, relative to the root, in a fixed order."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def make_extension():
+    """The extension with the CUDA kernels where they can be compiled, else with the CPU ones."""
+    # CUDA_HOME alone is not enough: CUDAExtension raises on a CPU build of torch.
+    with_cuda = (
+        CUDA_HOME is not None
+        and torch.version.cuda is not None
+        and os.environ.get("PIKV_BUILD_CUDA") != "0"
+        and bool(sources("cuda/*.cu"))
+    )
+    common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    # Hidden symbols keep our functions from clashing with another library in the same process.
+    cxx = [*common, "-Wall", "-fvisibility=hidden"]
+    # torch's build defines __CUDA_NO_*_CONVERSIONS__, so kernels must convert explicitly
+    # (__bfloat162float); we leave that as it is.
+    nvcc = list(common)
+    if with_cuda:
+        cxx.append("-DPIKV_WITH_CUDA")
+        nvcc.append("-DPIKV_WITH_CUDA")
+    extension_class = CUDAExtension if with_cuda else CppExtension
+    return extension_class(
+        name="pikv_ds._C",
+        sources=sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") * with_cuda),
+        depends=sources("**/*.h") + sources("**/*.cuh"),
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        py_limited_api=True,
+    )
+
+
+class OptionalBuildExtension(BuildExtension):
+    """Builds the extension if it can; otherwise warns once, naming the cause, and goes on."""
+
+    def run(self) -> None:
+        request = os.environ.get("PIKV_BUILD_CPP", "")
+        if request == "0":
+            self.go_without("PIKV_BUILD_CPP=0 asks for no build")
+            return
+        required = request == "1"
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(shlex.split(compiler)[0]) is None and not required:
+            self.go_without(f"no C++ compiler found (looked for {compiler!r}; set CXX to name one)")
+            return
+        try:
+            super().run()
+        except Exception as error:
+            if required:
+                raise
+            self.go_without(f"the build failed: {type(error).__name__}: {error}")
+
+    def go_without(self, cause: str) -> None:
+        """Leave the extension out, and remove an older build of it from a source tree."""
+        print(
+            f"warning: pikv-ds: installing without the C++ extension: {cause}. "
+            "The slower `reference` backend will be used.",
+            file=sys.stderr,
+        )
+        if self.inplace or self.editable_mode:  # else Python would go on loading the old one
+            for stale in (ROOT / "pikv_ds").glob("_C.*so"):
+                stale.unlink()
+        self.extensions = []
+
+
+setup(
+    ext_modules=[make_extension()],
+    cmdclass={"build_ext": OptionalBuildExtension},
+    options={"bdist_wheel": {"py_limited_api": PYTHON_ABI_TAG}},
+)
