@@ -94,6 +94,8 @@ class ShardedAttention:
         b, h, t, d = query.shape
         out = torch.zeros(b, t, h, d, dtype=torch.float32, device=query.device)
         lse = torch.full((b, t, h), -torch.inf, dtype=torch.float32, device=query.device)
+        if not any(batch.new):
+            return out, lse
         if t == 1 and batch.tokens is None:
             lengths = batch.append_one(layer, key, value)
             tail = batch.tail(layer, key)

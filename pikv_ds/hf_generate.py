@@ -149,9 +149,11 @@ def _serve_only(attachment: Attachment, cache: PiKVCache, ids: Tensor, passes: i
         return
     for _ in range(passes):
         _idle_pass(attachment, cache)
-    model = attachment.model
-    while model._has_unfinished_sequences(True, synced_gpus=True, device=ids.device):
-        _idle_pass(attachment, cache)
+    round_needs_pass = False  # the first round of the others' loop takes the logits of the prefill
+    while attachment.model._has_unfinished_sequences(True, synced_gpus=True, device=ids.device):
+        if round_needs_pass:
+            _idle_pass(attachment, cache)
+        round_needs_pass = True
 
 
 def _padding(ids: Tensor, mask: Tensor | None, settings: Any) -> Tensor:

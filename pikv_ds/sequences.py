@@ -180,6 +180,8 @@ class SequenceBatch:
             like: keys ``[B, K, T, D]`` of this pass (shape and type).
         """
         fresh = self.fresh.pop(layer, None)
+        if not any(self.new):
+            return []
         tail = self.tail(layer, like)
         if experts is not None and tail.experts is None:
             shape = (len(self), self.page_size, experts.shape[-1])
