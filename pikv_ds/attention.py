@@ -35,6 +35,7 @@ class ShardedAttention:
     table: PageTable
     layout: PageLayout
     lookup: Lookup
+    num_heads: int
     counters: Counter[str] = field(default_factory=Counter)
     """``pages_visited`` and ``pages_in_scope``: (KV head, page) pairs read, and those there were."""
     num_sealed: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -52,33 +53,88 @@ class ShardedAttention:
         Returns:
             ``[B, T, H, D]`` in the query's dtype; zeros at columns that are no tokens.
         """
-        mine = [row for row in range(len(batch)) if batch.new[row] and batch.sealed[row]]
-        rows = [batch.columns(query[row], row).transpose(0, 1) for row in mine]  # each [n, H, D]
-        stacked = torch.cat(rows) if rows else query.new_empty(0, query.shape[1], query.shape[3])
+        rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])
+        sealed = [row for row in range(len(batch)) if batch.new[row] and batch.sealed[row]]
+        asking = [row for row in sealed if batch.ids[row] not in fetched]
+        fetching = [row for row in sealed if batch.ids[row] in fetched]
+        stacked = self._queries(batch, query, asking)
         self.counters["queries"] += len(stacked)
         handle = self.exchange.dispatch(stacked, plan.query_counts)
+        pages = self._fetch(plan, batch, layer, fetching)
         local, local_lse = self._own_tokens(batch, layer, query, key, value, scale)
-        if sum(plan.query_counts) == 0:
-            return local.to(query.dtype)
-        rank = self.exchange.rank
-        own = self._shard(layer, [(rank, s, n) for s, n in plan.rows[rank]], stacked, scale)
-        asked = [(r, s, n) for r, rows_ in enumerate(plan.rows) if r != rank for s, n in rows_]
-        outs, lses = self.exchange.combine(handle, *self._shard(layer, asked, handle.wait(), scale))
-        if not mine:
-            return local.to(query.dtype)
-        index = [(row, col) for row in mine for col in self._token_columns(batch, row, query.shape[2])]
-        at = tuple(torch.tensor(i, device=query.device) for i in zip(*index, strict=True))
-        partials = [*outs[:rank], own[0], *outs[rank:], local[at]]
-        partial_lses = [*lses[:rank], own[1], *lses[rank:], local_lse[at]]
-        merged, merged_lse = torch.empty_like(partials[-1]), torch.empty_like(partial_lses[-1])
-        self.ops.merge_partials(
-            torch.stack(partials).flatten(1, 2),
-            torch.stack(partial_lses).flatten(1, 2),
-            merged.view(-1, merged.shape[-1]),
-            merged_lse.view(-1),
-        )
-        local[at] = merged
+        if sum(plan.query_counts):
+            own = self._shard(layer, [(rank, s, n) for s, n in plan.rows[rank]], stacked, scale)
+            asked = [(r, s, n) for r, rows in enumerate(plan.rows) if r != rank for s, n in rows]
+            outs, lses = self.exchange.combine(handle, *self._shard(layer, asked, handle.wait(), scale))
+            if asking:
+                by_rank = [*outs[:rank], own[0], *outs[rank:]], [*lses[:rank], own[1], *lses[rank:]]
+                self._merge(batch, asking, *by_rank, local, local_lse)
+        for row, row_pages in zip(fetching, pages, strict=True):
+            stacked = self._queries(batch, query, [row])
+            out, lse = self._empty(stacked)
+            self._attend_pages(stacked, row_pages, scale, out, lse)
+            self._merge(batch, [row], [out], [lse], local, local_lse)
         return local.to(query.dtype)
+
+    def _merge(
+        self, batch: SequenceBatch, rows: list[int], outs: list[Tensor], lses: list[Tensor], local: Tensor, lse: Tensor
+    ) -> None:
+        """Merges partials ``[n, H, D]``, ``[n, H]`` of some sequences with their local ones, in place."""
+        index = [(row, column) for row in rows for column in self._token_columns(batch, row, local.shape[1])]
+        at = tuple(torch.tensor(i, device=local.device) for i in zip(*index, strict=True))
+        partials, partial_lses = torch.stack([*outs, local[at]]), torch.stack([*lses, lse[at]])
+        merged, merged_lse = torch.empty_like(partials[0]), torch.empty_like(partial_lses[0])
+        self.ops.merge_partials(partials.flatten(1, 2), partial_lses.flatten(1, 2), merged.flatten(0, 1), merged_lse.flatten())
+        local[at] = merged
+
+    @staticmethod
+    def _queries(batch: SequenceBatch, query: Tensor, rows: list[int]) -> Tensor:
+        """The query tokens of some sequences, ``[n, H, D]``."""
+        if not rows:
+            return query.new_empty(0, query.shape[1], query.shape[3])
+        return torch.cat([batch.columns(query[row], row).transpose(0, 1) for row in rows])
+
+    @staticmethod
+    def _empty(query: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for a partial: float32 ``[n, H, D]`` and ``[n, H]``."""
+        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+
+    def _fetch(self, plan: StepPlan, batch: SequenceBatch, layer: int, rows: list[int]) -> list[Tensor]:
+        """Brings all pages of some sequences here, each uint8 ``[P, page_bytes]`` in rank order."""
+        if not any(plan.fetches):
+            return []
+        rank, size = self.exchange.rank, self.exchange.size
+        local = [
+            [self._local_pages(layer, (source, sequence)) for sequence in plan.fetches[source]] for source in range(size)
+        ]
+        leaving = [p for source in range(size) if source != rank for p in local[source]]
+        payload = torch.cat(leaving) if leaving else self._local_pages(layer, (-1, -1))
+        send = [0 if source == rank else sum(map(len, local[source])) for source in range(size)]
+        loads = [[0 if r == rank else batch.loads[layer][row][r] for row in rows] for r in range(size)]
+        received = self.exchange.send_pages(payload, send, [sum(x) for x in loads], kind="fetched_page").wait()
+        pieces = list(received.split([n for per_rank in loads for n in per_rank]))
+        by_rank = [pieces[r * len(rows) : (r + 1) * len(rows)] for r in range(size)]
+        by_rank[rank] = local[rank]
+        return [torch.cat([by_rank[r][i] for r in range(size)]) for i in range(len(rows))]
+
+    def _local_pages(self, layer: int, sequence: tuple[int, int]) -> Tensor:
+        """Encoded pages of a sequence that lie here, uint8 ``[P, page_bytes]``."""
+        slots = [slot for _, slot in self.table.pages(sequence, layer)]
+        if not slots:
+            return torch.empty(0, self.layout.page_bytes, dtype=torch.uint8, device=self.pool.device)
+        return self.ops.gather_pages(self.pool.slabs, torch.tensor(slots, device=self.pool.device))
+
+    def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
+        """Whether a pass moves fewer bytes when the pages travel instead of the queries.
+
+        Only where all pages are read: a sparse lookup reads a share of them, so its queries travel.
+        """
+        if isinstance(self.lookup, QuestLookup) or self.exchange.size == 1:
+            return False
+        elements = query_tokens * self.num_heads * self.layout.head_dim
+        queries = elements * (self.layout.dtype.itemsize + self.exchange.partial_dtype.itemsize)
+        return num_pages * self.layout.page_bytes / self.exchange.size < queries
 
     @staticmethod
     def _token_columns(batch: SequenceBatch, row: int, width: int) -> list[int]:
@@ -136,14 +192,13 @@ class ShardedAttention:
         Returns:
             float32 ``[R, H, D]`` and ``[R, H]``.
         """
-        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        out, lse = self._empty(query)
         if not asked:
             return out, lse
         sequences = tuple((source, sequence) for source, sequence, _ in asked)
-        rows = self.table.rows(layer, sequences)
         few = all(tokens <= FEW_QUERIES for _, _, tokens in asked)
         if few or isinstance(self.lookup, QuestLookup):
+            rows = self.table.rows(layer, sequences)
             repeats = torch.tensor([tokens for _, _, tokens in asked], device=query.device)
             single = int(repeats.max()) == 1
             slots, numbers, counts = (
@@ -155,18 +210,14 @@ class ShardedAttention:
             return out, lse
         start = 0
         for row, (_, _, tokens) in enumerate(asked):
-            end, count = start + tokens, int(rows.counts[row])
-            pages = self.ops.gather_pages(self.pool.slabs, rows.slots[row, :count]) if count else None
+            end = start + tokens
+            pages = self._local_pages(layer, sequences[row])
             self._attend_pages(query[start:end], pages, scale, out[start:end], lse[start:end])
             start = end
         return out, lse
 
-    def _attend_pages(self, query: Tensor, pages: Tensor | None, scale: float, out: Tensor, lse: Tensor) -> None:
+    def _attend_pages(self, query: Tensor, pages: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
         """Many queries of one sequence over encoded pages uint8 ``[P, page_bytes]``."""
-        if pages is None:
-            out.zero_()
-            lse.fill_(-torch.inf)
-            return
         keys, values = (x.transpose(0, 1).flatten(1, 2) for x in self.ops.unseal_pages(pages, self.layout))
         self._count(len(pages) * self.layout.num_kv_heads * len(query), len(pages) * len(query))
         self.ops.context_attention(query, keys, values, scale, None, out, lse)

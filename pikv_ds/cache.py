@@ -91,6 +91,7 @@ class ExpertShardedKVCache:
             self.table,
             self.layout,
             config.lookup,
+            shape.num_heads,
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None
@@ -280,10 +281,19 @@ class ExpertShardedKVCache:
                 self._forget((source, sequence))
         self._announced, self._released = entries, []
         frees, spare = self._refresh_free(frees, spare, num_released)
-        self.plan = StepPlan(tuple(self._plan_rows), tuple(all_seals), any(prompts), frees)
+        rows, fetches = [], []
+        for source, entries_of in enumerate(self._plan_rows):
+            fetch = {s for s, n in entries_of if self._fetches(source, s, n)}
+            rows.append(tuple(e for e in entries_of if e[0] not in fetch))
+            fetches.append(tuple(s for s, _ in entries_of if s in fetch))
+        self.plan = StepPlan(tuple(rows), tuple(fetches), tuple(all_seals), any(prompts), frees)
         self._check_room(all_seals, staged, spare if self.plan.prefill else frees)
         self.sender.send(self.plan, staged)
         self.sender.settle()
+
+    def _fetches(self, source: int, sequence: int, query_tokens: int) -> bool:
+        pages = self.sender.num_sealed.get((source, sequence), 0)
+        return query_tokens > 1 and self.attention.cheaper_to_fetch(pages, query_tokens)
 
     def _forget(self, sequence: tuple[int, int]) -> None:
         """Returns a finished sequence's pages to the pool."""

@@ -43,7 +43,9 @@ class StepPlan:
     """What every rank will do in one forward pass: exchanged once, before its first layer."""
 
     rows: tuple[tuple[tuple[int, int], ...], ...]
-    """Per rank: ``(sequence id, query tokens)`` of each sequence that has sealed pages."""
+    """Per rank: ``(sequence id, query tokens)`` of each sequence whose queries travel to its pages."""
+    fetches: tuple[tuple[int, ...], ...]
+    """Per rank: ids of the sequences whose pages travel to their queries, because these are more."""
     seals: tuple[int, ...]
     """Per rank: pages that fill up in this pass, per layer."""
     prefill: bool
@@ -77,7 +79,7 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class PagesInFlight:
-    """Page bytes under way to their owners."""
+    """Page bytes under way to another rank."""
 
     received: Tensor
     """uint8 ``[pages, row_bytes]``, in rank order of their sources; ready after `wait`."""
@@ -208,11 +210,13 @@ class Exchange:
         lses = received[..., split:].contiguous().view(torch.float32).squeeze(-1)
         return outs, lses
 
-    def send_pages(self, payload: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> PagesInFlight:
-        """Sends rows of page bytes to their owners.
+    def send_pages(
+        self, payload: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], kind: str = "page"
+    ) -> PagesInFlight:
+        """Sends rows of page bytes to other ranks.
 
         Args:
-            payload: uint8 ``[sum(send_counts), row_bytes]``, ordered by owner.
+            payload: uint8 ``[sum(send_counts), row_bytes]``, ordered by receiver.
             send_counts, receive_counts: rows to and from every rank, 0 for this one.
         """
         received = payload.new_empty(sum(receive_counts), payload.shape[1])
@@ -222,7 +226,7 @@ class Exchange:
                 work = dist.all_to_all_single(
                     received, payload, list(receive_counts), list(send_counts), group=self.group, async_op=True
                 )
-            self.sent_bytes["page"] += payload.nbytes
+            self.sent_bytes[kind] += payload.nbytes
         return PagesInFlight(received, work, payload)
 
 
