@@ -48,7 +48,9 @@ def initialize(model: nn.Module, config: Mapping[str, Any], **kwargs: Any) -> An
 
 
 def attach(
-    model: Any, config: PiKVConfig | Mapping[str, Any] | None = None, ep_group: dist.ProcessGroup | None = None
+    model: Any,
+    config: PiKVConfig | Mapping[str, Any] | None = None,
+    ep_group: dist.ProcessGroup | None = None,
 ) -> Attachment:
     """Puts an expert-sharded KV cache under a model that is already parallelised.
 
@@ -78,7 +80,9 @@ def attach(
         experts = deepspeed_moe.num_experts(module)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if group is None and world > 1:
-        raise ValueError("the model has no expert-parallel layers; name the ranks that share KV: attach(..., ep_group=…)")
+        raise ValueError(
+            "the model has no expert-parallel layers; name the ranks that share KV: attach(..., ep_group=…)"
+        )
     device = next(module.parameters()).device
     kv_group = make_group(group if world > 1 else None, settings.timeout_s)
     exchange = Exchange(kv_group, device, getattr(torch, settings.partial_dtype))

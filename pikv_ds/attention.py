@@ -42,7 +42,14 @@ class ShardedAttention:
     """Sealed pages of every sequence of the group over all ranks, for the pinned local pages."""
 
     def __call__(
-        self, plan: StepPlan, batch: SequenceBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self,
+        plan: StepPlan,
+        batch: SequenceBatch,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
     ) -> Tensor:
         """Attention output of one layer for this rank's batch.
 
@@ -77,14 +84,25 @@ class ShardedAttention:
         return local.to(query.dtype)
 
     def _merge(
-        self, batch: SequenceBatch, rows: list[int], outs: list[Tensor], lses: list[Tensor], local: Tensor, lse: Tensor
+        self,
+        batch: SequenceBatch,
+        rows: list[int],
+        outs: list[Tensor],
+        lses: list[Tensor],
+        local: Tensor,
+        lse: Tensor,
     ) -> None:
         """Merges partials ``[n, H, D]``, ``[n, H]`` of some sequences with their local ones, in place."""
         index = [(row, column) for row in rows for column in self._token_columns(batch, row, local.shape[1])]
         at = tuple(torch.tensor(i, device=local.device) for i in zip(*index, strict=True))
         partials, partial_lses = torch.stack([*outs, local[at]]), torch.stack([*lses, lse[at]])
         merged, merged_lse = torch.empty_like(partials[0]), torch.empty_like(partial_lses[0])
-        self.ops.merge_partials(partials.flatten(1, 2), partial_lses.flatten(1, 2), merged.flatten(0, 1), merged_lse.flatten())
+        self.ops.merge_partials(
+            partials.flatten(1, 2),
+            partial_lses.flatten(1, 2),
+            merged.flatten(0, 1),
+            merged_lse.flatten(),
+        )
         local[at] = merged
 
     @staticmethod
@@ -106,7 +124,8 @@ class ShardedAttention:
             return []
         rank, size = self.exchange.rank, self.exchange.size
         local = [
-            [self._local_pages(layer, (source, sequence)) for sequence in plan.fetches[source]] for source in range(size)
+            [self._local_pages(layer, (source, sequence)) for sequence in plan.fetches[source]]
+            for source in range(size)
         ]
         leaving = [p for source in range(size) if source != rank for p in local[source]]
         payload = torch.cat(leaving) if leaving else self._local_pages(layer, (-1, -1))
@@ -141,7 +160,13 @@ class ShardedAttention:
         return list(range(width)) if batch.tokens is None else batch.tokens[row].nonzero().squeeze(1).tolist()
 
     def _own_tokens(
-        self, batch: SequenceBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self,
+        batch: SequenceBatch,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Attention over the open tail and the tokens of this pass: ``[B, T, H, D]``, ``[B, T, H]``.
 
@@ -156,7 +181,13 @@ class ShardedAttention:
             lengths = batch.append_one(layer, key, value)
             tail = batch.tail(layer, key)
             self.ops.tail_attention(
-                query.squeeze(2), tail.keys, tail.values, lengths, scale, out.squeeze(1), lse.squeeze(1)
+                query.squeeze(2),
+                tail.keys,
+                tail.values,
+                lengths,
+                scale,
+                out.squeeze(1),
+                lse.squeeze(1),
             )
             return out, lse
         joined = batch.append_many(layer, key, value)

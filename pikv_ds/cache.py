@@ -7,6 +7,7 @@ ranks of their home experts. A forward pass is `begin_step`, then for every laye
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,13 @@ class ExpertShardedKVCache:
         )
         self.table = PageTable(shape.num_layers, self.device)
         self.sender = PageSender(
-            self.ops, self.exchange, self.pool, self.table, self.layout, config.placement, self.topology
+            self.ops,
+            self.exchange,
+            self.pool,
+            self.table,
+            self.layout,
+            config.placement,
+            self.topology,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -102,6 +109,7 @@ class ExpertShardedKVCache:
         self.peak_own_tokens = 0
         self.peak_pages = 0
         self.held_bytes = 0
+        self.peak_summary_bytes = 0
         self._batches: list[SequenceBatch] = []
         self._next_id = 0
         self._released: list[int] = []
@@ -130,7 +138,11 @@ class ExpertShardedKVCache:
     # -- a forward pass ----------------------------------------------------------------------
 
     def begin_step(
-        self, batch: SequenceBatch | None, new: list[int], tokens: Tensor | None = None, error: str | None = None
+        self,
+        batch: SequenceBatch | None,
+        new: list[int],
+        tokens: Tensor | None = None,
+        error: str | None = None,
     ) -> None:
         """Starts a forward pass. Every rank calls it, with no batch where it has nothing to do.
 
@@ -147,7 +159,8 @@ class ExpertShardedKVCache:
             error = error or "the previous forward pass of this batch was broken off; release it and start anew"
         entries: list[tuple[int, int]] = []
         seals = 0
-        if batch is not None and error is None:
+        begun = batch is not None and error is None
+        if batch is not None and begun:
             batch.begin(new, tokens)
             for row in range(len(batch)):
                 seals += batch.filling(row)
@@ -156,13 +169,21 @@ class ExpertShardedKVCache:
         try:
             self._exchange_plan(entries, seals, max(new, default=0), error)
         except BaseException:
-            if batch is not None:
+            if batch is not None and begun:
                 batch.break_off()
             raise
         self.num_steps += 1
         self.step_tokens += sum(new)
 
-    def attend(self, batch: SequenceBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        batch: SequenceBatch,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+    ) -> Tensor:
         """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
         assert self.plan is not None
         self._bad_layers[layer] |= ~(torch.isfinite(key).all() & torch.isfinite(value).all())
@@ -223,10 +244,7 @@ class ExpertShardedKVCache:
     def stored_tokens(self) -> int:
         """Tokens times layers that lie on this rank: pages of everybody, own tails, staged pages."""
         tails = sum(
-            b.open_tokens(row) * self.shape.num_layers
-            for b in self._batches
-            for row in range(len(b))
-            if b.alive[row]
+            b.open_tokens(row) * self.shape.num_layers for b in self._batches for row in range(len(b)) if b.alive[row]
         )
         return (self.pool.num_used + len(self.sender.staged)) * self.config.page_size + tails
 
@@ -236,7 +254,8 @@ class ExpertShardedKVCache:
         return sum(b.lengths[row] for b in self._batches for row in range(len(b)) if b.alive[row])
 
     def _measure(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.kv_bytes + self.pool.summary_storage_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
+        self.peak_summary_bytes = max(self.peak_summary_bytes, self.pool.summary_storage_bytes)
         if not any(b.in_step for b in self._batches):
             self.peak_tokens = max(self.peak_tokens, self.stored_tokens)
             self.peak_pages = max(self.peak_pages, self.pool.num_used)
@@ -268,9 +287,18 @@ class ExpertShardedKVCache:
             UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
         ]
         headers = self.exchange.all_gather(header)
-        steps, status, num_entries, has_changed, num_released, all_seals, prompts, staged, frees, spare = map(
-            list, zip(*headers, strict=True)
-        )
+        (
+            steps,
+            status,
+            num_entries,
+            has_changed,
+            num_released,
+            all_seals,
+            prompts,
+            staged,
+            frees,
+            spare,
+        ) = map(list, zip(*headers, strict=True))
         self._raise_if_any_failed(steps, status, error)
         counts = [e + r for e, r in zip(num_entries, num_released, strict=True)]
         table = [*entries, *((i, 0) for i in self._released)] if changed else [(i, 0) for i in self._released]
@@ -281,12 +309,15 @@ class ExpertShardedKVCache:
                 self._forget((source, sequence))
         self._announced, self._released = entries, []
         frees, spare = self._refresh_free(frees, spare, num_released)
-        rows, fetches = [], []
-        for source, entries_of in enumerate(self._plan_rows):
-            fetch = {s for s, n in entries_of if self._fetches(source, s, n)}
-            rows.append(tuple(e for e in entries_of if e[0] not in fetch))
-            fetches.append(tuple(s for s, _ in entries_of if s in fetch))
-        self.plan = StepPlan(tuple(rows), tuple(fetches), tuple(all_seals), any(prompts), frees)
+        fetches = tuple(
+            tuple(i for i, tokens in rows if self._fetches(source, i, tokens))
+            for source, rows in enumerate(self._plan_rows)
+        )
+        queries = tuple(
+            tuple(row for row in rows if row[0] not in fetched)
+            for rows, fetched in zip(self._plan_rows, fetches, strict=True)
+        )
+        self.plan = StepPlan(queries, fetches, tuple(all_seals), any(prompts), frees)
         self._check_room(all_seals, staged, spare if self.plan.prefill else frees)
         self.sender.send(self.plan, staged)
         self.sender.settle()
@@ -300,7 +331,9 @@ class ExpertShardedKVCache:
         self.pool.free(self.table.remove(sequence))
         self.sender.num_sealed.pop(sequence, None)
 
-    def _refresh_free(self, frees: list[int], spare: list[int], num_released: list[int]) -> tuple[list[int], list[int]]:
+    def _refresh_free(
+        self, frees: list[int], spare: list[int], num_released: list[int]
+    ) -> tuple[list[int], list[int]]:
         """Free pages of every rank after finished sequences have been forgotten."""
         if not any(num_released) or self.config.capacity_tokens is None:
             return frees, spare
@@ -313,7 +346,10 @@ class ExpertShardedKVCache:
         if need <= sum(room):
             return
         size, ranks = self.config.page_size, self.exchange.size
-        missing = -(-(need - sum(room)) // (self.shape.num_layers * ranks)) * size
+        pages = -(-(need - sum(room)) // (self.shape.num_layers * ranks))
+        if self.plan is not None and self.plan.prefill:  # of what is added, prompts leave the watermark free
+            pages = math.ceil(pages / (1 - self.config.watermark)) + 1
+        missing = pages * size
         raise PoolFullError(
             f"the KV pool is full: this step seals {need} pages, the {ranks} rank(s) have {sum(room)} free. "
             f"{missing} tokens per rank more are needed ({missing * self.layout.page_bytes // size} bytes per layer): "

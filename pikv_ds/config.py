@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from pikv_ds.policies.codecs import CODECS, Codec
-from pikv_ds.policies.routing import LOOKUPS, PLACEMENTS, ExactLookup, ExpertPlacement, Lookup, Placement
+from pikv_ds.policies.routing import (
+    LOOKUPS,
+    PLACEMENTS,
+    ExactLookup,
+    ExpertPlacement,
+    Lookup,
+    Placement,
+)
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 BACKENDS = ("auto", "reference", "cpp")
@@ -73,13 +80,18 @@ class PiKVConfig:
     """Check every invariant after every step and poison unused memory. Slow."""
 
     def __post_init__(self) -> None:
-        if self.page_size not in PAGE_SIZES:
+        if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:
             _fail("page_size", self.page_size, f"choose one of {', '.join(map(str, PAGE_SIZES))}")
         if self.capacity_tokens is not None:
             _whole("capacity_tokens", self.capacity_tokens, at_least=self.page_size, because="one page")
         _whole("slab_pages", self.slab_pages, at_least=1)
         if self.prefill_chunk_tokens is not None:
-            _whole("prefill_chunk_tokens", self.prefill_chunk_tokens, at_least=self.page_size, because="one page")
+            _whole(
+                "prefill_chunk_tokens",
+                self.prefill_chunk_tokens,
+                at_least=self.page_size,
+                because="one page",
+            )
         _real("watermark", self.watermark, 0.0, 0.5)
         _real("timeout_s", self.timeout_s, 1.0, 86400.0)
         if self.partial_dtype not in PARTIAL_DTYPES:
@@ -90,7 +102,11 @@ class PiKVConfig:
             _fail("debug", self.debug, "use true or false")
         for key, kind in (("codec", Codec), ("placement", Placement), ("lookup", Lookup)):
             if not isinstance(getattr(self, key), kind):
-                _fail(key, getattr(self, key), "pass a policy, or build the configuration with from_dict")
+                _fail(
+                    key,
+                    getattr(self, key),
+                    "pass a policy, or build the configuration with from_dict",
+                )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PiKVConfig:
@@ -120,7 +136,8 @@ class PiKVConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict(config.to_dict()) == config`."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for key in ("codec", "placement", "lookup"):
+        out["codec"] = self.codec.name
+        for key in ("placement", "lookup"):
             policy = out[key]
             own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.init}
             out[key] = {"name": policy.name, **own} if own else policy.name
@@ -139,6 +156,8 @@ def load_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; pass the path of a JSON configuration") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno}: {error.msg}; the file must be JSON") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}; pass the path of a JSON configuration") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
@@ -152,12 +171,16 @@ def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
         name = value.get("name")
     elif not isinstance(value, str):
         return value
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         _fail(f"{key}.name" if isinstance(value, Mapping) else key, name, _choices(name, table))
     kind = table[name]
     if not isinstance(kind, type):  # a codec: a value, not a class with options
         if options:
-            _fail(f"{key}.{next(iter(options))}", options[next(iter(options))], f'"{name}" takes no options')
+            _fail(
+                f"{key}.{next(iter(options))}",
+                options[next(iter(options))],
+                f'"{name}" takes no options',
+            )
         return kind
     allowed = [f.name for f in dataclasses.fields(kind) if f.init]
     for option, setting in options.items():
@@ -183,7 +206,11 @@ def _fail(key: str, value: Any, remedy: str) -> None:
 
 def _whole(key: str, value: Any, at_least: int, because: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        _fail(key, value, f"use a whole number of at least {at_least}" + (f" ({because})" if because else ""))
+        _fail(
+            key,
+            value,
+            f"use a whole number of at least {at_least}" + (f" ({because})" if because else ""),
+        )
 
 
 def _real(key: str, value: Any, low: float, high: float) -> None:

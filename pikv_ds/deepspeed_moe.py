@@ -7,6 +7,7 @@ group timeouts) is touched in one function each.
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 
 from pikv_ds.config import ConfigError
 
-AUTOEP_MODELS = {"mixtral": "mixtral", "qwen3_moe": "qwen3_moe", "deepseek_v2": "deepseek_v2", "deepseek_v3": "deepseek_v3"}
+AUTOEP_MODELS = {
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+}
 """``model_type`` of a Hugging Face configuration to AutoEP's preset."""
 
 
@@ -61,7 +67,7 @@ def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> 
     if isinstance(size, bool) or not isinstance(size, int) or size < 1 or world % size:
         raise ConfigError(
             f"expert_parallel.autoep_size = {size!r}: must divide the {world} rank(s); "
-            f"choose one of {', '.join(str(d) for d in range(1, world + 1) if world % d == 0)}, or \"auto\""
+            f'choose one of {", ".join(str(d) for d in range(1, world + 1) if world % d == 0)}, or "auto"'
         )
     experts = num_experts_of_config(model)
     if experts is not None and experts % size:
@@ -92,12 +98,17 @@ def num_experts_of_config(model: nn.Module) -> int | None:
 def routers(model: nn.Module) -> dict[nn.Module, Callable[[Any], Tensor]]:
     """Gates of native MoE layers and routers of AutoEP layers, with how to read them."""
     found: dict[nn.Module, Callable[[Any], Tensor]] = {}
-    for module in model.modules():
-        if type(module).__name__ == "MOELayer":
-            found[module.gate] = lambda output, k=module.gate.k: _read_gate(output, k)  # type: ignore[misc,union-attr]
-        elif type(module).__name__ == "AutoEPMoELayer":
-            found[module.router] = lambda output: output[1]  # type: ignore[index]  # (scores, experts [T, k], counts)
+    for layer in _moe_layers(model):
+        if type(layer).__name__ == "MOELayer":
+            found[layer.gate] = functools.partial(_read_gate, k=layer.gate.k)
+        else:
+            found[layer.router] = lambda output: output[1]  # (scores, experts [T, k], counts [E])
     return found
+
+
+def _moe_layers(model: nn.Module) -> list[Any]:
+    """Native MoE layers and AutoEP's, by name: their modules move between DeepSpeed's versions."""
+    return [m for m in model.modules() if type(m).__name__ in ("MOELayer", "AutoEPMoELayer")]
 
 
 def _read_gate(output: Any, k: int) -> Tensor:
@@ -117,10 +128,7 @@ def _read_gate(output: Any, k: int) -> Tensor:
 
 def expert_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The expert-parallel group of a model's MoE layers, None without any."""
-    for module in model.modules():
-        if type(module).__name__ in ("MOELayer", "AutoEPMoELayer") and getattr(module, "ep_group", None) is not None:
-            return module.ep_group  # type: ignore[return-value]
-    return None
+    return next((m.ep_group for m in _moe_layers(model) if getattr(m, "ep_group", None) is not None), None)
 
 
 def num_experts(model: nn.Module) -> int | None:
@@ -129,12 +137,10 @@ def num_experts(model: nn.Module) -> int | None:
     Raises:
         ValueError: layers with different numbers of experts.
     """
-    counts = set()
-    for module in model.modules():
-        if type(module).__name__ == "AutoEPMoELayer":
-            counts.add(int(module.num_experts))  # type: ignore[arg-type]
-        elif type(module).__name__ == "MOELayer":
-            counts.add(int(module.num_local_experts) * int(module.ep_size))  # type: ignore[arg-type,union-attr]
+    counts = {
+        m.num_local_experts * m.ep_size if type(m).__name__ == "MOELayer" else m.num_experts
+        for m in _moe_layers(model)
+    }
     if len(counts) > 1:
         raise ValueError(f"MoE layers with different numbers of experts ({sorted(counts)}) are not supported")
     return counts.pop() if counts else None

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from pikv_ds.errors import PeerError
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""One name until torch 2.12, the other since."""
+
 
 @contextlib.contextmanager
 def _talking(what: str) -> Iterator[None]:
@@ -126,7 +129,7 @@ class Exchange:
         mine = torch.tensor(row, dtype=torch.int64, device=self.device)
         everyone = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
         with _talking("exchanged the step plan"):
-            dist.all_gather_into_tensor(everyone, mine, group=self.group)
+            _all_gather(everyone, mine, group=self.group)
         self.sent_bytes[kind] += mine.nbytes * (self.size - 1)
         return everyone.view(self.size, -1).tolist()
 
@@ -211,7 +214,11 @@ class Exchange:
         return outs, lses
 
     def send_pages(
-        self, payload: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], kind: str = "page"
+        self,
+        payload: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        kind: str = "page",
     ) -> PagesInFlight:
         """Sends rows of page bytes to other ranks.
 
@@ -224,7 +231,12 @@ class Exchange:
         if self.size > 1:
             with _talking("sent pages"):
                 work = dist.all_to_all_single(
-                    received, payload, list(receive_counts), list(send_counts), group=self.group, async_op=True
+                    received,
+                    payload,
+                    list(receive_counts),
+                    list(send_counts),
+                    group=self.group,
+                    async_op=True,
                 )
             self.sent_bytes[kind] += payload.nbytes
         return PagesInFlight(received, work, payload)

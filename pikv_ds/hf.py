@@ -65,7 +65,11 @@ class PiKVCache(Cache):
         self.layer_of: Mapping[int, _Layer] = {}
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Announces new keys and values; the attention function takes them from here."""
         if layer_idx not in self.layer_of:
@@ -163,7 +167,9 @@ class Attachment:
         self.model = model
         pairs = pair_routers(model, routers)
         if not pairs:
-            raise UnsupportedModelError(f"{type(model).__name__}: no attention layer found that PiKV knows how to hook")
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: no attention layer found that PiKV knows how to hook"
+            )
         self.store = make_store(model_shape(model, [a for a, _ in pairs], num_experts))
         self.layers: dict[int, _Layer] = {}
         self._hooks: list[Any] = []
@@ -182,7 +188,7 @@ class Attachment:
         model.set_attn_implementation(ATTENTION)
         self._generate = model.generate
         self._get_criteria = model._get_stopping_criteria
-        model.generate = functools.wraps(model.generate)(functools.partial(_generate, self))  # type: ignore[method-assign]
+        model.generate = functools.wraps(model.generate)(functools.partial(_generate, self))
         self.current: weakref.ref[PiKVCache] | None = None
 
     def new_cache(self, release_finished: bool = False) -> PiKVCache:
@@ -240,7 +246,9 @@ def _read_integers(output: Any) -> Tensor:
     return tables[0]
 
 
-def pair_routers(model: nn.Module, routers: Mapping[nn.Module, ReadExperts]) -> list[tuple[nn.Module, nn.Module | None]]:
+def pair_routers(
+    model: nn.Module, routers: Mapping[nn.Module, ReadExperts]
+) -> list[tuple[nn.Module, nn.Module | None]]:
     """Each attention module with the router that follows it, None at dense layers, in order."""
     pairs: list[tuple[nn.Module, nn.Module | None]] = []
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from pikv_ds.hf import Attachment, PiKVCache
 
 
-def generate(attachment: Attachment, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+def generate(
+    attachment: Attachment,
+    inputs: Tensor | None = None,
+    generation_config: Any = None,
+    **kwargs: Any,
+) -> Any:
     """See `pikv_ds.hf._generate`."""
     model, store = attachment.model, attachment.store
     settings = generation_config or model.generation_config
@@ -54,11 +60,9 @@ def generate(attachment: Attachment, inputs: Tensor | None = None, generation_co
             _idle_pass(attachment, attachment.new_cache())
         if num_chunks > 1:
             assert chunk is not None
-            kwargs["attention_mask"] = mask = _padding(ids, kwargs.get("attention_mask"), settings)
+            kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
             _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
-        model._get_stopping_criteria = lambda *a, **k: release_on_finish(  # type: ignore[method-assign]
-            cache, attachment._get_criteria(*a, **k)
-        )
+        model._get_stopping_criteria = lambda *a, **k: release_on_finish(cache, attachment._get_criteria(*a, **k))
         out = attachment._generate(ids, generation_config=generation_config, **kwargs)
         if cache.release_finished:
             cache.release()
@@ -110,7 +114,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((None,), "prompt lookup crops the cache; leave it out"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search reorders the cache; leave it out"),
     "output_attentions": ((None, False), "there are no attention weights to return; detach first"),
-    "prefill_chunk_size": ((None,), "set pikv.prefill_chunk_tokens instead, so that all ranks agree"),
+    "prefill_chunk_size": (
+        (None,),
+        "set pikv.prefill_chunk_tokens instead, so that all ranks agree",
+    ),
 }
 
 
@@ -156,9 +163,10 @@ def _serve_only(attachment: Attachment, cache: PiKVCache, ids: Tensor, passes: i
         round_needs_pass = True
 
 
-def _padding(ids: Tensor, mask: Tensor | None, settings: Any) -> Tensor:
+def _padding(ids: Tensor, settings: Any, kwargs: dict[str, Any]) -> Tensor:
     """The padding mask, found as `generate` finds it: padding tokens, unless they also end texts."""
-    pad, eos = settings.pad_token_id, settings.eos_token_id
+    mask = kwargs.get("attention_mask")
+    pad, eos = (kwargs.get(key, getattr(settings, key)) for key in ("pad_token_id", "eos_token_id"))
     ends = eos if isinstance(eos, list) else [eos]
     if mask is None and pad is not None and pad not in ends:
         return ids.ne(pad).long()
@@ -171,7 +179,7 @@ def _prefill_chunks(
     """All chunks of the prompt but the last, which `generate` itself takes."""
     start = cache.get_seq_length()
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    for i in range(num_chunks - 1):
+    for _ in range(num_chunks - 1):
         end = start + chunk
         with torch.no_grad():
             attachment.model(
@@ -189,7 +197,5 @@ def _tell_the_others(attachment: Attachment, cache: PiKVCache, error: Exception)
     """Between two passes the others wait in the next step plan: tell them there why this rank ends."""
     if cache.batch is not None and cache.batch.in_step:
         return  # in the middle of a pass; they learn it when this process ends
-    try:
+    with contextlib.suppress(PiKVError):
         attachment.store.begin_step(None, [], error=f"{type(error).__name__}: {error}")
-    except PiKVError:
-        pass

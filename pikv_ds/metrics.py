@@ -20,7 +20,11 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     ``tokens`` are per layer (tokens times layers, over layers); ``peak_*`` are the most since the
     cache was made or `reset_peaks` was called.
     """
-    layers, attention, sender = cache.shape.num_layers, cache.attention.counters, cache.sender.counters
+    layers, attention, sender = (
+        cache.shape.num_layers,
+        cache.attention.counters,
+        cache.sender.counters,
+    )
     return {
         "rank": cache.exchange.rank,
         "tokens": cache.stored_tokens / layers,
@@ -34,6 +38,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "peak_pages": cache.peak_pages,
         "peak_kv_bytes": cache.peak_bytes,
         "held_kv_bytes": cache.held_bytes,
+        "peak_summary_bytes": cache.peak_summary_bytes,
         "unsharded_kv_bytes": cache.peak_own_tokens * cache.shape.token_bytes,
         "steps": cache.num_steps,
         "seals": sender["seals"],
@@ -89,7 +94,8 @@ def wire_bytes_per_token_layer(cache: ExpertShardedKVCache) -> int:
 
 def reset_peaks(cache: ExpertShardedKVCache) -> None:
     """Starts the peak figures anew at what is held now."""
-    cache.peak_bytes = cache.peak_tokens = cache.peak_own_tokens = cache.peak_pages = cache.held_bytes = 0
+    cache.peak_bytes = cache.peak_tokens = cache.peak_own_tokens = cache.peak_pages = 0
+    cache.held_bytes = cache.peak_summary_bytes = 0
 
 
 def table(figures: dict[str, Any], title: str = "KV cache") -> Table:
@@ -97,7 +103,16 @@ def table(figures: dict[str, Any], title: str = "KV cache") -> Table:
     from rich.table import Table
 
     out = Table(title=title, title_justify="left", caption_justify="left")
-    for name in ("rank", "own tokens", "KV unsharded", "tokens held", "pages", "KV held", "KV peak", "of unsharded max"):
+    for name in (
+        "rank",
+        "own tokens",
+        "KV unsharded",
+        "tokens held",
+        "pages",
+        "KV held",
+        "KV peak",
+        "of unsharded max",
+    ):
         out.add_column(name, justify="right")
     rows = figures["per_rank"]
     largest = max((r["unsharded_kv_bytes"] for r in rows), default=0)

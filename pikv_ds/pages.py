@@ -195,7 +195,10 @@ class PagePool:
 
     def _poison(self, slab: int, index: int | slice) -> None:
         if self.poison:
-            for storage in (self.slabs[slab], self.summary_slabs[slab] if self.summary_bytes else None):
+            for storage in (
+                self.slabs[slab],
+                self.summary_slabs[slab] if self.summary_bytes else None,
+            ):
                 if storage is not None:
                     storage[index] = POISON_BYTE
 

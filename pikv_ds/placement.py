@@ -69,17 +69,11 @@ def fair_shares(free: Sequence[int], demand: Sequence[int]) -> list[list[int]]:
     take everybody's pages is open to all.
     """
     total = sum(demand)
-    shares = [[0] * len(free) for _ in demand]
-    for owner, pages in enumerate(free):
-        if pages >= total:
-            for source in range(len(demand)):
-                shares[source][owner] = demand[source]
-            continue
-        exact = [pages * d / total for d in demand]
-        floor = [int(x) for x in exact]
-        by_remainder = sorted(range(len(demand)), key=lambda s: (floor[s] - exact[s], s))
-        for source in by_remainder[: pages - sum(floor)]:
-            floor[source] += 1
-        for source in range(len(demand)):
-            shares[source][owner] = floor[source]
+    shares = [
+        [demand[s] if pages >= total else pages * demand[s] // total for pages in free] for s in range(len(demand))
+    ]
+    for owner, pages in enumerate(free):  # what rounding down has left goes to those who lack most
+        for _ in range(pages - sum(share[owner] for share in shares) if pages < total else 0):
+            source = max(range(len(demand)), key=lambda s: (demand[s] - sum(shares[s]), -s))
+            shares[source][owner] += 1
     return shares

@@ -154,9 +154,7 @@ def _calibration(calibration_text: Path | None) -> str:
 # -------------------------------------------------------------------------------------- routers
 
 
-def spherical_kmeans(
-    x: torch.Tensor, num_clusters: int, iterations: int = 12, seed: int = 0
-) -> torch.Tensor:
+def spherical_kmeans(x: torch.Tensor, num_clusters: int, iterations: int = 12, seed: int = 0) -> torch.Tensor:
     """Cluster directions: maximise the cosine of each row to its centroid (Dhillon & Modha 2001).
 
     Args:
@@ -188,9 +186,7 @@ def spherical_kmeans(
     return centroids
 
 
-def router_weight(
-    x: torch.Tensor, num_experts: int, iterations: int, top1_share: float, seed: int
-) -> torch.Tensor:
+def router_weight(x: torch.Tensor, num_experts: int, iterations: int, top1_share: float, seed: int) -> torch.Tensor:
     """A router whose experts are regions of the hidden space.
 
     What all centroids share moves all router logits alike, so it is subtracted: neither the order
@@ -295,9 +291,7 @@ def _tokenizer(reader: Any) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     backend.decoder = decoders.ByteLevel()
     types = field("ggml.token_type")
-    backend.add_special_tokens(
-        [t for t, kind in zip(tokens, types, strict=True) if kind == control]
-    )
+    backend.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == control])
     special = {
         f"{name}_token": tokens[field(f"ggml.{key}_token_id")]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -358,9 +352,7 @@ def load_dense(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
                 halves = weight.view(num_heads[kind], -1, 2, weight.shape[-1])
                 weight = halves.transpose(1, 2).reshape(weight.shape)
             state[f"model.layers.{layer}.{_GGUF_TO_LLAMA[kind]}.weight"] = weight
-    model = LlamaForCausalLM(
-        config
-    )  # its RoPE frequencies stay fp32, as from_pretrained keeps them
+    model = LlamaForCausalLM(config)  # its RoPE frequencies stay fp32, as from_pretrained keeps them
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
@@ -411,9 +403,7 @@ def _upcycle(dense: Any, routers: torch.Tensor, step: Callable[[float], None]) -
         raise RuntimeError(f"upcycling does not fit this transformers version: {sorted(missing)}")
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=False
-    )
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2, do_sample=False)
     return model.eval()
 
 
@@ -453,11 +443,7 @@ def _write(recipe: _Recipe, text: str, target: Path, progress: bool) -> None:
         routers = []
         for layer, x in enumerate(inputs):
             seed = recipe.seed + layer
-            routers.append(
-                router_weight(
-                    x, recipe.num_experts, recipe.kmeans_iterations, recipe.top1_share, seed
-                )
-            )
+            routers.append(router_weight(x, recipe.num_experts, recipe.kmeans_iterations, recipe.top1_share, seed))
             step(1 / len(inputs))
         del inputs
         stage(3)
@@ -490,9 +476,7 @@ def build(
         A Hugging Face checkpoint folder, `<cache>/smollm2-135m-moe-e<E>-<hash of the recipe>`.
     """
     if num_experts < TOP_K:
-        raise ValueError(
-            f"num_experts is {num_experts}: give at least {TOP_K}, one token's experts"
-        )
+        raise ValueError(f"num_experts is {num_experts}: give at least {TOP_K}, one token's experts")
     text = _calibration(calibration_text)
     recipe = _Recipe(
         num_experts=num_experts,

@@ -53,7 +53,13 @@ class PageSender:
         placement: Placement,
         topology: Topology,
     ) -> None:
-        self.ops, self.exchange, self.pool, self.table, self.layout = ops, exchange, pool, table, layout
+        self.ops, self.exchange, self.pool, self.table, self.layout = (
+            ops,
+            exchange,
+            pool,
+            table,
+            layout,
+        )
         self.placement, self.topology = placement, topology
         self.staged: list[StagedPage] = []
         self.num_sealed: dict[tuple[int, int], int] = {}
@@ -70,7 +76,10 @@ class PageSender:
         """Encodes full pages of one sequence; they wait for `send`."""
         n = pages.keys.shape[0]
         payload = torch.empty(
-            n, self.pool.page_bytes + self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device
+            n,
+            self.pool.page_bytes + self.pool.summary_bytes,
+            dtype=torch.uint8,
+            device=pages.keys.device,
         )
         encoded = torch.empty(n, self.pool.page_bytes, dtype=torch.uint8, device=pages.keys.device)
         self.ops.seal_pages(pages.keys, pages.values, self.layout, encoded)
@@ -83,7 +92,12 @@ class PageSender:
         for i in range(n):
             self.staged.append(
                 StagedPage(
-                    batch, pages.row, layer, pages.first_page + i, None if votes is None else votes[i], payload[i]
+                    batch,
+                    pages.row,
+                    layer,
+                    pages.first_page + i,
+                    None if votes is None else votes[i],
+                    payload[i],
                 )
             )
 
@@ -122,6 +136,10 @@ class PageSender:
         headers = self.exchange.all_gather_ragged(rows, HEADER, counts, kind="page_header")
         homeless = sum(row[3] == NO_OWNER for table in headers for row in table)
         if homeless:
+            self.staged = staged
+            for page, owner in zip(staged, owners, strict=True):
+                if owner != NO_OWNER:
+                    page.batch.loads[page.layer][page.row][owner] -= 1
             raise PoolFullError(
                 f"the KV pool is full: {homeless} of {sum(counts)} new pages found no rank with room; "
                 f"{homeless * self.layout.page_size} tokens ({homeless * self.pool.page_bytes} bytes) more are "
@@ -155,6 +173,7 @@ class PageSender:
             else torch.empty(0, row_bytes, dtype=torch.uint8, device=self.pool.device)
         )
         self.counters["seals"] += len(staged)
+        self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(staged, owners, strict=True))
         self._in_flight = (self.exchange.send_pages(payload, send_counts, receive_counts), slots)
 
     def settle(self) -> None:
@@ -174,19 +193,23 @@ class PageSender:
         for page in staged:
             batch, row = page.batch, page.row
             limits = page_limits(
-                batch.lengths[row] + batch.new[row], self.layout.page_size, self.topology, self.exchange.rank
+                batch.lengths[row] + batch.new[row],
+                self.layout.page_size,
+                self.topology,
+                self.exchange.rank,
             )
             loads = batch.loads[page.layer][row]
-            preference = self.placement.owners(page.page_idx, page.votes, self.topology)
-            owner = choose_owner(preference, loads, limits, free)
+            owner = choose_owner(self._preference(page), loads, limits, free)
             if owner is None:
                 owners.append(NO_OWNER)
                 continue
-            self.counters["overflowed"] += owner != preference[0]
             loads[owner] += 1
             free[owner] -= 1
             owners.append(owner)
         return owners
+
+    def _preference(self, page: StagedPage) -> list[int]:
+        return self.placement.owners(page.page_idx, page.votes, self.topology)
 
     def _store(self, slots: list[int], payload: Tensor) -> None:
         split = self.pool.page_bytes

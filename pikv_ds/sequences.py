@@ -138,7 +138,10 @@ class SequenceBatch:
         tail = self.tail(layer, keys)
         rows = [r for r in range(len(self)) if self.new[r]]
         places = [self.open_tokens(r) for r in rows]
-        index, place = torch.tensor(rows, device=keys.device), torch.tensor(places, device=keys.device)
+        index, place = (
+            torch.tensor(rows, device=keys.device),
+            torch.tensor(places, device=keys.device),
+        )
         tail.keys[index, :, place] = keys[index, :, 0]
         tail.values[index, :, place] = values[index, :, 0]
         lengths = [self.open_tokens(r) + self.new[r] if self.new[r] else 0 for r in range(len(self))]

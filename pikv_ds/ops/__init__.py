@@ -159,7 +159,14 @@ class Ops:
         self._get("context_attention")(query, keys, values, scale, first_query, out, lse)
 
     def tail_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         """Partial attention of one query per sequence over its open tail.
 
@@ -200,7 +207,13 @@ class Ops:
         self._get("page_scores")(query, summary_slabs, table, counts, layout, out)
 
     def select_pages(
-        self, table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor
+        self,
+        table: Tensor,
+        counts: Tensor,
+        scores: Tensor,
+        pinned: Tensor,
+        budget: Tensor,
+        out: Tensor,
     ) -> None:
         """Keeps the best pages of each row and KV head; ties go to the page that came first.
 

@@ -75,7 +75,7 @@ def decode_attention(
     lse: Tensor,
 ) -> None:
     rows, num_heads, d = query.shape
-    k, s, group = layout.num_kv_heads, layout.page_size, num_heads // layout.num_kv_heads
+    k, group = layout.num_kv_heads, num_heads // layout.num_kv_heads
     per_head = table.dim() == 3
     for row in range(rows):  # rows are ragged; a reference may take them one by one
         slots = table[row, ..., : int(counts[row])]
@@ -99,7 +99,13 @@ def decode_attention(
 
 
 def context_attention(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, first_query: int | None, out: Tensor, lse: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    first_query: int | None,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     t, num_heads, d = query.shape
     k, n, _ = keys.shape
@@ -122,7 +128,13 @@ def context_attention(
 
 
 def tail_attention(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     b, num_heads, d = query.shape
     k, s = keys.shape[1], keys.shape[2]

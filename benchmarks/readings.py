@@ -1,0 +1,382 @@
+"""The README's numbers, each printed by one of these commands.
+
+    deepspeed --num_accelerators 2 benchmarks/readings.py parity            # tokens and attention outputs
+    deepspeed --num_accelerators 2 benchmarks/readings.py bound             # tokens per rank, 90 % on one expert
+    deepspeed --num_accelerators 2 benchmarks/readings.py wire              # bytes per token and layer
+    deepspeed --num_accelerators 2 benchmarks/readings.py memory            # peak while a prompt is sealed
+    deepspeed --num_accelerators 2 benchmarks/readings.py needles           # codecs and lookups, 18 cases
+
+Everything runs on the reference model (real attention) unless --model names another checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from pikv_ds import launch_env
+
+EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if "deepspeed" in line)
+DS_CONFIG = {"expert_parallel": {"enabled": True}}
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+
+
+class Bench:
+    """The reference model on every rank, sharded with the settings of each measurement."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        from pikv_ds import reference_model
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        launch_env.prepare()
+        self.world = launch_env.world()
+        self.console = Console(quiet=self.world.rank != 0, width=110)
+        self.dtype = args.dtype
+        experts = 6 if self.world.size in (3, 6) else 8
+        self.folder = args.model or str(reference_model.build(experts, progress=self.world.rank == 0))
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
+
+    def load(self) -> Any:
+        """The unsharded model."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype))
+        return model.eval().to(launch_env.device())
+
+    def engine(self, **pikv: Any) -> Any:
+        """The sharded model."""
+        import logging
+
+        import pikv_ds
+
+        engine = pikv_ds.initialize(self.load(), {**DS_CONFIG, "pikv": pikv})
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        return engine
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every rank."""
+        import torch.distributed as dist
+
+        if self.world.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.world.size
+        dist.all_gather_object(out, value)
+        return out
+
+    def prompt(self, tokens: int, title: str) -> Any:
+        """A real document of so many tokens with a question, ``[1, tokens]``."""
+        import torch
+
+        from examples.prompts import long_prompt
+
+        ids = long_prompt(self.tokenizer, tokens, "What happens in this text?", title)
+        return torch.tensor([ids], device=launch_env.device())
+
+
+TEXTS = ("pride_and_prejudice", "alice", "moby_dick", "pride_and_prejudice")
+
+
+def parity(args: argparse.Namespace) -> None:
+    """Greedy tokens against the unsharded model, and attention outputs against dense attention."""
+    import torch
+
+    import pikv_ds
+
+    bench = Bench(args)
+    rank = bench.world.rank
+    ids = bench.prompt(max(500, args.tokens - 700 * rank), TEXTS[rank % len(TEXTS)])
+    settings = {
+        "max_new_tokens": args.new_tokens, **GREEDY, "attention_mask": torch.ones_like(ids),
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    model = bench.load()
+    with torch.inference_mode():
+        plain = model.generate(ids, synced_gpus=False, **settings)
+    del model
+    gc.collect()
+    engine = bench.engine(prefill_chunk_tokens=args.chunk)
+    shadow = Shadow(pikv_ds.api.attachment_of(engine).store)
+    with torch.inference_mode():
+        out = engine.module.generate(ids, **settings)
+    new, want = out.sequences[0, ids.shape[1] :], plain.sequences[0, ids.shape[1] :]
+    differs = (new != want).nonzero().flatten().tolist()
+    note = "all equal"
+    if differs:
+        at = differs[0]
+        logits = plain.logits[at][0].float()
+        gap = float(logits[want[at]] - logits[new[at]])
+        step = float(logits[want[at]].abs()) * 2.0**-8  # one unit in the last place of bfloat16
+        tie = "a tie within bf16 rounding" if bench.dtype == "bfloat16" and gap <= step else "NOT a tie"
+        note = f"first difference at token {at}: logits {gap:.3g} apart, bf16 step {step:.3g}: {tie}"
+    agreed = differs[0] if differs else args.new_tokens
+    pairs = list(zip(out.logits, plain.logits, strict=True))[: agreed + 1]  # the same tokens before them
+    logit_error = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+    rows = bench.gather((rank, ids.shape[1], int((new == want).sum()), len(want), note, shadow.worst, logit_error))
+    table = Table(title=f"greedy parity, {bench.dtype}, {bench.world.size} rank(s), unsharded Hugging Face beside it")
+    for column in (
+        "rank",
+        "prompt tokens",
+        "new tokens equal",
+        "",
+        "max |Δ attention output|",
+        "max |Δ logit|",
+    ):
+        table.add_column(column, justify="right")
+    for r, prompt, same, total, text, worst, logit in rows:
+        table.add_row(str(r), f"{prompt:,}", f"{same} of {total}", text, f"{worst:.1e}", f"{logit:.1e}")
+    bench.console.print(table)
+
+
+class Shadow:
+    """Keeps all keys and values whole beside the cache and compares attention outputs per layer."""
+
+    def __init__(self, store: Any, most_queries: int = 16) -> None:
+        self.store, self.attend, self.worst, self.most = store, store.attend, 0.0, most_queries
+        self.kv: dict[int, tuple[Any, Any]] = {}
+        store.attend = self
+
+    def __call__(self, batch: Any, layer: int, query: Any, key: Any, value: Any, scale: float) -> Any:
+        import torch
+
+        out = self.attend(batch, layer, query, key, value, scale)
+        if not any(batch.alive):
+            return out
+        if layer in self.kv:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(self.kv[layer], (key, value), strict=True))
+        self.kv[layer] = key, value
+        if query.shape[2] <= self.most:
+            group = query.shape[1] // key.shape[1]
+            k, v = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
+            weights = torch.softmax(query.double() @ k.transpose(2, 3) * scale, dim=-1)
+            self.worst = max(self.worst, float((out.double().transpose(1, 2) - weights @ v).abs().max()))
+        return out
+
+
+def bound(args: argparse.Namespace) -> None:
+    """Tokens per rank and layer when one expert gets 90 % of all choices."""
+    import torch
+
+    import pikv_ds
+
+    bench = Bench(args)
+    engine = bench.engine()
+    attachment = pikv_ds.api.attachment_of(engine)
+    store, generator = attachment.store, torch.Generator().manual_seed(bench.world.rank)
+    routed = store.routed
+
+    def rigged(batch: Any, layer: int, experts: Any, like: Any) -> None:  # where pages go, not the model's routing
+        hot = torch.rand(experts.shape, generator=generator) < 0.9
+        routed(batch, layer, torch.where(hot, args.expert, experts), like)
+
+    store.routed = rigged
+    ids = bench.prompt(args.tokens - 700 * bench.world.rank, TEXTS[bench.world.rank % len(TEXTS)])
+    cache = pikv_ds.new_cache(engine)
+    with torch.inference_mode():
+        engine.module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=args.new_tokens,
+            **GREEDY,
+        )
+    batch, size = cache.batch, store.config.page_size
+    length = batch.lengths[0]
+    held = [
+        [pages * size + (batch.open_tokens(0) if r == bench.world.rank else 0) for r, pages in enumerate(layer[0])]
+        for layer in batch.loads
+    ]
+    g, e = bench.world.size, store.topology.num_experts
+    limit = -(-length // g) - (-length // e) + size
+    rows = bench.gather((length, limit, max(map(max, held)), sum(map(sum, held)) / len(held)))
+    table = Table(
+        title=f"expert {args.expert} is given 90 % of the choices; {g} rank(s), {e} experts, page size {size}"
+    )
+    for column in (
+        "sequence of rank",
+        "tokens L",
+        "bound",
+        "most on one rank, worst layer",
+        "stored over all ranks",
+    ):
+        table.add_column(column, justify="right")
+    for r, (n, b, worst, total) in enumerate(rows):
+        table.add_row(
+            str(r),
+            f"{n:,}",
+            f"{b:,}",
+            f"{worst:,} {'ok' if worst <= b else 'OVER'}",
+            f"{total:,.0f}",
+        )
+    bench.console.print(table)
+
+
+def wire(args: argparse.Namespace) -> None:
+    """Bytes on the wire per decoded token and layer, for a short and a long context."""
+    import torch
+
+    import pikv_ds
+
+    bench = Bench(args)
+    table = Table(title=f"bytes per decoded token and layer, {bench.world.size} rank(s), {bench.dtype}")
+    for column in ("context tokens", "measured", "formula", "step plan, bytes per pass and rank"):
+        table.add_column(column, justify="right")
+    engine = bench.engine()
+    store = pikv_ds.api.attachment_of(engine).store
+    for tokens in (1000, args.tokens):
+        store.exchange.sent_bytes.clear()
+        store.attention.counters.clear()
+        steps = store.num_steps
+        ids = bench.prompt(tokens, TEXTS[bench.world.rank % len(TEXTS)])
+        with torch.inference_mode():
+            engine.module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.new_tokens, **GREEDY)
+        figures = pikv_ds.stats(engine)
+        plan = store.exchange.sent_bytes["plan"] / (store.num_steps - steps)
+        measured, formula = figures["wire_bytes_per_token_layer"], figures["wire_formula_bytes"]
+        table.add_row(f"{tokens:,}", f"{measured:,.1f}", f"{formula:,}", f"{plan:,.0f}")
+    bench.console.print(table)
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak of KV memory on every rank while a prompt is prefilled, against shard and one layer."""
+    import torch
+
+    import pikv_ds
+
+    bench = Bench(args)
+    table = Table(
+        title=f"KV bytes allocated, a prompt of {args.tokens:,} tokens on rank 0, {bench.world.size} rank(s)"
+    )
+    for column in (
+        "rank",
+        "own tokens",
+        "unsharded cache",
+        "shard",
+        "one layer of own prompt",
+        "peak",
+        "peak - shard",
+    ):
+        table.add_column(column, justify="right")
+    engine = bench.engine(prefill_chunk_tokens=args.chunk)
+    store = pikv_ds.api.attachment_of(engine).store
+    ids = bench.prompt(args.tokens, TEXTS[0])[: 1 if bench.world.rank == 0 else 0]
+    with torch.inference_mode():
+        engine.module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **GREEDY)
+    for r in pikv_ds.stats(engine)["per_rank"]:
+        layer = r["unsharded_kv_bytes"] / store.shape.num_layers
+        table.add_row(
+            str(r["rank"]), f"{r['peak_own_tokens']:,}",
+            *(f"{x / 2**20:,.2f} MiB" for x in (
+                r["unsharded_kv_bytes"], r["held_kv_bytes"], layer, r["peak_kv_bytes"],
+                r["peak_kv_bytes"] - r["held_kv_bytes"],
+            )),
+        )  # fmt: skip
+    bench.console.print(table)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "exact, none": {},
+    "exact, int8": {"codec": "int8"},
+    "exact, int4": {"codec": "int4"},
+    "quest 50 %, none": {"lookup": {"name": "quest", "budget": 0.5}},
+}
+
+
+def needles(args: argparse.Namespace) -> None:
+    """Needles found of 18, and allocated bytes, for each codec and lookup."""
+    import torch
+
+    import pikv_ds
+    from benchmarks.needle_cases import found, needle_cases
+
+    bench = Bench(args)
+    rank, size = bench.world.rank, bench.world.size
+    cases = needle_cases(bench.tokenizer)
+    mine = cases[rank::size]
+    most = -(-len(cases) // size)
+    table = Table(title=f"{len(cases)} needle cases, {bench.dtype}, {size} rank(s), page size {args.page_size}")
+    for column in (
+        "lookup and codec",
+        "found",
+        "same answer as exact, none",
+        "KV bytes of bf16",
+        "summaries",
+        "pages visited",
+    ):
+        table.add_column(column, justify="right")
+    engine, answers = bench.engine(page_size=args.page_size), {}
+    for name, pikv in SETTINGS.items():
+        pikv_ds.detach(engine)
+        pikv_ds.attach(engine, {"page_size": args.page_size, **pikv})
+        store = pikv_ds.api.attachment_of(engine).store
+        texts, held, full, summaries = [], 0, 0, 0
+        for i in range(most):
+            ids = torch.tensor([mine[i].input_ids] if i < len(mine) else [], dtype=torch.long).view(
+                int(i < len(mine)), -1
+            )
+            pikv_ds.metrics.reset_peaks(store)
+            with torch.inference_mode():
+                out = engine.module.generate(
+                    ids.to(launch_env.device()),
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=10,
+                    do_sample=False,
+                )
+            figures = pikv_ds.stats(engine)
+            held += sum(r["held_kv_bytes"] for r in figures["per_rank"])
+            full += sum(r["unsharded_kv_bytes"] for r in figures["per_rank"]) * 2 // store.shape.dtype.itemsize
+            summaries += sum(r["peak_summary_bytes"] for r in figures["per_rank"])
+            if len(ids):
+                texts.append(bench.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            bench.console.print(f"{name}: {(i + 1) * size} of {len(cases)} cases", end="\r")
+        hits = sum(found(t, c.answer) for t, c in zip(texts, mine, strict=True))
+        answers[name] = texts
+        same = sum(a == b for a, b in zip(texts, answers["exact, none"], strict=True))
+        totals = bench.gather((hits, same))
+        table.add_row(
+            name, f"{sum(h for h, _ in totals)}", f"{sum(s for _, s in totals)}", f"{held / full:.3f}",
+            f"{summaries / full:.3f}", f"{figures['visited_share']:.0%}",
+        )  # fmt: skip
+    bench.console.print(table)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = {f.__name__: f for f in (parity, bound, wire, memory, needles)}
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint (default: the reference model)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens", type=int, default=6000, help="prompt length (default: 6000)")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--chunk", type=int, help="pikv.prefill_chunk_tokens")
+    parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--expert", type=int, default=0, help="the hot expert of `bound`")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    commands[args.what](args)
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
