@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 from examples.prompts import chat_parts, sentences, texts
 
-NEEDLE = "The special magic number for {city} is: {number}. "
+NEEDLE = " The special magic number for {city} is: {number}."
 INSTRUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the number afterwards.\n\n"

@@ -326,7 +326,7 @@ def needles(args: argparse.Namespace) -> None:
             ids = torch.tensor([mine[i].input_ids] if i < len(mine) else [], dtype=torch.long).view(
                 int(i < len(mine)), -1
             )
-            pikv_ds.metrics.reset_peaks(store)
+            store.forget_peaks()
             with torch.inference_mode():
                 out = engine.module.generate(
                     ids.to(launch_env.device()),

@@ -23,9 +23,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples import prompts
-from pikv_ds import launch_env
+from pikv_ds import launch_env, metrics
 from pikv_ds.config import ConfigError, load_json
 from pikv_ds.errors import PiKVError
+
+DEMOS = (
+    ("moby_dick", "What is the name of the inn where the narrator stays?"),
+    ("alice", "What does Alice follow down the hole?"),
+)
+"""Documents of examples/data and what is asked about them."""
 
 EXAMPLES = """examples:
   deepspeed --num_accelerators 2 examples/deepspeed_generate.py --config launch/ds_inference.json --verify
@@ -127,6 +133,8 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace, world: launch_env.World) -> None:
     console = Console(stderr=args.json == "-", quiet=world.rank != 0)
+    if not console.is_terminal:
+        console.width = 110
     config = read_config(args)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,7 +143,6 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     import pikv_ds
-    from pikv_ds import metrics
 
     folder = checkpoint(args.model, num_experts=6 if world.size in (3, 6) else 8, progress=world.rank == 0)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -155,7 +162,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     }
     if args.ignore_eos:
         settings["eos_token_id"] = None
-    metrics.reset_peaks(pikv_ds.api.attachment_of(engine).store)
+    pikv_ds.api.attachment_of(engine).store.forget_peaks()
     watch = Watch(engine.module, batch["attention_mask"].sum().item(), tokenizer, console, questions)
     with watch, torch.inference_mode():
         out = engine.module.generate(
@@ -227,22 +234,28 @@ def checkpoint(model: str | None, num_experts: int, progress: bool) -> str:
 def my_prompts(args: argparse.Namespace, tokenizer: Any, world: launch_env.World) -> tuple[list[list[int]], list[str]]:
     """Token ids of this rank's prompts, and what is asked in each."""
     if args.prompt_file:
-        texts = []
+        everything = []
         for file in args.prompt_file:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"--prompt-file {file}: no such file")
-            texts.append((Path(file).read_text(encoding="utf-8"), args.question or Path(file).name))
-        everything = [(prompts.encode_prompt(tokenizer, text, args.question), title) for text, title in texts]
+            ids = encode(tokenizer, Path(file).read_text(encoding="utf-8"), args.question)
+            everything.append((ids, args.question or Path(file).name))
     else:
+        lengths = (args.prompt_tokens, args.prompt_tokens // 2)
         everything = [
-            (
-                prompts.long_prompt(tokenizer, tokens, d.question, d.document, d.answer_prefix),
-                d.question,
-            )
-            for d, tokens in zip(prompts.DEMOS, (args.prompt_tokens, args.prompt_tokens // 2), strict=True)
+            (prompts.long_prompt(tokenizer, length, question, document), question)
+            for (document, question), length in zip(DEMOS, lengths, strict=True)
         ]
     chosen = everything[world.rank :: world.size]
     return [ids for ids, _ in chosen], [title for _, title in chosen]
+
+
+def encode(tokenizer: Any, text: str, question: str | None) -> list[int]:
+    """A document and a question under the model's chat template, where it has one."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(f"{text}\n\n{question}" if question else text).input_ids)
+    head, tail = prompts.chat_parts(tokenizer, question or "")
+    return [*head, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids, *tail]
 
 
 def pad_token(tokenizer: Any) -> int:
@@ -330,8 +343,6 @@ def report(
 ) -> None:
     """The table, or the figures as JSON."""
     from rich.table import Table
-
-    from pikv_ds import metrics
 
     prefill = max(r["prefill_s"] for r in everyone)
     decode = max(r["decode_s"] for r in everyone)

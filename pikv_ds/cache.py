@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,44 @@ class ModelShape:
     def token_bytes(self) -> int:
         """Bytes of one token over all layers in an unsharded, uncompressed cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+FINE, FAILED, NON_FINITE = range(3)
+
+
+class Announcement(NamedTuple):
+    """One rank's row of the step plan."""
+
+    step: int
+    status: int
+    num_entries: int
+    """Sequences with sealed pages in this pass, 0 if the list has not changed."""
+    changed: int
+    num_released: int
+    seals: int
+    """Pages that fill up in this pass, per layer."""
+    prompt: int
+    """Whether some sequence appends several tokens."""
+    staged: int
+    """Pages of earlier passes that wait to be sent."""
+    free: int
+    spare: int
+    """Free pages without the reserve."""
+    own_tokens: int
+    """Tokens of the rank's own sequences after the last pass."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank holds at the end of a forward pass."""
+
+    own_tokens: int = 0
+    """Tokens of its own sequences."""
+    stored_tokens: int = 0
+    """Tokens times layers that lie on it: pages of everybody, own tails, own pages not yet sent."""
+    pages: int = 0
+    kv_bytes: int = 0
+    summary_bytes: int = 0
 
 
 class ExpertShardedKVCache:
@@ -105,11 +144,9 @@ class ExpertShardedKVCache:
         self.num_steps = 0
         self.step_tokens = 0
         self.peak_bytes = 0
-        self.peak_tokens = 0
-        self.peak_own_tokens = 0
-        self.peak_pages = 0
-        self.held_bytes = 0
-        self.peak_summary_bytes = 0
+        self.fullest = Snapshot()
+        self._after_pass = Snapshot()
+        self._most_tokens = 0
         self._batches: list[SequenceBatch] = []
         self._next_id = 0
         self._released: list[int] = []
@@ -255,12 +292,19 @@ class ExpertShardedKVCache:
 
     def _measure(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
-        self.peak_summary_bytes = max(self.peak_summary_bytes, self.pool.summary_storage_bytes)
         if not any(b.in_step for b in self._batches):
-            self.peak_tokens = max(self.peak_tokens, self.stored_tokens)
-            self.peak_pages = max(self.peak_pages, self.pool.num_used)
-            self.held_bytes = max(self.held_bytes, self.kv_bytes)  # between passes: no prompt in work
-            self.peak_own_tokens = max(self.peak_own_tokens, self.own_tokens)
+            self._after_pass = Snapshot(
+                self.own_tokens,
+                self.stored_tokens,
+                self.pool.num_used,
+                self.kv_bytes,
+                self.pool.summary_storage_bytes,
+            )
+
+    def forget_peaks(self) -> None:
+        """Starts `peak_bytes` and `fullest` anew. Every rank calls it at the same point."""
+        self.peak_bytes = self._most_tokens = 0
+        self.fullest = self._after_pass = Snapshot()
 
     # -- the step plan -----------------------------------------------------------------------
 
@@ -274,41 +318,26 @@ class ExpertShardedKVCache:
                 "check the model's weights and dtype"
             )
         changed = entries != self._announced
-        header = [
-            self.num_steps,
-            int(error is not None) + int(bool(bad)),
-            len(entries) if changed else 0,
-            int(changed),
-            len(self._released),
-            seals,
-            int(most_new > 1),
-            len(self.sender.staged),
-            UNLIMITED if free is None else free,
-            UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
-        ]
-        headers = self.exchange.all_gather(header)
-        (
-            steps,
-            status,
-            num_entries,
-            has_changed,
-            num_released,
-            all_seals,
-            prompts,
-            staged,
-            frees,
-            spare,
-        ) = map(list, zip(*headers, strict=True))
-        self._raise_if_any_failed(steps, status, error)
-        counts = [e + r for e, r in zip(num_entries, num_released, strict=True)]
-        table = [*entries, *((i, 0) for i in self._released)] if changed else [(i, 0) for i in self._released]
-        for source, rows in enumerate(self.exchange.all_gather_ragged(table, 2, counts)):
-            if has_changed[source]:
-                self._plan_rows[source] = tuple((s, n) for s, n in rows[: num_entries[source]])
-            for sequence, _ in rows[num_entries[source] :]:
-                self._forget((source, sequence))
-        self._announced, self._released = entries, []
-        frees, spare = self._refresh_free(frees, spare, num_released)
+        mine = Announcement(
+            step=self.num_steps,
+            status=NON_FINITE if bad else FAILED if error is not None else FINE,
+            num_entries=len(entries) if changed else 0,
+            changed=int(changed),
+            num_released=len(self._released),
+            seals=seals,
+            prompt=int(most_new > 1),
+            staged=len(self.sender.staged),
+            free=UNLIMITED if free is None else free,
+            spare=UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
+            own_tokens=self._after_pass.own_tokens,
+        )
+        everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
+        self._raise_if_any_failed(everyone, error)
+        own_tokens = sum(a.own_tokens for a in everyone)
+        if own_tokens > self._most_tokens:  # at the same pass on every rank
+            self._most_tokens, self.fullest = own_tokens, self._after_pass
+        self._exchange_sequences(everyone, entries, changed)
+        frees, spare = self._free_after_release(everyone)
         fetches = tuple(
             tuple(i for i, tokens in rows if self._fetches(source, i, tokens))
             for source, rows in enumerate(self._plan_rows)
@@ -317,10 +346,25 @@ class ExpertShardedKVCache:
             tuple(row for row in rows if row[0] not in fetched)
             for rows, fetched in zip(self._plan_rows, fetches, strict=True)
         )
-        self.plan = StepPlan(queries, fetches, tuple(all_seals), any(prompts), frees)
-        self._check_room(all_seals, staged, spare if self.plan.prefill else frees)
+        seals_of_all, prompt = tuple(a.seals for a in everyone), any(a.prompt for a in everyone)
+        self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees)
+        staged = [a.staged for a in everyone]
+        self._check_room(sum(seals_of_all), sum(staged), sum(spare if prompt else frees), prompt)
         self.sender.send(self.plan, staged)
         self.sender.settle()
+
+    def _exchange_sequences(self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool) -> None:
+        """Which sequences ask for their pages, where that has changed, and which are finished."""
+        released = [(i, 0) for i in self._released]
+        table = [*entries, *released] if changed else released
+        counts = [a.num_entries + a.num_released for a in everyone]
+        for source, rows in enumerate(self.exchange.all_gather_ragged(table, 2, counts)):
+            announced = everyone[source]
+            if announced.changed:
+                self._plan_rows[source] = tuple((s, n) for s, n in rows[: announced.num_entries])
+            for sequence, _ in rows[announced.num_entries :]:
+                self._forget((source, sequence))
+        self._announced, self._released = entries, []
 
     def _fetches(self, source: int, sequence: int, query_tokens: int) -> bool:
         pages = self.sender.num_sealed.get((source, sequence), 0)
@@ -331,38 +375,38 @@ class ExpertShardedKVCache:
         self.pool.free(self.table.remove(sequence))
         self.sender.num_sealed.pop(sequence, None)
 
-    def _refresh_free(
-        self, frees: list[int], spare: list[int], num_released: list[int]
-    ) -> tuple[list[int], list[int]]:
-        """Free pages of every rank after finished sequences have been forgotten."""
-        if not any(num_released) or self.config.capacity_tokens is None:
-            return frees, spare
+    def _free_after_release(self, everyone: list[Announcement]) -> tuple[list[int], list[int]]:
+        """Free pages of every rank, all and without the reserve, once finished sequences are gone."""
+        if not any(a.num_released for a in everyone) or self.config.capacity_tokens is None:
+            return [a.free for a in everyone], [a.spare for a in everyone]
         now = self.exchange.all_gather([self.pool.num_free() or 0, self.pool.num_free(reserve=True) or 0])
-        return [a for a, _ in now], [b for _, b in now]
+        return [free for free, _ in now], [spare for _, spare in now]
 
-    def _check_room(self, seals: list[int], staged: list[int], room: list[int]) -> None:
+    def _check_room(self, seals: int, staged: int, room: int, prompt: bool) -> None:
         """All ranks see the same numbers, so all raise or none does."""
-        need = sum(seals) * self.shape.num_layers + sum(staged)
-        if need <= sum(room):
+        need = seals * self.shape.num_layers + staged
+        if need <= room:
             return
         size, ranks = self.config.page_size, self.exchange.size
-        pages = -(-(need - sum(room)) // (self.shape.num_layers * ranks))
-        if self.plan is not None and self.plan.prefill:  # of what is added, prompts leave the watermark free
+        pages = -(-(need - room) // (self.shape.num_layers * ranks))
+        if prompt:  # of what is added, prompts leave the watermark free
             pages = math.ceil(pages / (1 - self.config.watermark)) + 1
         missing = pages * size
         raise PoolFullError(
-            f"the KV pool is full: this step seals {need} pages, the {ranks} rank(s) have {sum(room)} free. "
+            f"the KV pool is full: this step seals {need} pages, the {ranks} rank(s) have {room} free. "
             f"{missing} tokens per rank more are needed ({missing * self.layout.page_bytes // size} bytes per layer): "
             f"raise pikv.capacity_tokens from {self.config.capacity_tokens} to at least "
             f"{(self.config.capacity_tokens or 0) + missing}, send fewer or shorter prompts, or use a smaller codec"
         )
 
-    def _raise_if_any_failed(self, steps: list[int], status: list[int], error: str | None) -> None:
-        if any(status):
+    def _raise_if_any_failed(self, everyone: list[Announcement], error: str | None) -> None:
+        if any(a.status for a in everyone):
             self._bad_layers.zero_()
             texts = self.exchange.all_gather_text(error)
-            kind = NonFiniteError if 2 in status else PiKVError if error else PeerError
+            found = any(a.status == NON_FINITE for a in everyone)
+            kind = NonFiniteError if found else PiKVError if error else PeerError
             raise kind("; ".join(f"rank {r}: {t}" if self.exchange.size > 1 else t for r, t in enumerate(texts) if t))
+        steps = [a.step for a in everyone]
         if len(set(steps)) > 1:
             raise PeerError(
                 f"the ranks are not in the same forward pass (steps {steps}): every rank of the group must make the "

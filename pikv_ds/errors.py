@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PiKVError(RuntimeError):
-    """The cache cannot go on. Raised on every rank of the group, with the same cause."""
+    """The cache cannot go on. Raised on every rank of the group at the same point."""
 
 
 class PoolFullError(PiKVError):
@@ -16,4 +16,8 @@ class NonFiniteError(PiKVError):
 
 
 class PeerError(PiKVError):
-    """Another rank failed, fell silent, or does something else than this one."""
+    """Another rank failed, or does something else than this one; the message has its reason."""
+
+
+class LostRankError(PeerError):
+    """Another rank died or fell silent: the group cannot be used any more."""

@@ -22,20 +22,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pikv_ds.errors import PeerError
+from pikv_ds.errors import LostRankError
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """One name until torch 2.12, the other since."""
 
 
 @contextlib.contextmanager
-def _talking(what: str) -> Iterator[None]:
+def talking(what: str) -> Iterator[None]:
     """Turns a backend's failure into an error that says what was going on."""
     try:
         yield
     except RuntimeError as error:
         cause = str(error).strip().splitlines()[0][:200]
-        raise PeerError(
+        raise LostRankError(
             f"a rank of the group did not answer while this one {what}: {cause}. Look at the other ranks' output for "
             "the first error; if they were only slow, raise pikv.timeout_s"
         ) from error
@@ -75,7 +75,7 @@ class Dispatched:
     def wait(self) -> Tensor:
         """The other ranks' queries, in rank order."""
         if self._work is not None:
-            with _talking("received queries"):
+            with talking("received queries"):
                 self._work.wait()
         return self.received
 
@@ -91,7 +91,7 @@ class PagesInFlight:
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            with _talking("received pages"):
+            with talking("received pages"):
                 self._work.wait()
         return self.received
 
@@ -128,7 +128,7 @@ class Exchange:
             return [list(row)]
         mine = torch.tensor(row, dtype=torch.int64, device=self.device)
         everyone = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
-        with _talking("exchanged the step plan"):
+        with talking("exchanged the step plan"):
             _all_gather(everyone, mine, group=self.group)
         self.sent_bytes[kind] += mine.nbytes * (self.size - 1)
         return everyone.view(self.size, -1).tolist()
@@ -156,7 +156,7 @@ class Exchange:
         if self.size == 1:
             return [text]
         texts: list[str | None] = [None] * self.size
-        with _talking("exchanged the reason of an error"):
+        with talking("exchanged the reason of an error"):
             dist.all_gather_object(texts, text, group=self.group)
         return texts
 
@@ -174,7 +174,7 @@ class Exchange:
             return Dispatched(tuple(counts), received, None)
         copies = query.repeat(self.size - 1, 1, 1)
         mine = [0 if r == self.rank else counts[self.rank] for r in range(self.size)]
-        with _talking("sent queries"):
+        with talking("sent queries"):
             work = dist.all_to_all_single(received, copies, others, mine, group=self.group, async_op=True)
         self.sent_bytes["query"] += copies.nbytes
         return Dispatched(tuple(counts), received, work)
@@ -204,7 +204,7 @@ class Exchange:
         back = [0 if r == self.rank else c for r, c in enumerate(handle.counts)]
         mine = [0 if r == self.rank else n for r in range(self.size)]
         received = packed.new_empty((self.size - 1) * n, *packed.shape[1:])
-        with _talking("exchanged partial attentions"):
+        with talking("exchanged partial attentions"):
             dist.all_to_all_single(received, packed, mine, back, group=self.group)
         self.sent_bytes["partial"] += packed.nbytes
         received = received.view(self.size - 1, n, *packed.shape[1:])
@@ -229,7 +229,7 @@ class Exchange:
         received = payload.new_empty(sum(receive_counts), payload.shape[1])
         work = None
         if self.size > 1:
-            with _talking("sent pages"):
+            with talking("sent pages"):
                 work = dist.all_to_all_single(
                     received,
                     payload,

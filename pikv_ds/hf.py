@@ -189,7 +189,6 @@ class Attachment:
         self._generate = model.generate
         self._get_criteria = model._get_stopping_criteria
         model.generate = functools.wraps(model.generate)(functools.partial(_generate, self))
-        self.current: weakref.ref[PiKVCache] | None = None
 
     def new_cache(self, release_finished: bool = False) -> PiKVCache:
         """An empty cache for one batch; pass it as ``past_key_values``."""

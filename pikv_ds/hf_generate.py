@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pikv_ds.errors import PeerError, PiKVError
+from pikv_ds.errors import LostRankError, PeerError, PiKVError
+from pikv_ds.exchange import talking
 
 if TYPE_CHECKING:
     from pikv_ds.hf import Attachment, PiKVCache
@@ -26,24 +26,22 @@ def generate(
     model, store = attachment.model, attachment.store
     settings = generation_config or model.generation_config
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-    several = dist.is_initialized() and dist.get_world_size() > 1
     problem = _problem(attachment, ids, settings, kwargs)
     chunk = store.config.prefill_chunk_tokens
     num_chunks = 1
     if problem is None and chunk is not None and len(ids):
         num_chunks = -(-(ids.shape[1] - _seen(kwargs)) // chunk)
-    # Two EP groups of a world keep step too: transformers' end-of-loop check spans the world.
-    most_chunks = _agree(num_chunks, problem, several, ids.device if ids is not None else model.device)
+    lockstep = Lockstep()
+    most_chunks = lockstep.agree(num_chunks, problem, store.device)
 
     from pikv_ds.hf import release_on_finish
 
     own = kwargs.get("past_key_values")
     cache = own if own is not None else attachment.new_cache(release_finished=True)
     kwargs["past_key_values"] = cache
-    attachment.current = weakref.ref(cache)
     if kwargs.get("return_dict_in_generate", settings.return_dict_in_generate):
         cache.release_finished = False  # the caller gets the cache and may go on with it
-    if several:
+    if lockstep.several:
         kwargs["synced_gpus"] = True
     repeats = kwargs.pop("num_return_sequences", None) or settings.num_return_sequences or 1
     if repeats > 1:
@@ -53,7 +51,7 @@ def generate(
         kwargs["num_return_sequences"] = 1
     try:
         if len(ids) == 0:
-            _serve_only(attachment, cache, ids, most_chunks, several)
+            _serve_only(attachment, cache, most_chunks, lockstep)
             store.begin_step(None, [])
             return ids
         for _ in range(most_chunks - num_chunks):
@@ -63,20 +61,23 @@ def generate(
             kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
             _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
         model._get_stopping_criteria = lambda *a, **k: release_on_finish(cache, attachment._get_criteria(*a, **k))
+        model._has_unfinished_sequences = lockstep.unfinished
         out = attachment._generate(ids, generation_config=generation_config, **kwargs)
         if cache.release_finished:
             cache.release()
         store.begin_step(None, [])  # closing plan: returns the pages, and reports what the last pass found
         return out
-    except PiKVError:
-        cache.release()
+    except LostRankError:
         raise
     except Exception as error:
+        passing = cache.batch is not None and cache.batch.in_step  # then the others are within the pass, too
+        if isinstance(error, PiKVError) or not passing:
+            lockstep.fail(error, store.device)
         cache.release()
-        _tell_the_others(attachment, cache, error)
         raise
     finally:
-        model.__dict__.pop("_get_stopping_criteria", None)
+        for name in ("_get_stopping_criteria", "_has_unfinished_sequences"):
+            model.__dict__.pop(name, None)
         if cache.release_finished:
             cache.release()
 
@@ -121,20 +122,62 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def _agree(num_chunks: int, problem: str | None, several: bool, device: torch.device) -> int:
-    """The most chunks of any rank of the world; raises on every rank if one has a problem."""
-    if not several:
-        if problem:
-            raise ValueError(problem)
-        return num_chunks
-    both = torch.tensor([num_chunks, int(problem is not None)], device=device)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    if int(both[1]):
+class Lockstep:
+    """All ranks of the world in one generation loop.
+
+    Replaces transformers' check at the top of its loop, one all-reduce over the world, by one that
+    also tells when a rank has failed: its error reaches the others there instead of leaving them
+    waiting. Two EP groups of a world are in step with each other by this alone.
+    """
+
+    def __init__(self) -> None:
+        self.several = dist.is_initialized() and dist.get_world_size() > 1
+        self._over = False  # nobody waits in the loop's check any more
+
+    def agree(self, num_chunks: int, problem: str | None, device: torch.device) -> int:
+        """The most chunks of any rank; raises on every rank if one has a problem with its call."""
+        if not self.several:
+            if problem:
+                raise ValueError(problem)
+            return num_chunks
+        both = torch.tensor([num_chunks, int(problem is not None)], device=device)
+        with talking("prepared a generation"):
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        if int(both[1]):
+            message = self._reasons(problem)
+            raise ValueError(message) if problem else PeerError(message)
+        return int(both[0])
+
+    def unfinished(self, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+        """Whether any rank goes on; takes the place of `_has_unfinished_sequences`."""
+        if not self.several:
+            return not this_peer_finished
+        if self._check(not this_peer_finished, None, device):
+            return True
+        self._over = True
+        return False
+
+    def fail(self, error: Exception, device: torch.device) -> None:
+        """Tells the others, who come to the loop's check, why this rank ends."""
+        if self.several and not self._over:
+            with contextlib.suppress(PeerError):
+                self._check(False, f"{type(error).__name__}: {error}", device)
+
+    def _check(self, going_on: bool, failure: str | None, device: torch.device) -> bool:
+        flags = torch.tensor([int(going_on), int(failure is not None)], device=device)
+        with talking("waited for the next pass"):
+            dist.all_reduce(flags)
+        if int(flags[1]):
+            self._over = True
+            raise PeerError(self._reasons(failure))
+        return bool(flags[0])
+
+    @staticmethod
+    def _reasons(reason: str | None) -> str:
         texts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, problem)
-        message = "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t)
-        raise ValueError(message) if problem else PeerError(message)
-    return int(both[0])
+        with talking("exchanged the reason of an error"):
+            dist.all_gather_object(texts, reason)
+        return "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t)
 
 
 def _seen(kwargs: dict[str, Any]) -> int:
@@ -150,14 +193,14 @@ def _idle_pass(attachment: Attachment, cache: PiKVCache) -> None:
         attachment.model(input_ids=token, past_key_values=cache, use_cache=True)
 
 
-def _serve_only(attachment: Attachment, cache: PiKVCache, ids: Tensor, passes: int, several: bool) -> None:
+def _serve_only(attachment: Attachment, cache: PiKVCache, passes: int, lockstep: Lockstep) -> None:
     """A rank without sequences: makes the others' passes until all are done."""
-    if not several:
+    if not lockstep.several:
         return
     for _ in range(passes):
         _idle_pass(attachment, cache)
     round_needs_pass = False  # the first round of the others' loop takes the logits of the prefill
-    while attachment.model._has_unfinished_sequences(True, synced_gpus=True, device=ids.device):
+    while lockstep.unfinished(True, synced_gpus=True, device=attachment.store.device):
         if round_needs_pass:
             _idle_pass(attachment, cache)
         round_needs_pass = True
@@ -191,11 +234,3 @@ def _prefill_chunks(
                 logits_to_keep=1,
             )
         start = end
-
-
-def _tell_the_others(attachment: Attachment, cache: PiKVCache, error: Exception) -> None:
-    """Between two passes the others wait in the next step plan: tell them there why this rank ends."""
-    if cache.batch is not None and cache.batch.in_step:
-        return  # in the middle of a pass; they learn it when this process ends
-    with contextlib.suppress(PiKVError):
-        attachment.store.begin_step(None, [], error=f"{type(error).__name__}: {error}")

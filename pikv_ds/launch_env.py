@@ -1,9 +1,10 @@
-"""Launcher variables: the only file that reads or writes them."""
+"""Environment variables, the launchers' above all: the only file that reads or writes them."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -48,6 +49,15 @@ def prepare() -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def cache_dir() -> Path:
+    """Where built models are kept: `$PIKV_CACHE`, else `$XDG_CACHE_HOME/pikv_ds`, else `~/.cache/pikv_ds`."""
+    if os.environ.get("PIKV_CACHE"):
+        return Path(os.environ["PIKV_CACHE"])
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "pikv_ds"
+    return Path.home() / ".cache" / "pikv_ds"
 
 
 def device() -> torch.device:

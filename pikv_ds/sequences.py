@@ -30,7 +30,10 @@ class Tail:
 
 @dataclass
 class FullPages:
-    """Pages of one sequence at one layer that have just filled up."""
+    """Pages of one sequence at one layer that have just filled up.
+
+    While decoding they are views of the tail, which the next token overwrites: encode them at once.
+    """
 
     row: int
     first_page: int

@@ -202,11 +202,14 @@ def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, 
 def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 of x's shape, and float16 (scale, minimum) stacked in dimension 1, without ``dim``.
 
-    Codes are computed with the rounded float16 scale and minimum that decoding will use.
+    Codes are computed with the rounded float16 scale and minimum that decoding will use. The minimum
+    is rounded down: rounded up, it would cut off the elements below it (0.25 at an offset of 1000).
     """
     levels = 2**bits - 1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    minimum = low.half().float()
+    half = low.half()
+    below = torch.nextafter(half, half.new_full((), -torch.inf))
+    minimum = torch.where(half.float() > low, below, half).float()
     scale = ((high - minimum).clamp(min=0) / levels).half().float()
     codes = torch.where(scale > 0, ((x - minimum) / scale).round(), 0.0).clamp(0, levels).to(torch.uint8)
     return codes, torch.stack([scale.squeeze(dim).half(), minimum.squeeze(dim).half()], dim=1)
