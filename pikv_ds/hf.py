@@ -60,7 +60,7 @@ class PiKVCache(Cache):
         self.store = store
         self.batch: SequenceBatch | None = None
         self.columns = 0
-        self.idle = False
+        self.idle = False  # passes serve the other ranks and append nothing
         self.release_finished = release_finished
         self.layer_of: Mapping[int, _Layer] = {}
 
@@ -83,13 +83,11 @@ class PiKVCache(Cache):
         if self.batch is None:
             self.batch = self.store.new_batch(rows)
             weakref.finalize(self, self.store.release, self.batch)
-            if self.idle:
-                self.store.release(self.batch)
         batch, error, tokens = self.batch, None, None
         if len(batch) != rows:
             error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
             rows = len(batch)
-        new = [width if alive else 0 for alive in batch.alive]
+        new = [width if alive and not self.idle else 0 for alive in batch.alive]
         known_full = width == 1 and any(batch.lengths)  # generate appends ones: no need to read the mask
         if attention_mask is not None and not known_full and any(new) and error is None:
             mask = attention_mask[:, self.columns : self.columns + width].bool()
@@ -99,7 +97,7 @@ class PiKVCache(Cache):
                 new = tokens.sum(1).tolist()
         elif width > 1 and not all(batch.alive) and any(new):
             tokens = torch.tensor(batch.alive, device=key.device)[:, None].expand(rows, width)
-        self.columns += width
+        self.columns += 0 if self.idle else width
         self.store.begin_step(batch, new if error is None else [0] * len(batch), tokens, error)
         return batch
 

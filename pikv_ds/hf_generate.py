@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +62,7 @@ def generate(
             kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
             _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
         model._get_stopping_criteria = lambda *a, **k: release_on_finish(cache, attachment._get_criteria(*a, **k))
-        model._has_unfinished_sequences = lockstep.unfinished
+        model._has_unfinished_sequences = functools.partial(_unfinished, cache, lockstep)
         out = attachment._generate(ids, generation_config=generation_config, **kwargs)
         if cache.release_finished:
             cache.release()
@@ -78,8 +79,15 @@ def generate(
     finally:
         for name in ("_get_stopping_criteria", "_has_unfinished_sequences"):
             model.__dict__.pop(name, None)
+        cache.idle = False
         if cache.release_finished:
             cache.release()
+
+
+def _unfinished(cache: PiKVCache, lockstep: Lockstep, this_peer_finished: Any, **kwargs: Any) -> bool:
+    """The check at the top of transformers' loop; a rank that is done makes idle passes from here on."""
+    cache.idle = bool(this_peer_finished)
+    return lockstep.unfinished(cache.idle, **kwargs)
 
 
 def _problem(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> str | None:

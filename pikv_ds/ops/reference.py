@@ -54,13 +54,14 @@ def gather_pages(slabs: Sequence[Tensor | None], slots: Tensor) -> Tensor:
     live = next(s for s in slabs if s is not None)
     per_slab, width = live.shape
     out = torch.empty(*slots.shape, width, dtype=torch.uint8, device=live.device)
-    flat, rows = out.view(-1, width), slots.reshape(-1).long()
+    word = torch.int64 if width % 8 == 0 else torch.uint8  # eight bytes at a time: several times faster
+    flat, rows = out.view(-1, width).view(word), slots.reshape(-1).long()
     slab_of = rows // per_slab
     for slab in slab_of.unique().tolist():
         here = (slab_of == slab).nonzero().squeeze(1)
         storage = slabs[slab]
         assert storage is not None, f"slab {slab} was given back, but a table still points into it"
-        flat[here] = storage[rows[here] % per_slab]
+        flat.index_copy_(0, here, storage.view(word).index_select(0, rows[here] % per_slab))
     return out
 
 

@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pikv_ds.ops import Ops, cpp_missing
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator with the same numbers in every run."""
+    return torch.Generator().manual_seed(20260)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of the ops that this machine can run."""
+    if request.param == "cpp" and (missing := cpp_missing()):
+        pytest.skip(missing)
+    return request.param
+
+
+@pytest.fixture
+def ops(backend: str) -> Ops:
+    """The ops of each backend."""
+    return Ops(backend)

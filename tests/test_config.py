@@ -1,0 +1,204 @@
+"""Every setting: what is taken, what is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from pikv_ds import ConfigError, PiKVConfig
+from pikv_ds.policies.routing import HashPlacement, QuestLookup
+
+VALID = {
+    "page_size": [8, 16, 32, 64, 128, 256],
+    "codec": ["none", "int8", "int4"],
+    "placement": ["expert", "interleave", "hash", {"name": "hash"}, {"name": "hash", "period": 1}],
+    "lookup": [
+        "exact",
+        "quest",
+        {"name": "quest", "budget": 1, "sink_pages": 0, "local_pages": 0},
+        {"name": "quest", "budget": 0.001, "sink_pages": 4, "local_pages": 2},
+    ],
+    "capacity_tokens": [None, 32, 10**9],
+    "slab_pages": [1, 16, 1000],
+    "watermark": [0, 0.0, 0.5],
+    "prefill_chunk_tokens": [None, 32, 4096],
+    "partial_dtype": ["float32", "bfloat16"],
+    "backend": ["auto", "reference", "cpp"],
+    "timeout_s": [1, 1.0, 86400],
+    "debug": [False, True],
+}
+
+# key, value, and what the message must say besides: the remedy.
+INVALID = [
+    *(("page_size", v, "choose one of 8, 16, 32") for v in (0, 7, 33, 512, -8, "32", None, True, 32.0, [32])),
+    ("codec", "int3", "choose one of none, int8, int4"),
+    ("codec", "Int8", 'did you mean "int8"?'),
+    ("codec", 4, "from_dict"),
+    ("codec", None, "from_dict"),
+    ("placement", "experts", 'did you mean "expert"?'),
+    ("placement", "random", "choose one of expert, interleave, hash"),
+    ("placement", ["expert"], "from_dict"),
+    ("lookup", "qest", 'did you mean "quest"?'),
+    ("lookup", 0.5, "from_dict"),
+    *(("capacity_tokens", v, "at least 32 (one page)") for v in (0, -1, 31, 1e6, "64", True)),
+    *(("slab_pages", v, "at least 1") for v in (0, -3, 1.5, "16", None, False)),
+    *(("watermark", v, "between 0 and 0.5") for v in (-0.1, 0.51, float("nan"), "0.1", None, True)),
+    *(("prefill_chunk_tokens", v, "at least 32 (one page)") for v in (0, 31, -1, 64.0, "64", True)),
+    ("partial_dtype", "float16", "choose one of float32, bfloat16"),
+    ("partial_dtype", "bfloat", 'did you mean "bfloat16"?'),
+    ("partial_dtype", None, "choose one of"),
+    ("backend", "triton", "choose one of auto, reference, cpp"),
+    ("backend", "Auto", 'did you mean "auto"?'),
+    *(("timeout_s", v, "between 1 and 86400") for v in (0, -1, 86401, float("inf"), float("nan"), "120", None)),
+    *(("debug", v, "true or false") for v in (0, 1, "true", None)),
+]
+
+# The whole policy, the option that is wrong, and the remedy.
+INVALID_POLICIES = [
+    ("lookup", {"name": "exact", "budget": 0.5}, "lookup.budget = 0.5", '"exact" takes no options'),
+    ("codec", {"name": "int8", "bits": 3}, "codec.bits = 3", '"int8" takes no options'),
+    ("placement", {"name": "expert", "period": 8}, "placement.period = 8", '"expert" takes no options'),
+    ("lookup", {"name": "quest", "budgt": 0.5}, "lookup.budgt = 0.5", 'did you mean "budget"?'),
+    *(
+        ("lookup", {"name": "quest", "budget": v}, f"lookup.budget = {v!r}", "above 0 and at most 1")
+        for v in (0, -0.5, 1.01, float("nan"), "0.5", None, True)
+    ),
+    *(
+        ("lookup", {"name": "quest", key: v}, f"lookup.{key} = {v!r}", "whole number of at least 0")
+        for key in ("sink_pages", "local_pages")
+        for v in (-1, 0.5, "1", None, True)
+    ),
+    *(
+        ("placement", {"name": "hash", "period": v}, f"placement.period = {v!r}", "whole number of at least 1")
+        for v in (0, -1, 2.0, "8", None, True)
+    ),
+    ("lookup", {"name": "qwest"}, "lookup.name = 'qwest'", 'did you mean "quest"?'),
+    ("lookup", {"budget": 0.5}, "lookup.name = None", "choose one of exact, quest"),
+    ("lookup", {"name": ["quest"]}, "lookup.name = ['quest']", "choose one of exact, quest"),
+    ("lookup", {}, "lookup.name = None", "choose one of exact, quest"),
+]
+
+
+def test_every_key_is_tested() -> None:
+    assert set(VALID) == {f.name for f in dataclasses.fields(PiKVConfig)}
+    assert {key for key, _, _ in INVALID} == set(VALID)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, v) for key, values in VALID.items() for v in values])
+def test_valid_values_survive_a_round_trip_through_json(key: str, value: object) -> None:
+    config = PiKVConfig.from_dict({key: value})
+    again = PiKVConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.digest() == config.digest()
+
+
+@pytest.mark.parametrize(("key", "value", "remedy"), INVALID)
+def test_invalid_values_name_key_value_and_remedy(key: str, value: object, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        PiKVConfig.from_dict({key: value})
+    assert f"pikv.{key} = {value!r}" in str(error.value)
+    assert remedy in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "policy", "cause", "remedy"), INVALID_POLICIES)
+def test_invalid_options_name_key_value_and_remedy(key: str, policy: object, cause: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        PiKVConfig.from_dict({key: policy})
+    assert f"pikv.{cause}" in str(error.value)
+    assert remedy in str(error.value)
+
+
+def test_unknown_key() -> None:
+    with pytest.raises(ConfigError, match=r'pikv\.pagesize = 32: unknown setting; did you mean "page_size"\?'):
+        PiKVConfig.from_dict({"pagesize": 32})
+
+
+@pytest.mark.parametrize("settings", [None, [], "page_size", 3])
+def test_settings_must_be_an_object(settings: object) -> None:
+    with pytest.raises(ConfigError, match="expected an object with settings"):
+        PiKVConfig.from_dict(settings)  # type: ignore[arg-type]
+
+
+def test_capacity_and_chunks_are_checked_against_the_page_size() -> None:
+    assert PiKVConfig(page_size=64, capacity_tokens=64, prefill_chunk_tokens=64).page_size == 64
+    for key in ("capacity_tokens", "prefill_chunk_tokens"):
+        with pytest.raises(ConfigError, match=rf"pikv\.{key} = 63.*at least 64"):
+            PiKVConfig(page_size=64, **{key: 63})
+
+
+def test_defaults_are_exact_and_unlimited() -> None:
+    config = PiKVConfig.from_dict({})
+    assert config == PiKVConfig()
+    assert (config.codec.name, config.lookup.name, config.placement.name) == ("none", "exact", "expert")
+    assert config.capacity_tokens is None
+
+
+def test_policies_can_be_passed_as_instances() -> None:
+    config = PiKVConfig.from_dict({"lookup": QuestLookup(budget=0.25), "placement": HashPlacement(period=7)})
+    assert config.to_dict()["lookup"] == {"name": "quest", "budget": 0.25, "sink_pages": 1, "local_pages": 1}
+    assert config.to_dict()["placement"] == {"name": "hash", "period": 7}
+    assert PiKVConfig.from_dict(config.to_dict()) == config
+
+
+def test_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PiKVConfig().page_size = 64  # type: ignore[misc]
+
+
+def test_digest_changes_with_every_key() -> None:
+    changed = {
+        "page_size": 64,
+        "codec": "int8",
+        "placement": "interleave",
+        "lookup": "quest",
+        "capacity_tokens": 4096,
+        "slab_pages": 8,
+        "watermark": 0.1,
+        "prefill_chunk_tokens": 512,
+        "partial_dtype": "bfloat16",
+        "backend": "reference",
+        "timeout_s": 60.0,
+        "debug": True,
+    }
+    assert set(changed) == set(VALID)
+    configs = [{}, *({key: value} for key, value in changed.items()), {"lookup": {"name": "quest", "budget": 0.25}}]
+    digests = [PiKVConfig.from_dict(c).digest() for c in configs]
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_from_json_takes_settings_or_a_deepspeed_file(tmp_path, wrap: bool) -> None:
+    settings = {"page_size": 64, "lookup": {"name": "quest", "budget": 0.25}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"train_batch_size": 1, "pikv": settings} if wrap else settings))
+    assert PiKVConfig.from_json(path) == PiKVConfig.from_dict(settings)
+    assert PiKVConfig.from_json(str(path)) == PiKVConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"page_size": 32,\n}', "line 2"),
+        ("", "must be JSON"),
+        ("[32]", "expected a JSON object, got list"),
+        ('{"pikv": {"page_size": 31}}', r"pikv\.page_size = 31"),
+        ('{"pikv": null}', "expected an object with settings, got None"),
+        ('{"page_sizes": 32}', 'did you mean "page_size"'),
+        (b"\xd0\xff\x00", "config.json"),
+    ],
+)
+def test_from_json_names_the_file_and_the_cause(tmp_path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as error:
+        PiKVConfig.from_json(path)
+    assert str(path) in str(error.value)
+
+
+def test_from_json_of_a_missing_file_and_of_a_folder(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.json: no such file"):
+        PiKVConfig.from_json(tmp_path / "missing.json")
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        PiKVConfig.from_json(tmp_path)

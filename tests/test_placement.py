@@ -1,0 +1,199 @@
+"""Owners of pages: the memory bound holds at any skew, and no owner is ever overfilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
+from pikv_ds.policies.routing import ExpertPlacement, HashPlacement, InterleavePlacement, Placement
+
+UNLIMITED = 2**40
+PLACEMENTS = [ExpertPlacement(), InterleavePlacement(), HashPlacement(), HashPlacement(period=3)]
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    ranks = draw(st.integers(1, 9))
+    return Topology(ranks * draw(st.integers(1, 6)), ranks)
+
+
+def bound(num_tokens: int, page_size: int, topology: Topology) -> int:
+    """Most tokens of one sequence and layer on a rank (invariant 2): ceil(L/G) + ceil(L/E) + page_size."""
+    return -(-num_tokens // topology.num_ranks) - (-num_tokens // topology.num_experts) + page_size
+
+
+def place_growing(
+    num_tokens: int, page_size: int, topology: Topology, source: int, preference: Callable[[int], list[int]]
+) -> list[int]:
+    """Places pages one by one while a sequence grows, checks the bound at every length, returns loads."""
+    loads = [0] * topology.num_ranks
+    for page in range(num_tokens // page_size):
+        length = (page + 1) * page_size
+        owner = choose_owner(
+            preference(page),
+            loads,
+            page_limits(length, page_size, topology, source),
+            [UNLIMITED] * topology.num_ranks,
+        )
+        assert owner is not None, f"page {page} found no owner although nothing is full"
+        loads[owner] += 1
+        for tail in range(min(page_size, num_tokens - length + 1)):
+            for rank, pages in enumerate(loads):
+                held = pages * page_size + (tail if rank == source else 0)
+                assert held <= bound(length + tail, page_size, topology)
+    return loads
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    topology=topologies(),
+    page_size=st.sampled_from([1, 2, 8, 32]),
+    pages=st.integers(0, 60),
+    data=st.data(),
+)
+def test_bound_holds_for_any_preferences(topology: Topology, page_size: int, pages: int, data: st.DataObject) -> None:
+    tail = data.draw(st.integers(0, page_size - 1))
+    source = data.draw(st.integers(0, topology.num_ranks - 1))
+    ranks = st.lists(st.integers(0, topology.num_ranks - 1), unique=True)  # may name only some, or none
+    preferences = data.draw(st.lists(ranks, min_size=pages, max_size=pages))
+    loads = place_growing(pages * page_size + tail, page_size, topology, source, lambda page: preferences[page])
+    assert sum(loads) == pages
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    topology=topologies(),
+    page_size=st.sampled_from([8, 32]),
+    num_tokens=st.integers(0, 2000),
+    placement=st.sampled_from(PLACEMENTS),
+    data=st.data(),
+)
+def test_bound_holds_when_all_votes_go_to_one_expert(
+    topology: Topology, page_size: int, num_tokens: int, placement: Placement, data: st.DataObject
+) -> None:
+    votes = [0] * topology.num_experts
+    votes[data.draw(st.integers(0, topology.num_experts - 1))] = 2 * page_size
+    source = data.draw(st.integers(0, topology.num_ranks - 1))
+    place_growing(num_tokens, page_size, topology, source, lambda page: placement.owners(page, votes, topology))
+
+
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_ninety_percent_of_the_votes_for_one_expert(all_at_once: bool) -> None:
+    """Four ranks, eight experts, 4,000 tokens: the hot rank takes its whole bound and no more."""
+    topology, page_size, num_tokens, source = Topology(8, 4), 32, 4000, 1
+    loads = [0] * 4
+    for page in range(num_tokens // page_size):
+        length = num_tokens if all_at_once else (page + 1) * page_size  # a prompt's length is known
+        limits = page_limits(length, page_size, topology, source)
+        preference = ExpertPlacement().owners(page, [2, 0, 0, 0, 58, 2, 1, 1], topology)
+        assert preference[0] == 2
+        owner = choose_owner(preference, loads, limits, [UNLIMITED] * 4)
+        assert owner is not None
+        loads[owner] += 1
+    assert sum(loads) == 125
+    assert loads[2] == bound(num_tokens, page_size, topology) // page_size == 47  # 1,000 + 500 + 32 tokens
+    assert max(loads) == loads[2]
+
+
+def test_source_has_one_page_less_for_its_tail() -> None:
+    assert page_limits(1000, 10, Topology(8, 4), source=2) == [38, 38, 37, 38]  # (250 + 125 + 10) // 10
+    assert page_limits(0, 10, Topology(8, 4), source=0) == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("preference", "loads", "limits", "free", "owner"),
+    [
+        ([2, 0], [0, 0, 0], [1, 1, 1], [9, 9, 9], 2),  # the first choice
+        ([2, 0], [0, 0, 1], [1, 1, 1], [9, 9, 9], 0),  # over its share: the second
+        ([2, 0], [0, 0, 0], [1, 1, 1], [9, 9, 0], 0),  # no room: the second
+        ([2], [3, 2, 4], [4, 4, 4], [9, 9, 9], 1),  # none preferred: the least loaded
+        ([2], [2, 2, 4], [4, 4, 4], [9, 9, 9], 0),  # equally loaded: the lower rank
+        ([2], [3, 2, 4], [4, 4, 4], [9, 0, 9], 0),  # the least loaded with room
+        ([], [1, 1], [1, 1], [9, 9], None),  # nobody may
+        ([0, 1], [0, 0], [1, 1], [0, 0], None),  # nobody can
+    ],
+)
+def test_choose_owner(preference, loads, limits, free, owner) -> None:
+    assert choose_owner(preference, loads, limits, free) == owner
+
+
+small = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(free=small, demand=small)
+def test_fair_shares(free: list[int], demand: list[int]) -> None:
+    shares = fair_shares(free, demand)
+    total = sum(demand)
+    assert len(shares) == len(demand)
+    for owner, pages in enumerate(free):
+        column = [row[owner] for row in shares]
+        assert min(column) >= 0
+        if pages < total:
+            assert sum(column) == pages  # contended: all of it is handed out, and no page twice
+        else:
+            assert column == demand  # plenty: open to everybody
+    if sum(free) >= total:
+        for source, pages in enumerate(demand):
+            assert sum(shares[source]) >= pages, "there is room for all pages, but a source cannot place its own"
+
+
+@pytest.mark.parametrize(
+    ("free", "demand"),
+    [([4, 4], [3, 5]), ([1, 1, 1], [1, 1, 1]), ([2, 2, 2, 2], [5, 1, 1, 1]), ([0, 7], [3, 4])],
+)
+def test_the_last_pages_of_the_pools_can_be_used(free: list[int], demand: list[int]) -> None:
+    for source, row in enumerate(fair_shares(free, demand)):
+        assert sum(row) >= demand[source]
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 3), (2, 4), (0, 1), (4, 0)])
+def test_experts_must_spread_evenly(experts: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"{experts} experts cannot be spread evenly over {ranks}"):
+        Topology(experts, ranks)
+
+
+def test_experts_are_hosted_in_contiguous_blocks() -> None:
+    assert [Topology(8, 4).owner(e) for e in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda p: p.name)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(topology=topologies(), page=st.integers(0, 5000), data=st.data())
+def test_every_placement_ranks_all_ranks(
+    placement: Placement, topology: Topology, page: int, data: st.DataObject
+) -> None:
+    votes = data.draw(
+        st.none() | st.lists(st.integers(0, 64), min_size=topology.num_experts, max_size=topology.num_experts)
+    )
+    order = placement.owners(page, votes, topology)
+    assert sorted(order) == list(range(topology.num_ranks))
+    assert placement.owners(page, votes, topology) == order  # all ranks must agree
+
+
+def test_expert_placement_follows_the_votes() -> None:
+    topology = Topology(8, 4)
+    owners = ExpertPlacement().owners
+    assert owners(0, [0, 1, 0, 0, 5, 0, 0, 9], topology) == [3, 2, 0, 1]
+    assert owners(7, [0, 1, 0, 0, 5, 0, 0, 9], topology) == [3, 2, 0, 1]  # whatever the page
+    assert owners(0, [0, 0, 4, 0, 4, 0, 0, 0], topology)[0] == 1  # a tie goes to the lower expert
+    assert [owners(page, None, topology)[0] for page in range(6)] == [0, 1, 2, 3, 0, 1]  # no router
+
+
+def test_interleave_placement_ignores_the_votes() -> None:
+    topology = Topology(8, 4)
+    assert [InterleavePlacement().owners(p, [9] + [0] * 7, topology)[0] for p in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert InterleavePlacement().owners(2, None, topology) == [2, 3, 0, 1]
+
+
+def test_hash_placement_is_the_papers() -> None:
+    topology = Topology(8, 4)
+    votes = [0, 0, 0, 9, 0, 0, 0, 0]
+    for page in range(40):
+        expert = ((page % 11) ^ 3) % 8
+        assert HashPlacement(period=11).owners(page, votes, topology)[0] == topology.owner(expert)
+        assert HashPlacement(period=11).owners(page, None, topology)[0] == topology.owner((page % 11) % 8)

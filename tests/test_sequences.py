@@ -1,0 +1,162 @@
+"""`SequenceBatch` against plain lists of tokens, for any way of cutting a stream into passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pikv_ds.sequences import SequenceBatch
+
+PAGE, KV_HEADS, HEAD_DIM, TOP_K, LAYERS = 8, 2, 4, 2, 2
+ROUTERS = (True, False)  # layer 1 has none
+
+
+def token(row: int, layer: int, position: int) -> Tensor:
+    """The key ``[K, D]`` of a token: different for each row, layer, position, head and channel."""
+    base = ((row * LAYERS + layer) * 1000 + position) * KV_HEADS * HEAD_DIM
+    return torch.arange(base, base + KV_HEADS * HEAD_DIM, dtype=torch.float32).view(KV_HEADS, HEAD_DIM)
+
+
+def experts_of(row: int, position: int) -> list[int]:
+    return [(row + position) % 5, -1 if position % 7 == 3 else (row + 3 * position) % 5]  # -1: dropped
+
+
+@dataclass
+class Stream:
+    """What one sequence must have become: pages taken out so far, per layer."""
+
+    length: int = 0
+    pages: list[list[tuple[int, Tensor, Tensor, Tensor | None]]] = field(default_factory=lambda: [[], []])
+
+
+def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int], width: int, masked: bool, rng) -> None:
+    """One forward pass of all layers; with a mask, each row's tokens lie at random columns."""
+    columns = [sorted(torch.randperm(width, generator=rng)[:n].tolist()) for n in new]
+    tokens = None
+    if masked:
+        tokens = torch.zeros(len(new), width, dtype=torch.bool)
+        for row, places in enumerate(columns):
+            tokens[row, places] = True
+    batch.begin(list(new), tokens)
+    for layer in range(LAYERS):
+        keys = torch.full((len(new), KV_HEADS, width, HEAD_DIM), torch.nan)  # padding must not get in
+        experts = torch.full((len(new), width, TOP_K), 99)
+        for row, places in enumerate(columns):
+            for i, column in enumerate(places):
+                keys[row, :, column] = token(row, layer, streams[row].length + i)
+                experts[row, column] = torch.tensor(experts_of(row, streams[row].length + i))
+        one = width == 1 and not masked
+        if one:
+            lengths = batch.append_one(layer, keys, -keys)
+            assert lengths.tolist() == [batch.open_tokens(r) + n if n else 0 for r, n in enumerate(new)]
+        else:
+            for row, (k, v) in enumerate(batch.append_many(layer, keys, -keys)):
+                if new[row]:
+                    first = streams[row].length // PAGE * PAGE
+                    expected = [token(row, layer, p) for p in range(first, streams[row].length + new[row])]
+                    assert torch.equal(k, torch.stack(expected, dim=1))
+                    assert torch.equal(v, -k)
+            assert batch.fresh_nbytes > 0 or not any(new)
+        for pages in batch.fill(layer, experts if ROUTERS[layer] else None, keys):
+            chosen = pages.experts
+            assert (chosen is None) is (not ROUTERS[layer])
+            for i in range(len(pages.keys)):
+                page = pages.keys[i].clone(), pages.values[i].clone(), None if chosen is None else chosen[i].clone()
+                streams[pages.row].pages[layer].append((pages.first_page + i, *page))
+        assert batch.in_step
+        batch.close_layer(layer)
+    assert not batch.in_step
+    assert batch.fresh_nbytes == 0
+    for stream, n in zip(streams, new, strict=True):
+        stream.length += n
+
+
+def check(batch: SequenceBatch, streams: list[Stream]) -> None:
+    """Pages and tails hold every token once, in order, with its experts."""
+    assert batch.lengths == [s.length for s in streams]
+    assert batch.sealed == [s.length // PAGE for s in streams]
+    for row, stream in enumerate(streams):
+        for layer in range(LAYERS):
+            assert [number for number, *_ in stream.pages[layer]] == list(range(stream.length // PAGE))
+            for number, keys, values, experts in stream.pages[layer]:
+                positions = range(number * PAGE, (number + 1) * PAGE)
+                assert torch.equal(keys, torch.stack([token(row, layer, p) for p in positions], dim=1))
+                assert torch.equal(values, -keys)
+                if experts is not None:
+                    assert experts.tolist() == [experts_of(row, p) for p in positions]
+            tail, rest = batch.tails[layer], range(stream.length // PAGE * PAGE, stream.length)
+            assert batch.open_tokens(row) == len(rest)
+            for i, position in enumerate(rest):
+                assert tail is not None
+                assert torch.equal(tail.keys[row, :, i], token(row, layer, position))
+                assert torch.equal(tail.values[row, :, i], -token(row, layer, position))
+                if ROUTERS[layer]:
+                    assert tail.experts is not None
+                    assert tail.experts[row, i].tolist() == experts_of(row, position)
+
+
+def new_batch(rows: int) -> tuple[SequenceBatch, list[Stream]]:
+    return SequenceBatch(list(range(10, 10 + rows)), LAYERS, 2, PAGE), [Stream() for _ in range(rows)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_split_of_a_stream_gives_the_same_pages(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 3))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    batch, streams = new_batch(rows)
+    for width in data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 5, 8, 9, 20]), min_size=1, max_size=12)):
+        masked = data.draw(st.booleans())
+        counts = st.integers(0, width) if masked else st.just(width)
+        new = data.draw(st.lists(counts, min_size=rows, max_size=rows))
+        run_pass(batch, streams, new, width, masked, rng)
+        check(batch, streams)
+
+
+@pytest.mark.parametrize("widths", [[1] * 21, [21], [7, 7, 7], [8, 8, 5], [20, 1], [1, 20]])
+def test_some_splits_of_21_tokens(widths: list[int], rng) -> None:
+    batch, streams = new_batch(2)
+    for width in widths:
+        run_pass(batch, streams, [width, width], width, False, rng)
+    assert streams[0].length == 21
+    check(batch, streams)
+
+
+def test_finished_sequences_stand_still(rng) -> None:
+    batch, streams = new_batch(3)
+    run_pass(batch, streams, [5, 5, 5], 5, False, rng)
+    assert batch.release([1]) == [11]
+    assert batch.release([1]) == []  # once only
+    for _ in range(6):
+        run_pass(batch, streams, [1, 0, 1], 1, False, rng)
+    check(batch, streams)
+    assert batch.lengths == [11, 5, 11]
+
+
+def test_release_gives_the_tails_back(rng) -> None:
+    batch, streams = new_batch(2)
+    assert batch.tail_nbytes == 0
+    run_pass(batch, streams, [5, 5], 5, False, rng)
+    keys_and_values = 2 * LAYERS * 2 * KV_HEADS * PAGE * HEAD_DIM * 4
+    assert batch.tail_nbytes == keys_and_values + 2 * PAGE * TOP_K * 2  # int16 experts at layer 0
+    batch.release([0])
+    assert batch.tail_nbytes > 0
+    assert batch.release([0, 1]) == [11]
+    assert batch.tail_nbytes == batch.fresh_nbytes == 0
+    assert batch.tails == [None] * LAYERS
+
+
+def test_a_pass_that_never_started_leaves_nothing(rng) -> None:
+    batch, streams = new_batch(2)
+    run_pass(batch, streams, [5, 5], 5, False, rng)
+    batch.begin([3, 3], None)
+    batch.break_off()
+    assert not batch.in_step
+    assert batch.filling(0) == 0
+    run_pass(batch, streams, [9, 9], 9, False, rng)
+    check(batch, streams)
