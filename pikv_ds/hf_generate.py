@@ -84,10 +84,12 @@ def generate(
             cache.release()
 
 
-def _unfinished(cache: PiKVCache, lockstep: Lockstep, this_peer_finished: Any, **kwargs: Any) -> bool:
+def _unfinished(
+    cache: PiKVCache, lockstep: Lockstep, this_peer_finished: Any, synced_gpus: bool, device: torch.device
+) -> bool:
     """The check at the top of transformers' loop; a rank that is done makes idle passes from here on."""
     cache.idle = bool(this_peer_finished)
-    return lockstep.unfinished(cache.idle, **kwargs)
+    return lockstep.unfinished(cache.idle, device)
 
 
 def _problem(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> str | None:
@@ -156,8 +158,8 @@ class Lockstep:
             raise ValueError(message) if problem else PeerError(message)
         return int(both[0])
 
-    def unfinished(self, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
-        """Whether any rank goes on; takes the place of `_has_unfinished_sequences`."""
+    def unfinished(self, this_peer_finished: bool, device: torch.device) -> bool:
+        """Whether any rank goes on."""
         if not self.several:
             return not this_peer_finished
         if self._check(not this_peer_finished, None, device):
@@ -208,7 +210,7 @@ def _serve_only(attachment: Attachment, cache: PiKVCache, passes: int, lockstep:
     for _ in range(passes):
         _idle_pass(attachment, cache)
     round_needs_pass = False  # the first round of the others' loop takes the logits of the prefill
-    while lockstep.unfinished(True, synced_gpus=True, device=attachment.store.device):
+    while lockstep.unfinished(True, attachment.store.device):
         if round_needs_pass:
             _idle_pass(attachment, cache)
         round_needs_pass = True
