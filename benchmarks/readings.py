@@ -12,6 +12,7 @@ Everything runs on the reference model (real attention) unless --model names ano
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ class Bench:
         logging.set_verbosity_error()
         launch_env.prepare()
         self.world = launch_env.world()
+        if self.world.size > 1:  # the unsharded runs take their time; nobody must lose patience meanwhile
+            import torch.distributed as dist
+
+            backend = "nccl" if launch_env.device().type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         self.console = Console(quiet=self.world.rank != 0, width=110)
         self.dtype = args.dtype
         experts = 6 if self.world.size in (3, 6) else 8
@@ -362,7 +368,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", choices=commands)
     parser.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint (default: the reference model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--tokens", type=int, default=6000, help="prompt length (default: 6000)")
+    parser.add_argument("--tokens", type=int, default=6100, help="prompt length (default: 6100)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--chunk", type=int, help="pikv.prefill_chunk_tokens")
     parser.add_argument("--page-size", type=int, default=32)

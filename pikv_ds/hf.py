@@ -347,14 +347,15 @@ def _generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
     return generate(attachment, *args, **kwargs)
 
 
-def release_on_finish(cache: PiKVCache, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-    """Stopping criteria that also release what they stop."""
+class ReleasingCriteria(StoppingCriteriaList):
+    """Stopping criteria that also give back the pages of the sequences that they stop."""
 
-    class Releasing(StoppingCriteriaList):
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            done = super().__call__(input_ids, scores, **kwargs)
-            if cache.release_finished and bool(done.any()):
-                cache.release(done.nonzero().squeeze(1).tolist())
-            return done
+    def __init__(self, criteria: StoppingCriteriaList, cache: PiKVCache) -> None:
+        super().__init__(criteria)
+        self.cache = cache
 
-    return Releasing(criteria)
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.cache.release_finished and bool(done.any()):
+            self.cache.release(done.nonzero().squeeze(1).tolist())
+        return done

@@ -35,7 +35,7 @@ def generate(
     lockstep = Lockstep()
     most_chunks = lockstep.agree(num_chunks, problem, store.device)
 
-    from pikv_ds.hf import release_on_finish
+    from pikv_ds.hf import ReleasingCriteria
 
     own = kwargs.get("past_key_values")
     cache = own if own is not None else attachment.new_cache(release_finished=True)
@@ -61,7 +61,7 @@ def generate(
             assert chunk is not None
             kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
             _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
-        model._get_stopping_criteria = lambda *a, **k: release_on_finish(cache, attachment._get_criteria(*a, **k))
+        model._get_stopping_criteria = lambda *a, **k: ReleasingCriteria(attachment._get_criteria(*a, **k), cache)
         model._has_unfinished_sequences = functools.partial(_unfinished, cache, lockstep)
         out = attachment._generate(ids, generation_config=generation_config, **kwargs)
         if cache.release_finished:
