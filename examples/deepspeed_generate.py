@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         run(args, world)
-    except (ConfigError, PiKVError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, PiKVError, ValueError, OSError) as error:
         print(f"rank {world.rank}: error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0

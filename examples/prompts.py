@@ -9,9 +9,9 @@ from typing import Any
 DATA = Path(__file__).resolve().parent / "data"
 
 DEMO_DOCUMENT = "moby_dick"
-DEMO_QUESTION = "At which inn does the narrator stay?"
-DEMO_ANSWER_PREFIX = "The narrator stays at the"
-DEMO_ANSWER = "Spouter-Inn"  # found in prompts of 5,000 to 6,500 tokens; chapter 3 brings it
+DEMO_QUESTION = "What is the name of the inn where the narrator stays?"
+DEMO_ANSWER_PREFIX = "The name of the inn where the narrator stays is"
+DEMO_ANSWER = "Spouter-Inn"  # in prompts of 5,000 tokens and more: chapter 3 brings it
 
 
 def texts() -> dict[str, str]:
@@ -56,7 +56,7 @@ def long_prompt(
     num_tokens: int,
     question: str = DEMO_QUESTION,
     document: str = DEMO_DOCUMENT,
-    answer_prefix: str = DEMO_ANSWER_PREFIX,
+    answer_prefix: str | None = None,
 ) -> list[int]:
     """The beginning of a document, cut at a sentence end, then a question about it.
 
@@ -64,11 +64,14 @@ def long_prompt(
         num_tokens: at most, chat template and question included; what misses is less than a
             sentence.
         document: a file name of `examples/data` without `.txt`.
-        answer_prefix: how the assistant's answer starts; give "" with a question of your own.
+        answer_prefix: how the assistant's answer starts; default `DEMO_ANSWER_PREFIX` for
+            `DEMO_QUESTION`, nothing for any other question.
 
     Returns:
         Token ids, ready for `generate` (as `torch.tensor([ids])`).
     """
+    if answer_prefix is None:
+        answer_prefix = DEMO_ANSWER_PREFIX if question == DEMO_QUESTION else ""
     ids, tail = chat_parts(tokenizer, question, answer_prefix)
     smallest = len(ids) + len(tail)
     for sentence in sentences(texts()[document]):

@@ -86,7 +86,8 @@ class PiKVCache(Cache):
         batch, error, tokens = self.batch, None, None
         if len(batch) != rows:
             error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
-            rows = len(batch)
+        elif attention_mask is not None and attention_mask.dim() != 2:
+            error = "pass attention_mask as [batch, tokens]; prepared masks of another shape are not supported"
         new = [width if alive and not self.idle else 0 for alive in batch.alive]
         known_full = width == 1 and any(batch.lengths)  # generate appends ones: no need to read the mask
         if attention_mask is not None and not known_full and any(new) and error is None:
@@ -95,8 +96,6 @@ class PiKVCache(Cache):
                 alive = torch.tensor(batch.alive, device=mask.device)
                 tokens = mask & alive[:, None]
                 new = tokens.sum(1).tolist()
-        elif width > 1 and not all(batch.alive) and any(new):
-            tokens = torch.tensor(batch.alive, device=key.device)[:, None].expand(rows, width)
         self.columns += 0 if self.idle else width
         self.store.begin_step(batch, new if error is None else [0] * len(batch), tokens, error)
         return batch
@@ -321,7 +320,9 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     """Dense attention for passes without a `PiKVCache`, so that an attached model stays a model."""
     t, n = query.shape[2], key.shape[2]
     visible = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)[None, None]
-    if mask is not None:
+    if mask is not None and mask.dim() == 4:  # prepared by the caller, causality included
+        visible = mask[..., :n]
+    elif mask is not None:
         visible = visible & mask[:, None, None, :n].bool()
         visible = visible | torch.eye(t, n, dtype=torch.bool, device=query.device).roll(n - t, 1)  # no empty rows
     group = query.shape[1] // key.shape[1]
