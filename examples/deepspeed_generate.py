@@ -29,10 +29,10 @@ from pikv_ds.config import ConfigError, load_json
 from pikv_ds.errors import PiKVError
 
 DEMOS = (
-    ("moby_dick", "What is the name of the inn where the narrator stays?"),
-    ("alice", "What does Alice follow down the hole?"),
+    (prompts.DEMO_DOCUMENT, prompts.DEMO_QUESTION, prompts.DEMO_ANSWER_PREFIX),
+    ("alice", "What does the White Rabbit take out of its pocket?", "The White Rabbit takes out"),
 )
-"""Documents of examples/data and what is asked about them."""
+"""Documents of examples/data, what is asked about them, and how the answer begins."""
 
 EXAMPLES = """examples:
   deepspeed --num_accelerators 2 examples/deepspeed_generate.py --config launch/ds_inference.json --verify
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     patient = None
     if world.size > 1:  # the longest verification decides how long the others wait for it
         patient = torch.distributed.new_group(timeout=datetime.timedelta(hours=2))
-    mine, questions = my_prompts(args, tokenizer, world)
+    mine, questions, prefixes = my_prompts(args, tokenizer, world)
     batch = padded(mine, tokenizer)
     settings = {
         "max_new_tokens": args.max_new_tokens,
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     if args.ignore_eos:
         settings["eos_token_id"] = None
     pikv_ds.api.attachment_of(engine).store.forget_peaks()
-    watch = Watch(engine.module, batch["attention_mask"].sum().item(), tokenizer, console, questions)
+    watch = Watch(engine.module, batch["attention_mask"].sum().item(), tokenizer, console, questions, prefixes)
     with watch, torch.inference_mode():
         out = engine.module.generate(
             **{k: v.to(launch_env.device()) for k, v in batch.items()},
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     own = {
         "rank": world.rank,
         "questions": questions,
-        "answers": [tokenizer.decode(a, skip_special_tokens=True) for a in answers],
+        "answers": [p + tokenizer.decode(a, skip_special_tokens=True) for p, a in zip(prefixes, answers, strict=True)],
         "prompt_tokens": [len(p) for p in mine],
         "new_tokens": sum(len(a) for a in answers),
         **watch.times(),
@@ -234,23 +234,25 @@ def checkpoint(model: str | None, num_experts: int, progress: bool) -> str:
     return model
 
 
-def my_prompts(args: argparse.Namespace, tokenizer: Any, world: launch_env.World) -> tuple[list[list[int]], list[str]]:
-    """Token ids of this rank's prompts, and what is asked in each."""
+def my_prompts(
+    args: argparse.Namespace, tokenizer: Any, world: launch_env.World
+) -> tuple[list[list[int]], list[str], list[str]]:
+    """Token ids of this rank's prompts, what is asked in each, and how the answers begin."""
     if args.prompt_file:
         everything = []
         for file in args.prompt_file:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"--prompt-file {file}: no such file")
             ids = encode(tokenizer, Path(file).read_text(encoding="utf-8"), args.question)
-            everything.append((ids, args.question or Path(file).name))
+            everything.append((ids, args.question or Path(file).name, ""))
     else:
         lengths = (args.prompt_tokens, args.prompt_tokens // 2)
         everything = [
-            (prompts.long_prompt(tokenizer, length, question, document), question)
-            for (document, question), length in zip(DEMOS, lengths, strict=True)
+            (prompts.long_prompt(tokenizer, length, question, document, prefix), question, prefix)
+            for (document, question, prefix), length in zip(DEMOS, lengths, strict=True)
         ]
     chosen = everything[world.rank :: world.size]
-    return [ids for ids, _ in chosen], [title for _, title in chosen]
+    return [ids for ids, _, _ in chosen], [question for _, question, _ in chosen], [prefix for *_, prefix in chosen]
 
 
 def encode(tokenizer: Any, text: str, question: str | None) -> list[int]:
@@ -281,8 +283,10 @@ def padded(rows: list[list[int]], tokenizer: Any) -> dict[str, Any]:
 class Watch:
     """Shows the prefill's progress layer by layer, then the answer as it comes; takes the times."""
 
-    def __init__(self, model: Any, tokens: int, tokenizer: Any, console: Console, questions: list[str]) -> None:
-        self.console, self.tokenizer, self.questions = console, tokenizer, questions
+    def __init__(
+        self, model: Any, tokens: int, tokenizer: Any, console: Console, questions: list[str], prefixes: list[str]
+    ) -> None:
+        self.console, self.tokenizer, self.questions, self.prefixes = console, tokenizer, questions, prefixes
         self.prompt_tokens, self.start, self.first, self.last, self.count = tokens, 0.0, 0.0, 0.0, 0
         layers = model.get_decoder().layers
         columns = (
@@ -320,7 +324,7 @@ class Watch:
             self.first = self.last
             self.progress.stop()
             if len(self.questions) == 1:
-                self.console.print(f"\n[bold]{self.questions[0]}[/]")
+                self.console.print(f"\n[bold]{self.questions[0]}[/]\n{self.prefixes[0]}", end="", highlight=False)
         if len(self.questions) == 1:  # a batch cannot be streamed to one terminal
             self.pieces.append(int(value.flatten()[0]))
             text = self.tokenizer.decode(self.pieces, skip_special_tokens=True)

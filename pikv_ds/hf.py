@@ -10,137 +10,23 @@ The model's code and parameters stay as they are; `detach` restores everything.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
-from pikv_ds.sequences import SequenceBatch
+from pikv_ds.hf_cache import LayerTap, PiKVCache, UnsupportedModelError
+from pikv_ds.hf_generate import generate
 
 ATTENTION = "pikv_ds"
 """Name under which our attention is registered with transformers."""
 
 ReadExperts = Callable[[Any], Tensor]
 """Takes a router's output to the chosen experts, int ``[tokens, k]``, -1 for dropped."""
-
-
-class UnsupportedModelError(ValueError):
-    """The model does something with its keys and values that this cache would get wrong."""
-
-
-@dataclass(eq=False)
-class _Layer:
-    """What ties one attention module to the cache."""
-
-    index: int
-    has_router: bool
-    pending: PiKVCache | None = None
-    """The cache through which the module has just handed over its keys; taken by the attention."""
-    running: tuple[PiKVCache, Tensor, int] | None = None
-    """Cache, keys and width of the pass, between the attention and the router."""
-
-
-class PiKVCache(Cache):
-    """A batch of sequences in the sharded store, as transformers' models take it.
-
-    Pass it as ``past_key_values`` to keep sequences over several calls; `release` gives their
-    pages back, and so does losing the last reference to it.
-    """
-
-    def __init__(self, store: ExpertShardedKVCache, release_finished: bool = False) -> None:
-        super().__init__(layers=[])
-        self.store = store
-        self.batch: SequenceBatch | None = None
-        self.columns = 0
-        self.idle = False  # passes serve the other ranks and append nothing
-        self.release_finished = release_finished
-        self.layer_of: Mapping[int, _Layer] = {}
-
-    def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        cache_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Announces new keys and values; the attention function takes them from here."""
-        if layer_idx not in self.layer_of:
-            raise UnsupportedModelError(f"layer {layer_idx} was not there when PiKV was attached; attach again")
-        self.layer_of[layer_idx].pending = self
-        return key_states, value_states
-
-    def begin(self, key: Tensor, attention_mask: Tensor | None) -> SequenceBatch:
-        """Starts a forward pass with the first layer's keys ``[B, K, T, D]``."""
-        rows, width = key.shape[0], key.shape[2]
-        if self.batch is None:
-            self.batch = self.store.new_batch(rows)
-            weakref.finalize(self, self.store.release, self.batch)
-        batch, error, tokens = self.batch, None, None
-        if len(batch) != rows:
-            error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
-        elif attention_mask is not None and attention_mask.dim() != 2:
-            error = "pass attention_mask as [batch, tokens]; prepared masks of another shape are not supported"
-        new = [width if alive and not self.idle else 0 for alive in batch.alive]
-        known_full = width == 1 and any(batch.lengths)  # generate appends ones: no need to read the mask
-        if attention_mask is not None and not known_full and any(new) and error is None:
-            mask = attention_mask[:, self.columns : self.columns + width].bool()
-            if not bool(mask.all()):
-                alive = torch.tensor(batch.alive, device=mask.device)
-                tokens = mask & alive[:, None]
-                new = tokens.sum(1).tolist()
-        self.columns += 0 if self.idle else width
-        self.store.begin_step(batch, new if error is None else [0] * len(batch), tokens, error)
-        return batch
-
-    def release(self, rows: list[int] | None = None) -> None:
-        """Gives back finished sequences (all of them by default)."""
-        if self.batch is not None:
-            self.store.release(self.batch, rows)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        return self.columns + cache_position.shape[0], 0
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.batch is not None
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return []
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    def reset(self) -> None:
-        self.release()
-        self.batch, self.columns = None, 0
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("PiKV does not support beam search; use num_beams=1")
-
-    def crop(self, max_length: int) -> None:
-        raise NotImplementedError("PiKV does not support cropping (assisted decoding); decode without an assistant")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise NotImplementedError("PiKV does not repeat sequences that are in the cache; repeat the prompt")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise NotImplementedError("PiKV does not reorder sequences that are in the cache; use a new cache")
 
 
 class Attachment:
@@ -168,11 +54,11 @@ class Attachment:
                 f"{type(model).__name__}: no attention layer found that PiKV knows how to hook"
             )
         self.store = make_store(model_shape(model, [a for a, _ in pairs], num_experts))
-        self.layers: dict[int, _Layer] = {}
+        self.layers: dict[int, LayerTap] = {}
         self._hooks: list[Any] = []
         self._attention_modules: list[nn.Module] = []
         for index, (attention, router) in enumerate(pairs):
-            layer = _Layer(index, router is not None)
+            layer = LayerTap(index, router is not None)
             self.layers[attention.layer_idx] = layer  # type: ignore[index]
             attention._pikv = layer  # type: ignore[assignment]
             self._attention_modules.append(attention)
@@ -185,7 +71,7 @@ class Attachment:
         model.set_attn_implementation(ATTENTION)
         self._generate = model.generate
         self._get_criteria = model._get_stopping_criteria
-        model.generate = functools.wraps(model.generate)(functools.partial(_generate, self))
+        model.generate = functools.wraps(model.generate)(functools.partial(generate, self))
 
     def new_cache(self, release_finished: bool = False) -> PiKVCache:
         """An empty cache for one batch; pass it as ``past_key_values``."""
@@ -292,7 +178,7 @@ def pikv_attention(
         ``[B, T, H, D]`` and None (there are no attention weights to return).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: _Layer | None = getattr(module, "_pikv", None)
+    layer: LayerTap | None = getattr(module, "_pikv", None)
     if layer is None or layer.pending is None:
         return _plain_attention(query, key, value, attention_mask, scale), None
     cache, layer.pending = layer.pending, None
@@ -306,7 +192,7 @@ def pikv_attention(
     return out, None
 
 
-def _router_ran(layer: _Layer, read: ReadExperts, module: nn.Module, args: Any, output: Any) -> None:
+def _router_ran(layer: LayerTap, read: ReadExperts, module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a router: the pages of its layer can be sealed now."""
     if layer.running is None:
         return
@@ -333,30 +219,3 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Our mask in transformers' registry: the plain padding mask, causality is the cache's."""
     return attention_mask
-
-
-def _generate(attachment: Attachment, *args: Any, **kwargs: Any) -> Any:
-    """`generate` over the sharded cache, all ranks in step.
-
-    As transformers', with these differences: the cache is ours; on several ranks `synced_gpus` is
-    always on, so that a rank that finishes early serves its shard until all are done; an empty
-    batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
-    of ``prefill_chunk_tokens``.
-    """
-    from pikv_ds.hf_generate import generate
-
-    return generate(attachment, *args, **kwargs)
-
-
-class ReleasingCriteria(StoppingCriteriaList):
-    """Stopping criteria that also give back the pages of the sequences that they stop."""
-
-    def __init__(self, criteria: StoppingCriteriaList, cache: PiKVCache) -> None:
-        super().__init__(criteria)
-        self.cache = cache
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = super().__call__(input_ids, scores, **kwargs)
-        if self.cache.release_finished and bool(done.any()):
-            self.cache.release(done.nonzero().squeeze(1).tolist())
-        return done

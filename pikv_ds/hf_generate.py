@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from pikv_ds.errors import LostRankError, PeerError, PiKVError
 from pikv_ds.exchange import talking
+from pikv_ds.hf_cache import PiKVCache
 
 if TYPE_CHECKING:
-    from pikv_ds.hf import Attachment, PiKVCache
+    from pikv_ds.hf import Attachment
 
 
 def generate(
@@ -23,7 +25,13 @@ def generate(
     generation_config: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """See `pikv_ds.hf._generate`."""
+    """`generate` over the sharded cache, all ranks in step.
+
+    As transformers', with these differences: the cache is ours; on several ranks `synced_gpus` is
+    always on, so that a rank that finishes early serves its shard until all are done; an empty
+    batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
+    of ``prefill_chunk_tokens``.
+    """
     model, store = attachment.model, attachment.store
     settings = generation_config or model.generation_config
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -34,8 +42,6 @@ def generate(
         num_chunks = -(-(ids.shape[1] - _seen(kwargs)) // chunk)
     lockstep = Lockstep()
     most_chunks = lockstep.agree(num_chunks, problem, store.device)
-
-    from pikv_ds.hf import ReleasingCriteria
 
     own = kwargs.get("past_key_values")
     cache = own if own is not None else attachment.new_cache(release_finished=True)
@@ -94,8 +100,6 @@ def _unfinished(
 
 def _problem(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> str | None:
     """What is wrong with the call, in a sentence."""
-    from pikv_ds.hf import PiKVCache
-
     if ids is None or ids.dim() != 2:
         return "generate: pass input_ids of shape [batch, tokens]"
     wanted = {key: kwargs.get(key, getattr(settings, key, None)) for key in _REFUSED}
@@ -130,6 +134,20 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "set pikv.prefill_chunk_tokens instead, so that all ranks agree",
     ),
 }
+
+
+class ReleasingCriteria(StoppingCriteriaList):
+    """Stopping criteria that also give back the pages of the sequences that they stop."""
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: PiKVCache) -> None:
+        super().__init__(criteria)
+        self.cache = cache
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.cache.release_finished and bool(done.any()):
+            self.cache.release(done.nonzero().squeeze(1).tolist())
+        return done
 
 
 class Lockstep:

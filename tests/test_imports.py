@@ -18,14 +18,15 @@ CSRC = ROOT.parent / "csrc"
 FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences"}
 """Modules that import torch, the standard library and each other only."""
 CORE = FOUNDATION | {"exchange", "sealing", "attention", "cache", "metrics"}
-INTEGRATIONS = {"hf", "hf_generate", "deepspeed_moe", "api"}
+INTEGRATIONS = {"hf", "hf_cache", "hf_generate", "deepspeed_moe", "api"}
 FORBIDDEN = {
     "exchange": {"attention", "cache", "sealing"},
     "sealing": {"attention", "cache"},
     "attention": {"cache", "sealing"},
     "hf": {"deepspeed_moe", "api"},
     "hf_generate": {"deepspeed_moe", "api"},
-    "deepspeed_moe": {"hf", "hf_generate", "api"},
+    "hf_cache": {"hf", "hf_generate", "deepspeed_moe", "api"},
+    "deepspeed_moe": {"hf", "hf_cache", "hf_generate", "api"},
 }
 
 
@@ -95,13 +96,13 @@ def test_layers_do_not_import_what_is_above_or_beside_them(name: str) -> None:
 
 def test_only_the_front_door_imports_integrations() -> None:
     above = {n for n in NAMES if n and inside(n) & INTEGRATIONS}
-    assert above <= {"api", "hf", "hf_generate", "reference_model", "cli"}
+    assert above <= {"api", "hf", "hf_cache", "hf_generate", "reference_model", "cli"}
 
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("transformers", {"hf", "hf_generate", "reference_model"}),
+        ("transformers", {"hf", "hf_cache", "hf_generate", "reference_model"}),
         ("deepspeed", {"deepspeed_moe"}),
         ("megatron", set()),
     ],
