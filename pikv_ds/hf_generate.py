@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pikv_ds.errors import LostRankError, PeerError, PiKVError
 from pikv_ds.exchange import talking
@@ -46,7 +48,8 @@ def generate(
     own = kwargs.get("past_key_values")
     cache = own if own is not None else attachment.new_cache(release_finished=True)
     kwargs["past_key_values"] = cache
-    if kwargs.get("return_dict_in_generate", settings.return_dict_in_generate):
+    wants_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+    if wants_dict:
         cache.release_finished = False  # the caller gets the cache and may go on with it
     if lockstep.several:
         kwargs["synced_gpus"] = True
@@ -60,7 +63,7 @@ def generate(
         if len(ids) == 0:
             _serve_only(attachment, cache, most_chunks, lockstep)
             store.begin_step(None, [])
-            return ids
+            return GenerateDecoderOnlyOutput(sequences=ids) if wants_dict else ids
         for _ in range(most_chunks - num_chunks):
             _idle_pass(attachment, attachment.new_cache())
         if num_chunks > 1:
@@ -77,6 +80,9 @@ def generate(
     except LostRankError:
         raise
     except Exception as error:
+        if _LOST_RANK.search(str(error)) and isinstance(error, RuntimeError) and not isinstance(error, PiKVError):
+            with talking("ran the model's own exchange"):  # says what to look for
+                raise
         passing = cache.batch is not None and cache.batch.in_step  # then the others are within the pass, too
         if isinstance(error, PiKVError) or not passing:
             lockstep.fail(error, store.device)
@@ -134,6 +140,10 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         "set pikv.prefill_chunk_tokens instead, so that all ranks agree",
     ),
 }
+
+
+_LOST_RANK = re.compile(r"gloo|NCCL|connection (closed|reset)", re.IGNORECASE)
+"""What torch's process groups say in a RuntimeError when a peer is gone."""
 
 
 class ReleasingCriteria(StoppingCriteriaList):

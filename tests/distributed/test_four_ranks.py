@@ -1,0 +1,96 @@
+"""Four ranks: one EP group of four, and two EP groups of two that share a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cases
+import pytest
+import tiny
+from cases import Raised, Work, catching
+from harness import Ranks, ranks_fixture
+
+import pikv_ds
+
+pytestmark = pytest.mark.distributed
+ranks = ranks_fixture(4)
+
+UNEVEN = (Work(2, 40, 14), Work(1, 75, 9), Work(3, 20, 20, padded=True), Work(1, 33, 5))
+IDLE = (Work(0, 5, 5), Work(2, 64, 10), Work(0, 2, 2), Work(1, 30, 16))
+
+PARITY: dict[str, dict[str, Any]] = {
+    "mixtral": {"kind": "mixtral", "works": UNEVEN},
+    "qwen3-dense-layers": {
+        "kind": "qwen3_moe",
+        "works": UNEVEN,
+        "model": {"head_dim": 20, "num_layers": 3, "dense_layers": (1,)},
+    },
+    "interleave": {"kind": "mixtral", "works": UNEVEN, "pikv": {"placement": "interleave"}},
+    "hash": {"kind": "mixtral", "works": UNEVEN, "pikv": {"placement": "hash"}},
+    "chunks": {"kind": "mixtral", "works": UNEVEN, "pikv": {"prefill_chunk_tokens": 16}},
+    "idle-ranks": {"kind": "mixtral", "works": IDLE},
+    "one-expert-each": {"kind": "qwen3_moe", "works": UNEVEN, "model": {"num_experts": 4}},
+}
+
+
+@pytest.mark.parametrize("ep", [4, 2])
+@pytest.mark.parametrize("case", PARITY)
+def test_equals_unsharded_model(ranks: Ranks, case: str, ep: int) -> None:
+    results = ranks.run(cases.parity, ep=ep, **PARITY[case])
+    for first in range(0, 4, ep):
+        cases.assert_parity(results[first : first + ep])
+    assert [r["stats"]["num_ranks"] for r in results] == [ep] * 4
+
+
+@pytest.mark.parametrize("ep", [4, 2])
+def test_every_page_once_and_bounded_when_one_expert_gets_90_percent(ranks: Ranks, ep: int) -> None:
+    works = (Work(1, 70, 25), Work(2, 133, 25), Work(1, 40, 25), Work(1, 200, 25))
+    results = ranks.run(cases.generate_watched, works=works, pikv={}, rigged=True, ep=ep)
+    for first in range(0, 4, ep):
+        group = results[first : first + ep]
+        cases.assert_parity(group)
+        taken = [r["taken"] for r in group]
+        sequences = sum(w.rows for w in works[first : first + ep])
+        assert cases.assert_invariants(taken, 2, 8, 8) == 25 * sequences * 2
+        assert sum(r["overflowed_pages"] for r in group[0]["stats"]["per_rank"]) > 0
+    assert all(0.85 <= r["share"] <= 0.99 for r in results)
+    for result in results:
+        assert all(state["kv_bytes"] == state["storage"] for state in result["taken"])
+
+
+def test_wire_bytes_equal_the_formula(ranks: Ranks) -> None:
+    figures = ranks.run(cases.parity, kind="mixtral", works=(Work(1, 40, 10),) * 4)[0]["stats"]
+    assert figures["wire_formula_bytes"] == 3 * 4 * (16 * (4 + 4) + 4)  # peers, heads
+    assert figures["wire_bytes_per_token_layer"] == figures["wire_formula_bytes"]
+
+
+def fill_one_group(rank: int, works: Sequence[Work]) -> dict[str, Any]:
+    engine, reference = cases.build("mixtral", {"capacity_tokens": 128}, ep=2)
+    with catching() as raised:
+        engine.module.generate(works[rank].ids(rank), max_new_tokens=40, do_sample=False)
+    after = cases.side_by_side(engine, reference, Work(1, 20 + rank, 5 + rank), rank)
+    return {"raised": raised, "same": after["same"]}
+
+
+def test_a_full_pool_in_one_group_ends_the_other_groups_call_too(ranks: Ranks) -> None:
+    works = (Work(1, 40), Work(1, 40), Work(1, 500), Work(2, 300))
+    results = ranks.run(fill_one_group, works=works)
+    raised: list[Raised] = [r["raised"] for r in results]
+    assert [r.kind for r in raised] == ["PeerError"] * 2 + ["PoolFullError"] * 2
+    assert all("capacity_tokens" in r.message and r.seconds < 8 for r in raised)
+    assert all(r["same"] for r in results)
+
+
+def different_models(rank: int) -> Raised:
+    with catching() as raised:
+        model = tiny.mixtral(num_layers=3 if rank == 2 else 2)
+        pikv_ds.attach(model, {}, ep_group=cases.world_group())
+    return raised
+
+
+def test_a_rank_with_another_model(ranks: Ranks) -> None:
+    for raised in ranks.run(different_models):
+        assert raised.kind == "PeerError"
+        assert "ranks 0 and 2" in raised.message
+        assert "num_layers" in raised.message
