@@ -18,7 +18,7 @@ from pikv_ds.exchange import Exchange, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
-from pikv_ds.policies.routing import Lookup, QuestLookup
+from pikv_ds.policies.routing import Candidates, Lookup
 from pikv_ds.sequences import SequenceBatch
 
 FEW_QUERIES = 8
@@ -149,7 +149,7 @@ class ShardedAttention:
 
         Only where all pages are read: a sparse lookup reads a share of them, so its queries travel.
         """
-        if isinstance(self.lookup, QuestLookup) or self.exchange.size == 1:
+        if self.lookup.summary is not None or self.exchange.size == 1:
             return False
         elements = query_tokens * self.num_heads * self.layout.head_dim
         queries = elements * (self.layout.dtype.itemsize + self.exchange.partial_dtype.itemsize)
@@ -228,7 +228,7 @@ class ShardedAttention:
             return out, lse
         sequences = tuple((source, sequence) for source, sequence, _ in asked)
         few = all(tokens <= FEW_QUERIES for _, _, tokens in asked)
-        if few or isinstance(self.lookup, QuestLookup):
+        if few or self.lookup.summary is not None:
             rows = self.table.rows(layer, sequences)
             repeats = torch.tensor([tokens for _, _, tokens in asked], device=query.device)
             single = int(repeats.max()) == 1
@@ -236,43 +236,37 @@ class ShardedAttention:
                 x if single else x.repeat_interleave(repeats, dim=0) for x in (rows.slots, rows.page_idx, rows.counts)
             )
             sealed = torch.tensor([self.num_sealed[s] for s in sequences], device=query.device)
-            table = self._select(query, slots, numbers, counts, sealed.repeat_interleave(repeats))
+            sealed = sealed.repeat_interleave(repeats)
+            pages = Candidates(slots, numbers, counts, sealed, self.pool.summary_slabs, self.layout)
+            table = self._select(query, pages)
             self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse)
             return out, lse
         start = 0
         for row, (_, _, tokens) in enumerate(asked):
             end = start + tokens
-            pages = self._local_pages(layer, sequences[row])
-            self._attend_pages(query[start:end], pages, scale, out[start:end], lse[start:end])
+            encoded = self._local_pages(layer, sequences[row])
+            self._attend_pages(query[start:end], encoded, scale, out[start:end], lse[start:end])
             start = end
         return out, lse
 
     def _attend_pages(self, query: Tensor, pages: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
         """Many queries of one sequence over encoded pages uint8 ``[P, page_bytes]``."""
         keys, values = (x.transpose(0, 1).flatten(1, 2) for x in self.ops.unseal_pages(pages, self.layout))
-        self._count(len(pages) * self.layout.num_kv_heads * len(query), len(pages) * len(query))
+        read = len(pages) * self.layout.num_kv_heads * len(query)
+        self._count(read, read)
         self.ops.context_attention(query, keys, values, scale, None, out, lse)
 
-    def _select(self, query: Tensor, slots: Tensor, numbers: Tensor, counts: Tensor, sealed: Tensor) -> Tensor:
-        """The page table after the lookup: ``[R, P]`` for all pages, ``[R, K, P]`` for a selection."""
-        total = int(counts.sum())
+    def _select(self, query: Tensor, pages: Candidates) -> Tensor:
+        """The page table after the lookup, counted."""
         k = self.layout.num_kv_heads
-        if not isinstance(self.lookup, QuestLookup) or total == 0:
-            self._count(total * k, total)
-            return slots
-        scores = torch.empty(len(slots), k, slots.shape[1], dtype=torch.float32, device=query.device)
-        self.ops.page_scores(query, self.pool.summary_slabs, slots, counts, self.layout, scores)
-        budget = self.lookup.budget_pages(counts)
-        assert budget is not None
-        chosen = slots.new_empty(len(slots), k, slots.shape[1])
-        pinned = self.lookup.pinned(numbers, sealed)
-        self.ops.select_pages(slots, counts, scores, pinned, budget, chosen)
-        self._count(int((chosen > 0).sum()), total)
-        return chosen
+        total = int(pages.counts.sum())
+        table = self.lookup.select(self.ops, query, pages) if total else pages.slots
+        self._count(int((table > 0).sum()) if table.dim() == 3 else total * k, total * k)
+        return table
 
     def _count(self, visited: int, in_scope: int) -> None:
         self.counters["pages_visited"] += visited
-        self.counters["pages_in_scope"] += in_scope * self.layout.num_kv_heads
+        self.counters["pages_in_scope"] += in_scope
 
 
 def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

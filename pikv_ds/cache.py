@@ -110,10 +110,9 @@ class ExpertShardedKVCache:
         self.layout = config.codec.layout(shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype)
         self.ops = Ops(config.backend, self.device.type)
         capacity = config.capacity_tokens
-        bounds_bytes = 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
         self.pool = PagePool(
             self.layout.page_bytes,
-            bounds_bytes if config.lookup.needs_bounds else 0,
+            0 if config.lookup.summary is None else config.lookup.summary.num_bytes(self.layout),
             slab_pages=config.slab_pages,
             capacity_pages=None if capacity is None else capacity // config.page_size * shape.num_layers,
             watermark=config.watermark,
@@ -128,6 +127,7 @@ class ExpertShardedKVCache:
             self.table,
             self.layout,
             config.placement,
+            config.lookup.summary,
             self.topology,
         )
         self.attention = ShardedAttention(

@@ -20,6 +20,7 @@ from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
 from pikv_ds.policies.routing import Placement
+from pikv_ds.policies.summaries import Summary
 from pikv_ds.sequences import FullPages, SequenceBatch
 
 HEADER = 4
@@ -51,6 +52,7 @@ class PageSender:
         table: PageTable,
         layout: PageLayout,
         placement: Placement,
+        summary: Summary | None,
         topology: Topology,
     ) -> None:
         self.ops, self.exchange, self.pool, self.table, self.layout = (
@@ -60,7 +62,7 @@ class PageSender:
             table,
             layout,
         )
-        self.placement, self.topology = placement, topology
+        self.placement, self.summary, self.topology = placement, summary, topology
         self.staged: list[StagedPage] = []
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
@@ -84,10 +86,10 @@ class PageSender:
         encoded = torch.empty(n, self.pool.page_bytes, dtype=torch.uint8, device=pages.keys.device)
         self.ops.seal_pages(pages.keys, pages.values, self.layout, encoded)
         payload[:, : self.pool.page_bytes] = encoded
-        if self.pool.summary_bytes:
-            bounds = torch.zeros(n, self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
-            self.ops.page_bounds(pages.keys, bounds)
-            payload[:, self.pool.page_bytes :] = bounds
+        if self.summary is not None:
+            summaries = torch.zeros(n, self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
+            self.summary.write(self.ops, pages.keys, summaries)
+            payload[:, self.pool.page_bytes :] = summaries
         votes = None if pages.experts is None else self._votes(pages.experts)
         for i in range(n):
             self.staged.append(

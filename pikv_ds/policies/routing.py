@@ -6,13 +6,16 @@ method; add one by writing it and naming it in `PLACEMENTS` or `LOOKUPS`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from pikv_ds.layout import PageLayout
 from pikv_ds.placement import Topology
+from pikv_ds.policies.summaries import KeyBounds, Summary
 
 
 @runtime_checkable
@@ -78,17 +81,42 @@ class HashPlacement:
         return [(first + i) % topology.num_ranks for i in range(topology.num_ranks)]
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The pages among which a lookup chooses: those of each query's sequence that lie on this rank."""
+
+    slots: Tensor
+    """``[R, P]`` int32; entries at and beyond `counts` are undefined."""
+    page_idx: Tensor
+    """``[R, P]`` int32, number of each page within its sequence."""
+    counts: Tensor
+    """``[R]`` int64."""
+    num_sealed: Tensor
+    """``[R]`` int64, sealed pages of each row's sequence over all ranks."""
+    summaries: Sequence[Tensor | None]
+    """The pool's summary slabs."""
+    layout: PageLayout
+
+
 @runtime_checkable
 class Lookup(Protocol):
     """Which pages a query visits."""
 
     name: str
-    needs_bounds: bool
-    """Whether pages must carry key bounds (a summary that costs memory)."""
 
-    def budget_pages(self, num_pages: Tensor) -> Tensor | None:
-        """How many of ``num_pages`` (``[R]`` int64, pages of the query's sequence on this rank) a
-        query may visit; None visits all of them."""
+    @property
+    def summary(self) -> Summary | None:
+        """What it needs to see of a page; None: nothing, it reads all pages."""
+        ...
+
+    def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
+        """The page table to attend to: int32 ``[R, P]``, or ``[R, K, P]`` with a choice per KV head
+        and slot 0 where a page is left out.
+
+        Args:
+            ops: the `pikv_ds.ops.Ops` to compute with.
+            query: ``[R, H, D]``.
+        """
         ...
 
 
@@ -97,10 +125,10 @@ class ExactLookup:
     """Every page: attention is exact."""
 
     name = "exact"
-    needs_bounds = False
+    summary = None
 
-    def budget_pages(self, num_pages: Tensor) -> Tensor | None:
-        return None
+    def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
+        return pages.slots
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,7 @@ class QuestLookup:
     local_pages: int = 1
     """Most recently sealed pages that are always visited."""
     name = "quest"
-    needs_bounds = True
+    summary = KeyBounds()
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)) or not 0 < self.budget <= 1:
@@ -130,16 +158,17 @@ class QuestLookup:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{key} = {value!r}: use a whole number of at least 0")
 
-    def budget_pages(self, num_pages: Tensor) -> Tensor | None:
-        return torch.ceil(num_pages.double() * self.budget).long()
-
-    def pinned(self, page_idx: Tensor, num_sealed: Tensor) -> Tensor:
-        """Which of the pages numbered ``page_idx [R, P]`` are always visited, bool ``[R, P]``.
-
-        Args:
-            num_sealed: sealed pages of each row's sequence over all ranks, ``[R]``.
-        """
-        return (page_idx < self.sink_pages) | (page_idx >= num_sealed[:, None] - self.local_pages)
+    def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
+        rows, width = pages.slots.shape
+        shape = rows, pages.layout.num_kv_heads, width
+        scores = torch.empty(shape, dtype=torch.float32, device=query.device)
+        ops.page_scores(query, pages.summaries, pages.slots, pages.counts, pages.layout, scores)
+        sink = pages.page_idx < self.sink_pages
+        recent = pages.page_idx >= pages.num_sealed[:, None] - self.local_pages
+        budget = torch.ceil(pages.counts.double() * self.budget).long()
+        table = torch.empty(shape, dtype=torch.int32, device=query.device)
+        ops.select_pages(pages.slots, pages.counts, scores, sink | recent, budget, table)
+        return table
 
 
 PLACEMENTS: dict[str, type[Placement]] = {
