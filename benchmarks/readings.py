@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,11 @@ class Bench:
         experts = 6 if self.world.size in (3, 6) else 8
         self.folder = args.model or str(reference_model.build(experts, progress=self.world.rank == 0))
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
+
+    def progress(self, text: str) -> None:
+        """What is under way, on a terminal."""
+        if self.console.is_terminal:
+            self.console.print(text.ljust(60), end="\r")
 
     def load(self) -> Any:
         """The unsharded model."""
@@ -348,46 +355,51 @@ def needles(args: argparse.Namespace) -> None:
     most = -(-len(cases) // size)
     table = Table(title=f"{len(cases)} needle cases, {bench.dtype}, {size} rank(s), page size {args.page_size}")
     for column in (
-        "lookup and codec",
+        "lookup, codec",
         "found",
-        "same answer as exact, none",
-        "KV bytes of bf16",
+        "same number",
+        "pages / bf16",
+        "with tails",
         "summaries",
         "pages visited",
     ):
         table.add_column(column, justify="right")
-    engine, answers = bench.engine(page_size=args.page_size), {}
+    engine = bench.engine(page_size=args.page_size)
+    numbers: dict[str, list[str | None]] = {}
     for name, pikv in SETTINGS.items():
         pikv_ds.detach(engine)
         pikv_ds.attach(engine, {"page_size": args.page_size, **pikv})
         store = pikv_ds.api.attachment_of(engine).store
-        texts, held, full, summaries = [], 0, 0, 0
+        token_bytes = store.shape.token_bytes * 2 / store.shape.dtype.itemsize  # in bf16, all layers
+        totals: Counter[str] = Counter()
+        texts = []
         for i in range(most):
-            ids = torch.tensor([mine[i].input_ids] if i < len(mine) else [], dtype=torch.long).view(
-                int(i < len(mine)), -1
-            )
+            rows = [mine[i].input_ids] if i < len(mine) else []
+            ids = torch.tensor(rows, dtype=torch.long, device=launch_env.device()).view(len(rows), -1)
             store.forget_peaks()
             with torch.inference_mode():
                 out = engine.module.generate(
-                    ids.to(launch_env.device()),
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=10,
-                    do_sample=False,
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False
                 )
             figures = pikv_ds.stats(engine)
-            held += sum(r["held_kv_bytes"] for r in figures["per_rank"])
-            full += sum(r["unsharded_kv_bytes"] for r in figures["per_rank"]) * 2 // store.shape.dtype.itemsize
-            summaries += sum(r["peak_summary_bytes"] for r in figures["per_rank"])
-            if len(ids):
+            for r in figures["per_rank"]:
+                totals["pool"] += r["held_pool_bytes"]
+                totals["all"] += r["held_kv_bytes"]
+                totals["summaries"] += r["peak_summary_bytes"]
+                totals["paged"] += r["peak_pages"] * args.page_size // store.shape.num_layers
+                totals["tokens"] += r["peak_own_tokens"]
+            if rows:
                 texts.append(bench.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-            bench.console.print(f"{name}: {(i + 1) * size} of {len(cases)} cases", end="\r")
+            bench.progress(f"{name}: {min((i + 1) * size, len(cases))} of {len(cases)} cases")
+        numbers[name] = [m.group() if (m := re.search(r"\d+", t.replace(",", ""))) else None for t in texts]
         hits = sum(found(t, c.answer) for t, c in zip(texts, mine, strict=True))
-        answers[name] = texts
-        same = sum(a == b for a, b in zip(texts, answers["exact, none"], strict=True))
-        totals = bench.gather((hits, same))
+        same = sum(a == b for a, b in zip(numbers[name], numbers["exact, none"], strict=True))
+        counted = bench.gather((hits, same))
         table.add_row(
-            name, f"{sum(h for h, _ in totals)}", f"{sum(s for _, s in totals)}", f"{held / full:.3f}",
-            f"{summaries / full:.3f}", f"{figures['visited_share']:.0%}",
+            name, str(sum(h for h, _ in counted)), str(sum(s for _, s in counted)),
+            f"{totals['pool'] / (totals['paged'] * token_bytes):.3f}",
+            f"{totals['all'] / (totals['tokens'] * token_bytes):.3f}",
+            f"{totals['summaries'] / (totals['tokens'] * token_bytes):.3f}", f"{figures['visited_share']:.0%}",
         )  # fmt: skip
     bench.console.print(table)
 

@@ -81,6 +81,9 @@ class Snapshot:
     """Tokens times layers that lie on it: pages of everybody, own tails, own pages not yet sent."""
     pages: int = 0
     kv_bytes: int = 0
+    """All memory for keys and values: pool, tails, pages not yet sent."""
+    pool_bytes: int = 0
+    """The part of it that holds sealed pages, slack included."""
     summary_bytes: int = 0
 
 
@@ -298,6 +301,7 @@ class ExpertShardedKVCache:
                 self.stored_tokens,
                 self.pool.num_used,
                 self.kv_bytes,
+                self.pool.page_storage_bytes,
                 self.pool.summary_storage_bytes,
             )
 

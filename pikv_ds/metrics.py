@@ -18,7 +18,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     """This rank's figures; needs no other rank.
 
     ``tokens`` are per layer (tokens times layers, over layers). ``tokens`` ... ``summary_bytes`` are
-    what is held now. The ``peak_*`` counts, ``held_kv_bytes`` and ``unsharded_kv_bytes`` belong to one
+    what is held now. The ``peak_*`` counts, ``held_*`` and ``unsharded_kv_bytes`` belong to one
     moment, the same on all ranks: the end of the pass after which the group held the most tokens.
     ``peak_kv_bytes`` is the most at any moment, pages and prompts under way included.
     """
@@ -37,6 +37,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "peak_pages": fullest.pages,
         "peak_summary_bytes": fullest.summary_bytes,
         "held_kv_bytes": fullest.kv_bytes,
+        "held_pool_bytes": fullest.pool_bytes,
         "unsharded_kv_bytes": fullest.own_tokens * cache.shape.token_bytes,
         "peak_kv_bytes": cache.peak_bytes,
         "steps": cache.num_steps,
