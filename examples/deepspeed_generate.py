@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import gc
 import json
 import os
 import shutil
@@ -186,6 +187,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     }
     pikv_ds.detach(engine)
     del engine
+    gc.collect()  # before the unsharded model is loaded: engines are full of cycles
     if args.verify and mine:
         console.print("comparing with the unsharded model …")
         model = load().to(launch_env.device())
