@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import gc
 import json
 import os
 import shutil
@@ -187,7 +186,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     }
     pikv_ds.detach(engine)
     del engine
-    gc.collect()  # before the unsharded model is loaded: engines are full of cycles
+    launch_env.return_freed_memory()
     if args.verify and mine:
         console.print("comparing with the unsharded model …")
         model = load().to(launch_env.device())

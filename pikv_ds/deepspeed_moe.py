@@ -52,6 +52,7 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
         settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
     engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
     engine.eval()
+    launch_env.return_freed_memory()  # the other ranks' experts
     group = expert_group(engine.module)
     if group is not None:
         _set_timeout(group, timeout_s)

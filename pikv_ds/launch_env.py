@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,17 @@ def prepare() -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def return_freed_memory() -> None:
+    """Gives memory of discarded weights back to the operating system.
+
+    glibc keeps freed blocks of the size of a weight in its heap: after sharding the reference model
+    a rank held 4.4 GiB, of which 2.6 GiB were free blocks.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def cache_dir() -> Path:
