@@ -30,7 +30,7 @@ from pikv_ds.errors import PiKVError
 
 DEMOS = (
     (prompts.DEMO_DOCUMENT, prompts.DEMO_QUESTION, prompts.DEMO_ANSWER_PREFIX),
-    ("alice", "What does the White Rabbit take out of its pocket?", "The White Rabbit takes out"),
+    ("alice", "What was written on the little bottle?", "On the little bottle was written"),
 )
 """Documents of examples/data, what is asked about them, and how the answer begins."""
 
