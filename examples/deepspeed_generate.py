@@ -150,8 +150,8 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()  # noqa: E731
     console.print(f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {Path(folder).name}")
     started = time.perf_counter()
-    engine = pikv_ds.initialize(load().to(launch_env.device()), config)
     quiet_deepspeed()
+    engine = pikv_ds.initialize(load().to(launch_env.device()), config)
     console.print(f"model loaded and sharded in {time.perf_counter() - started:.1f} s")
 
     patient = None
@@ -398,6 +398,8 @@ def report(
 
 def quiet_deepspeed() -> None:
     import logging as python_logging
+
+    import deepspeed  # noqa: F401  (it sets up its logger when it is imported)
 
     python_logging.getLogger("DeepSpeed").setLevel(python_logging.WARNING)
 
