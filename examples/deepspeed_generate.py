@@ -192,8 +192,9 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
         model = load().to(launch_env.device())
         with torch.inference_mode():
             plain = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, **settings, synced_gpus=False)
-        own["verified_tokens"] = sum(len(a) for a in answers)
-        own["equal_tokens"] = int((plain.cpu() == out.cpu())[:, batch["input_ids"].shape[1] :].sum())
+        longest = max(plain.shape[1], out.shape[1]) - batch["input_ids"].shape[1]
+        own["verified_tokens"] = longest * len(mine)
+        own["equal_tokens"] = equal_tokens(plain.cpu(), out.cpu(), batch["input_ids"].shape[1])
     everyone: list[Any] = [own]
     if world.size > 1:
         everyone = [None] * world.size
@@ -394,6 +395,12 @@ def report(
             f"{figures['equal_tokens']} of {figures['verified_tokens']} {verdict}",
         )
     console.print(facts)
+
+
+def equal_tokens(want: Any, got: Any, start: int) -> int:
+    """New tokens that agree; where one output is longer, the rest counts as unequal."""
+    width = min(want.shape[1], got.shape[1])
+    return int((want[:, start:width] == got[:, start:width]).sum())
 
 
 def quiet_deepspeed() -> None:

@@ -8,6 +8,7 @@ ranks of their home experts. A forward pass is `begin_step`, then for every laye
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,6 +152,9 @@ class ExpertShardedKVCache:
         self._after_pass = Snapshot()
         self._most_tokens = 0
         self._batches: list[SequenceBatch] = []
+        self.abandoned: deque[SequenceBatch] = deque()
+        """Batches whose last reference is gone. A finalizer may run at any moment, also within a
+        collective, so it only leaves them here; the next pass releases them."""
         self._next_id = 0
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
@@ -195,6 +199,8 @@ class ExpertShardedKVCache:
         Raises:
             PiKVError: the same on every rank: an error of one rank, a full pool, NaN in K or V.
         """
+        while self.abandoned:
+            self.release(self.abandoned.popleft())
         if batch is not None and batch.in_step:
             error = error or "the previous forward pass of this batch was broken off; release it and start anew"
         entries: list[tuple[int, int]] = []

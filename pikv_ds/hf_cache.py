@@ -65,22 +65,26 @@ class PiKVCache(Cache):
         rows, width = key.shape[0], key.shape[2]
         if self.batch is None:
             self.batch = self.store.new_batch(rows)
-            weakref.finalize(self, self.store.release, self.batch)
+            weakref.finalize(self, self.store.abandoned.append, self.batch)
         batch, error, tokens = self.batch, None, None
         if len(batch) != rows:
             error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
         elif attention_mask is not None and attention_mask.dim() != 2:
             error = "pass attention_mask as [batch, tokens]; prepared masks of another shape are not supported"
+        elif not self.idle and not any(batch.alive):
+            error = "the cache has been released (an error releases it, too); use a new one"
         new = [width if alive and not self.idle else 0 for alive in batch.alive]
         known_full = width == 1 and any(batch.lengths)  # generate appends ones: no need to read the mask
         if attention_mask is not None and not known_full and any(new) and error is None:
             mask = attention_mask[:, self.columns : self.columns + width].bool()
-            if not bool(mask.all()):
+            if mask.shape[1] != width:
+                error = f"attention_mask has {attention_mask.shape[1]} columns, cache and batch {self.columns + width}"
+            elif not bool(mask.all()):
                 alive = torch.tensor(batch.alive, device=mask.device)
                 tokens = mask & alive[:, None]
                 new = tokens.sum(1).tolist()
-        self.columns += 0 if self.idle else width
         self.store.begin_step(batch, new if error is None else [0] * len(batch), tokens, error)
+        self.columns += 0 if self.idle else width
         return batch
 
     def release(self, rows: list[int] | None = None) -> None:

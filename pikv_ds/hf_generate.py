@@ -61,7 +61,7 @@ def generate(
         kwargs["num_return_sequences"] = 1
     try:
         if len(ids) == 0:
-            _serve_only(attachment, cache, most_chunks, lockstep)
+            _serve_only(attachment, attachment.new_cache(), most_chunks, lockstep)
             store.begin_step(None, [])
             return GenerateDecoderOnlyOutput(sequences=ids) if wants_dict else ids
         for _ in range(most_chunks - num_chunks):
@@ -117,6 +117,9 @@ def _problem(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: 
     own = kwargs.get("past_key_values")
     if own is not None and not isinstance(own, PiKVCache):
         return f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
+    vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
+    if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+        return f"generate: input_ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}"
     limit = getattr(attachment.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     new = kwargs.get("max_new_tokens", settings.max_new_tokens) or 1
     if limit is not None and len(ids) and ids.shape[1] + new > limit:

@@ -520,3 +520,26 @@ def test_stats_of_one_rank() -> None:
     assert rank["kv_bytes"] >= rank["unsharded_kv_bytes"] > 0
     assert sum(rank["sent_bytes"].values()) == 0
     assert figures["wire_formula_bytes"] == 0
+
+
+def test_a_released_cache_is_refused_and_not_read_as_empty() -> None:
+    model, ids = attached("mixtral"), prompt(2, 31)
+    cache = pikv_ds.new_cache(model)
+    first = model.generate(ids, past_key_values=cache, **options())
+    cache.release()
+    with pytest.raises(pikv_ds.PiKVError, match="has been released"):
+        model.generate(first.sequences, past_key_values=cache, **options())
+
+
+def test_a_mask_of_the_new_columns_alone_is_refused() -> None:
+    model, ids = attached("mixtral"), prompt(2, 12)
+    cache = pikv_ds.new_cache(model)
+    model(ids, past_key_values=cache)
+    with pytest.raises(pikv_ds.PiKVError, match="attention_mask has 5 columns"):
+        model(ids[:, :5], past_key_values=cache, attention_mask=torch.ones(2, 5, dtype=torch.long))
+    assert cache.columns == 12
+
+
+def test_token_ids_outside_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="input_ids must lie in"):
+        attached("mixtral").generate(prompt(1, 8) + 1000, **options())
