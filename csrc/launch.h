@@ -2,17 +2,122 @@
 //
 // Kernels include this file and never torch, so they compile in a fraction of a second and can be
 // called from any host program. bindings.cpp fills the structs and checks everything beforehand:
-// a kernel trusts its params. All arrays are contiguous and row-major.
+// a kernel trusts its params. Arrays are contiguous and row-major unless strides are given. What an
+// op means is told once, in pikv_ds/ops/reference.py.
 //
-// Dimensions:
-//   P  partials to merge, one per rank or per piece of the keys
-//   N  rows, one per (token, query head)
-//   D  head dimension
+// Dimensions (as there):
+//   R  query rows             B  table rows; R is a multiple of B, T = R / B queries share a row
+//   H  query heads            K  KV heads; H is a multiple of K
+//   D  head size              S  page size             P  width of a table, or partials to merge
+//   N  any number
+//
+// XCpu runs on torch's OpenMP threads. XCuda enqueues on the given stream: no synchronisation, no
+// allocation, capturable in a CUDA graph; what scratch memory it needs is a field of its params.
 #pragma once
 
 #include <cstdint>
 
+#include "layout.h"
+
+#if defined(PIKV_WITH_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
 namespace pikv_ds {
+
+// Type of the caller's queries, keys and values.
+enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct SealPagesParams {
+  const void* keys;    // [N, K, S, D] by strides below, channels contiguous
+  const void* values;  // [N, K, S, D]
+  uint8_t* out;        // [N, page_bytes], rows out_stride bytes apart
+  uint8_t* bounds;     // [N, 2, K, D] of dtype, rows bounds_stride bytes apart; or null
+  int32_t* nonfinite;  // [1], set to 1 or left alone
+  PageLayout layout;
+  Dtype dtype;
+  int64_t num_pages;
+  int64_t key_strides[3];    // of N, K and S, in elements
+  int64_t value_strides[3];  // of N, K and S, in elements
+  int64_t out_stride;        // bytes
+  int64_t bounds_stride;     // bytes
+};
+
+struct GatherPagesParams {
+  Slabs slabs;
+  const int32_t* slots;  // [N]
+  uint8_t* out;          // [N, row_bytes]
+  int64_t num_pages;
+};
+
+struct DecodeAttentionParams {
+  const void* query;  // [R, H, D] of dtype
+  Slabs slabs;
+  const int32_t* table;   // [B, P], or [B, K, P] where table_per_head
+  const int32_t* counts;  // [B]
+  float* out;             // [R, H, D]; null: key scores only, values are not read
+  float* lse;             // [R, H]; null with out
+  float* page_lse;        // [R, H, P]; may be null
+  float* scratch;         // CUDA: split partials, see DecodeScratchFloats; else null
+  PageLayout layout;
+  Dtype dtype;
+  bool table_per_head;
+  float scale;
+  int64_t num_rows;        // R
+  int64_t num_table_rows;  // B
+  int64_t num_heads;
+  int64_t table_width;  // P
+  int64_t num_splits;   // CUDA: pieces of the sequence that are attended separately, at least 1
+};
+
+struct PrefillAttentionParams {
+  const void* query;  // [T, H, D] of dtype
+  Slabs slabs;
+  const int32_t* slots;  // [P]
+  float* out;            // [T, H, D]
+  float* lse;            // [T, H]
+  PageLayout layout;
+  Dtype dtype;
+  float scale;
+  int64_t num_queries;
+  int64_t num_heads;
+  int64_t num_pages;
+};
+
+struct ContextAttentionParams {
+  const void* query;   // [T, H, D] of dtype, by strides below, channels contiguous
+  const void* keys;    // [K, N, D] of dtype
+  const void* values;  // [K, N, D] of dtype
+  float* out;          // [T, H, D]
+  float* lse;          // [T, H]
+  Dtype dtype;
+  float scale;
+  int64_t num_queries;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t num_keys;
+  int64_t head_dim;
+  int64_t query_strides[2];  // of T and H, in elements
+  int64_t key_strides[2];    // of K and N, in elements
+  int64_t value_strides[2];
+  int64_t first_query;  // query t sees keys up to first_query + t; negative: all
+};
+
+struct TailAttentionParams {
+  const void* query;       // [N, H, D] of dtype
+  const void* keys;        // [N, K, S, D] of dtype
+  const void* values;      // [N, K, S, D] of dtype
+  const int32_t* lengths;  // [N]
+  float* out;              // [N, H, D]
+  float* lse;              // [N, H]
+  Dtype dtype;
+  float scale;
+  int64_t num_rows;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t page_size;
+  int64_t head_dim;
+};
 
 // Merges P partial attentions over disjoint sets of keys into the attention over their union.
 // An empty partial has lse = -inf; its out is never read. A row with a NaN or +inf lse comes out as
@@ -27,6 +132,86 @@ struct MergePartialsParams {
   int64_t head_dim;
 };
 
+struct PageScoresParams {
+  const void* query;      // [R, H, D] of dtype
+  Slabs summaries;        // rows begin with [2, K, D] of bounds_dtype
+  const int32_t* table;   // [R, P]
+  const int32_t* counts;  // [R]
+  float* out;             // [R, K, P]
+  Dtype dtype;
+  Dtype bounds_dtype;
+  int64_t num_rows;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t table_width;
+};
+
+struct SelectPagesParams {
+  const int32_t* table;   // [R, P]
+  const int32_t* counts;  // [R]
+  const float* scores;    // [R, K, P]
+  const bool* pinned;     // [R, P]
+  const int32_t* budget;  // [R]
+  int32_t* out;           // [R, K, P]
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  int64_t table_width;
+};
+
+struct UtilityParams {
+  float* mass;         // [slots]
+  int32_t* last_step;  // [slots]
+  int32_t* visits;     // [slots]
+  int64_t num_slots;
+  int32_t step;
+  float decay;
+};
+
+struct UpdateUtilityParams {
+  UtilityParams state;
+  const int32_t* slots;   // [N], each at most once, 0 skipped
+  const float* new_mass;  // [N]
+  int64_t num_pages;
+};
+
+struct ChooseVictimsParams {
+  UtilityParams state;
+  const bool* evictable;  // [slots]
+  float weights[3];       // of mass, recency and frequency
+  int32_t* out;           // [V]
+  int64_t num_victims;
+  void* scratch;  // CUDA only; see ChooseVictimsScratchBytes
+};
+
+void SealPagesCpu(const SealPagesParams& params);
+void GatherPagesCpu(const GatherPagesParams& params);
+void DecodeAttentionCpu(const DecodeAttentionParams& params);
+void PrefillAttentionCpu(const PrefillAttentionParams& params);
+void ContextAttentionCpu(const ContextAttentionParams& params);
+void TailAttentionCpu(const TailAttentionParams& params);
 void MergePartialsCpu(const MergePartialsParams& params);
+void PageScoresCpu(const PageScoresParams& params);
+void SelectPagesCpu(const SelectPagesParams& params);
+void UpdateUtilityCpu(const UpdateUtilityParams& params);
+void ChooseVictimsCpu(const ChooseVictimsParams& params);
+
+#if defined(PIKV_WITH_CUDA)
+// Floats of DecodeAttentionParams::scratch.
+int64_t DecodeScratchFloats(const DecodeAttentionParams& params);
+// Bytes of ChooseVictimsParams::scratch.
+int64_t ChooseVictimsScratchBytes(const ChooseVictimsParams& params);
+
+void SealPagesCuda(const SealPagesParams& params, cudaStream_t stream);
+void GatherPagesCuda(const GatherPagesParams& params, cudaStream_t stream);
+void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t stream);
+void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t stream);
+void TailAttentionCuda(const TailAttentionParams& params, cudaStream_t stream);
+void MergePartialsCuda(const MergePartialsParams& params, cudaStream_t stream);
+void PageScoresCuda(const PageScoresParams& params, cudaStream_t stream);
+void SelectPagesCuda(const SelectPagesParams& params, cudaStream_t stream);
+void UpdateUtilityCuda(const UpdateUtilityParams& params, cudaStream_t stream);
+void ChooseVictimsCuda(const ChooseVictimsParams& params, cudaStream_t stream);
+#endif
 
 }  // namespace pikv_ds

@@ -1,20 +1,22 @@
 """`PageLayout`: where what lies within the bytes of one page.
 
 A page is ``page_size`` consecutive tokens of one sequence at one layer, as ``page_bytes`` bytes
-that are stored, sent and logged as they are. Sections in order, each starting at a multiple of
-`ALIGNMENT` bytes (S = page_size, K = KV heads, D = head size):
+that are stored, sent and logged as they are, the same on every backend. Sections in order, each
+starting at a multiple of `ALIGNMENT` bytes (S = page_size, K = KV heads, D = head size):
 
 =============  ======================  =======================================================
 section        shape                   type
 =============  ======================  =======================================================
-keys           ``[K, S, D]``           the model's dtype, uint8, or two channels per byte
-key scales     ``[2, K, D]``           float16: scale, then minimum, per channel of the page
+keys           ``[K, S, D]``           `element`; int4 and int2 packed along D
+key scales     ``[scale_rows, K, D]``  float16, per channel of the page: scale, then minimum
 values         ``[K, S, D]``           as the keys
-value scales   ``[2, K, S]``           float16: scale, then minimum, per token
+value scales   ``[scale_rows, K, S]``  float16, per token: scale, then minimum
 =============  ======================  =======================================================
 
-int4 packs channel ``d`` into the low and channel ``d + D/2`` into the high nibble of byte ``d``:
-unpacking is a mask and a shift that give two contiguous half rows.
+int4 packs channel ``d`` into the low and channel ``d + D/2`` into the high nibble of byte ``d``;
+int2 packs channels ``d``, ``d + D/4``, ``d + D/2``, ``d + 3D/4`` into byte ``d``, lowest bits first:
+unpacking is a mask and a shift that give contiguous pieces of a row. ``csrc/layout.h`` computes the
+same offsets for the kernels.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ import torch
 
 ALIGNMENT = 16
 """Bytes; each section starts aligned, so that kernels can use 128-bit loads."""
+
+PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Elements stored as they are, without scales."""
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+"""Bits per element. A name's place in this list is its number in ``csrc/layout.h``."""
 
 
 def _aligned(num_bytes: int) -> int:
@@ -40,22 +47,35 @@ class PageLayout:
     page_size: int
     dtype: torch.dtype
     """Type of the model's keys and values."""
-    bits: int | None
-    """Bits per element, None for `dtype` itself."""
+    element: str
+    """Type of a stored element, one of `BITS`."""
+
+    @property
+    def code(self) -> int:
+        """The element's number in ``csrc/layout.h``."""
+        return list(BITS).index(self.element)
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.element]
+
+    @property
+    def scale_rows(self) -> int:
+        """float16 rows beside the data: 0, scale alone (fp8), or scale and minimum (integers)."""
+        return {"fp8": 1, "int8": 2, "int4": 2, "int2": 2}.get(self.element, 0)
 
     @property
     def data_bytes(self) -> int:
         """Bytes of the keys of one page (the values take the same)."""
-        elements = self.num_kv_heads * self.page_size * self.head_dim
-        return elements * self.dtype.itemsize if self.bits is None else elements * self.bits // 8
+        return self.num_kv_heads * self.page_size * self.head_dim * self.bits // 8
 
     @property
     def key_scale_bytes(self) -> int:
-        return 0 if self.bits is None else 2 * self.num_kv_heads * self.head_dim * 2
+        return self.scale_rows * self.num_kv_heads * self.head_dim * 2
 
     @property
     def value_scale_bytes(self) -> int:
-        return 0 if self.bits is None else 2 * self.num_kv_heads * self.page_size * 2
+        return self.scale_rows * self.num_kv_heads * self.page_size * 2
 
     @property
     def key_scale_offset(self) -> int:
@@ -75,6 +95,6 @@ class PageLayout:
         return self.value_scale_offset + _aligned(self.value_scale_bytes)
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of one token of one layer outside of a page, uncompressed."""
+    def bounds_bytes(self) -> int:
+        """Bytes of a page's key bounds ``[2, K, D]`` (minima, maxima) in the model's dtype."""
         return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.errors import PoolFullError
+from pikv_ds.slabs import Slabs
 
 NULL_SLOT = 0
 POISON_BYTE = 0xFF
@@ -52,8 +53,8 @@ class PagePool:
         self.reserved_pages = 0 if capacity_pages is None else int(capacity_pages * watermark)
         self.device = torch.device(device)
         self.poison = poison
-        self.slabs: list[Tensor | None] = []  # each uint8 [slab_pages, page_bytes]; None: given back
-        self.summary_slabs: list[Tensor | None] = []  # each uint8 [slab_pages, summary_bytes]
+        self.slabs = Slabs(slab_pages, page_bytes, device)
+        self.summary_slabs = Slabs(slab_pages, summary_bytes, device)
         self._free: list[int] = []  # heap: low slots first, so that the last slabs empty and can go
         self._refs: list[int] = []  # per slot; the null page holds one for ever
         self._used_in_slab: list[int] = []
@@ -76,12 +77,12 @@ class PagePool:
     @property
     def page_storage_bytes(self) -> int:
         """Bytes of memory really allocated for pages, slack and the null page included."""
-        return sum(s.nbytes for s in self.slabs if s is not None)
+        return self.slabs.nbytes
 
     @property
     def summary_storage_bytes(self) -> int:
         """Bytes of memory really allocated for summaries."""
-        return sum(s.nbytes for s in self.summary_slabs if s is not None)
+        return self.summary_slabs.nbytes
 
     def allocate(self, num_pages: int) -> list[int]:
         """Takes ``num_pages`` slots with one reference each, growing the pool where necessary.
@@ -123,9 +124,8 @@ class PagePool:
                 emptied.add(slab)
         if emptied:
             for slab in emptied:
-                self.slabs[slab] = None
-                if self.summary_bytes:
-                    self.summary_slabs[slab] = None
+                self.slabs.put(slab, None)
+                self.summary_slabs.put(slab, None)
             self._free = [slot for slot in self._free if slot // self.slab_pages not in emptied]
             heapq.heapify(self._free)
 
@@ -144,13 +144,11 @@ class PagePool:
         for slab, rows in by_slab.items():
             offsets = torch.tensor([slots[i] % self.slab_pages for i in rows], device=self.device)
             source = torch.tensor(rows, device=self.device)
-            storage = self.slabs[slab]
-            assert storage is not None
+            storage, summary_storage = self.slabs.tensors[slab], self.summary_slabs.tensors[slab]
+            assert storage is not None and summary_storage is not None
             storage[offsets] = pages[source]
             if self.summary_bytes:
                 assert summaries is not None
-                summary_storage = self.summary_slabs[slab]
-                assert summary_storage is not None
                 summary_storage[offsets] = summaries[source]
 
     def check_integrity(self) -> None:
@@ -159,7 +157,7 @@ class PagePool:
         assert len(free) == len(self._free), "a slot is twice in the free list"
         if self._refs:
             assert self._refs[NULL_SLOT] == 1 and NULL_SLOT not in free, "the null page was given away"
-        for slab, storage in enumerate(self.slabs):
+        for slab, storage in enumerate(self.slabs.tensors):
             slots = range(slab * self.slab_pages, (slab + 1) * self.slab_pages)
             used = sum(self._refs[s] > 0 for s in slots)
             assert used == self._used_in_slab[slab], f"slab {slab}: {used} in use, counted {self._used_in_slab[slab]}"
@@ -173,18 +171,13 @@ class PagePool:
 
     def _grow(self) -> None:
         """Adds one slab, in the first gap that a returned slab left."""
-        slab = next((i for i, s in enumerate(self.slabs) if s is None), len(self.slabs))
-        if slab == len(self.slabs):
-            self.slabs.append(None)
+        tensors = self.slabs.tensors
+        slab = next((i for i, s in enumerate(tensors) if s is None), len(tensors))
+        if slab == len(tensors):
             self._refs.extend([0] * self.slab_pages)
             self._used_in_slab.append(0)
-            if self.summary_bytes:
-                self.summary_slabs.append(None)
-        self.slabs[slab] = torch.empty(self.slab_pages, self.page_bytes, dtype=torch.uint8, device=self.device)
-        if self.summary_bytes:
-            self.summary_slabs[slab] = torch.empty(
-                self.slab_pages, self.summary_bytes, dtype=torch.uint8, device=self.device
-            )
+        for slabs in (self.slabs, self.summary_slabs):
+            slabs.put(slab, torch.empty(self.slab_pages, slabs.row_bytes, dtype=torch.uint8, device=self.device))
         self._poison(slab, slice(None))
         for slot in range(slab * self.slab_pages, (slab + 1) * self.slab_pages):
             if slot == NULL_SLOT:
@@ -195,10 +188,8 @@ class PagePool:
 
     def _poison(self, slab: int, index: int | slice) -> None:
         if self.poison:
-            for storage in (
-                self.slabs[slab],
-                self.summary_slabs[slab] if self.summary_bytes else None,
-            ):
+            for slabs in (self.slabs, self.summary_slabs):
+                storage = slabs.tensors[slab]
                 if storage is not None:
                     storage[index] = POISON_BYTE
 
@@ -212,7 +203,7 @@ class TableRows:
     page_idx: Tensor
     """``[R, P]`` int32, number of each page within its sequence."""
     counts: Tensor
-    """``[R]`` int64, pages of each row."""
+    """``[R]`` int32, pages of each row."""
 
 
 class PageTable:
@@ -258,7 +249,7 @@ class PageTable:
             for row, pages in enumerate(lists):
                 if pages:
                     packed[:, row, : len(pages)] = torch.tensor(pages, dtype=torch.int32).T
-            counts = torch.tensor([len(pages) for pages in lists], dtype=torch.int64)
+            counts = torch.tensor([len(pages) for pages in lists], dtype=torch.int32)
             packed = packed.to(self.device)
             self._rows[key] = TableRows(slots=packed[1], page_idx=packed[0], counts=counts.to(self.device))
         return self._rows[key]

@@ -1,102 +1,177 @@
-"""The ops in plain torch and float32: the specification that every other backend is tested against.
+"""The ops in plain torch and float32: their signatures, what they mean, and the specification that
+every other backend is tested against.
 
-Signatures and shapes are documented in `pikv_ds.ops`; here stands only how.
+Shape letters: R query rows, B table rows (R a multiple of B: the query rows of one sequence follow
+each other and share its table), H query heads, K KV heads, D head size, S page size, P pages,
+N any number, T tokens. Log-sum-exps are natural logarithms in float32; an empty partial is
+``out = 0, lse = -inf``. All ops write into tensors that the caller owns. Slot 0 in a table is a
+hole; entries at and beyond ``counts`` are never read.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
+from pikv_ds.ops.state import UtilityState
+from pikv_ds.slabs import Slabs
 
 
-def seal_pages(keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor) -> None:
+def seal_pages(
+    keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+) -> None:
+    """Encodes full pages, in one pass over the input (KIVI, Liu et al. 2024, for the integers).
+
+    Args:
+        keys, values: ``[N, K, S, D]`` in ``layout.dtype``, any strides with contiguous channels.
+        out: uint8 ``[N, page_bytes]``, rows contiguous (they may be part of a longer row); padding
+            bytes are written as 0.
+        bounds: uint8 ``[N, bounds_bytes]`` likewise: each page's key minima and maxima per KV
+            head and channel, ``[2, K, D]`` in ``layout.dtype`` (Quest); None: not wanted.
+        nonfinite: int32 ``[1]``, set to 1 if there is a NaN or infinity in the input, or a scale
+            or minimum beyond float16; such a page's bytes are undefined.
+    """
     n = keys.shape[0]
     out.zero_()  # padding between sections: pages are compared and logged byte by byte
-    if layout.bits is None:
-        _put(out, 0, keys.to(layout.dtype).reshape(n, -1))
-        _put(out, layout.value_offset, values.to(layout.dtype).reshape(n, -1))
-        return
-    key_codes, key_scales = _quantize(keys.float(), layout.bits, dim=2)  # per channel: over the page's tokens
-    value_codes, value_scales = _quantize(values.float(), layout.bits, dim=3)  # per token: over the channels
-    _put(out, 0, _pack(key_codes, layout.bits).reshape(n, -1))
-    _put(out, layout.key_scale_offset, key_scales.reshape(n, -1))
-    _put(out, layout.value_offset, _pack(value_codes, layout.bits).reshape(n, -1))
-    _put(out, layout.value_scale_offset, value_scales.reshape(n, -1))
+    bad = ~(keys.isfinite().all() & values.isfinite().all())
+    # keys per channel: over the page's tokens; values per token: over the channels
+    for x, dim, offset, scale_offset in (
+        (keys, 2, 0, layout.key_scale_offset),
+        (values, 3, layout.value_offset, layout.value_scale_offset),
+    ):
+        codes, scales = _encode(x, layout, dim)
+        _put(out, offset, codes.reshape(n, -1))
+        if scales is not None:
+            bad |= ~scales.isfinite().all()
+            _put(out, scale_offset, scales.reshape(n, -1))
+    if bounds is not None:
+        _put(bounds, 0, torch.stack([keys.amin(2), keys.amax(2)], dim=1).reshape(n, -1))
+    nonfinite |= bad.to(nonfinite.dtype)
 
 
 def unseal_pages(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    """Decodes pages uint8 ``[N, page_bytes]`` into float32 keys and values ``[N, K, S, D]``."""
     n, k, s, d = pages.shape[0], layout.num_kv_heads, layout.page_size, layout.head_dim
-    keys = _get(pages, 0, layout.data_bytes)
-    values = _get(pages, layout.value_offset, layout.data_bytes)
-    if layout.bits is None:
-        return tuple(x.view(layout.dtype).view(n, k, s, d).float() for x in (keys, values))  # type: ignore[return-value]
-    key_scales = _get(pages, layout.key_scale_offset, layout.key_scale_bytes).view(torch.float16).float()
-    value_scales = _get(pages, layout.value_scale_offset, layout.value_scale_bytes).view(torch.float16).float()
-    key_scale, key_min = key_scales.view(n, 2, k, 1, d).unbind(1)
-    value_scale, value_min = value_scales.view(n, 2, k, s, 1).unbind(1)
-    return (
-        _unpack(keys, layout.bits, (n, k, s, d)) * key_scale + key_min,
-        _unpack(values, layout.bits, (n, k, s, d)) * value_scale + value_min,
-    )
+    out = []
+    for dim, size, offset, scale_offset, scale_bytes in (
+        (2, d, 0, layout.key_scale_offset, layout.key_scale_bytes),
+        (3, s, layout.value_offset, layout.value_scale_offset, layout.value_scale_bytes),
+    ):
+        x = _decode(_get(pages, offset, layout.data_bytes), layout, (n, k, s, d))
+        if layout.scale_rows:
+            scales = _get(pages, scale_offset, scale_bytes).view(torch.float16).float()
+            scales = scales.view(n, layout.scale_rows, k, size).unsqueeze(dim + 1)
+            x = x * scales[:, 0]
+            x = x + scales[:, 1] if layout.scale_rows == 2 else x
+        out.append(x)
+    return out[0], out[1]
 
 
-def page_bounds(keys: Tensor, out: Tensor) -> None:
-    n = keys.shape[0]
-    bounds = torch.stack([keys.amin(2), keys.amax(2)], dim=1).to(keys.dtype)
-    _put(out, 0, bounds.reshape(n, -1))
+def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:
+    """Copies pages out of their slots.
 
-
-def gather_pages(slabs: Sequence[Tensor | None], slots: Tensor) -> Tensor:
-    live = next(s for s in slabs if s is not None)
-    per_slab, width = live.shape
-    out = torch.empty(*slots.shape, width, dtype=torch.uint8, device=live.device)
-    word = torch.int64 if width % 8 == 0 else torch.uint8  # eight bytes at a time: several times faster
-    flat, rows = out.view(-1, width).view(word), slots.reshape(-1).long()
-    slab_of = rows // per_slab
+    Args:
+        slots: int32 ``[N]``, all valid.
+        out: uint8 ``[N, row_bytes]``.
+    """
+    word = torch.int64 if slabs.row_bytes % 8 == 0 else torch.uint8  # eight bytes at a time: several times faster
+    rows, slab_of = slots.long(), slots.long() // slabs.slab_rows
     for slab in slab_of.unique().tolist():
         here = (slab_of == slab).nonzero().squeeze(1)
-        storage = slabs[slab]
+        storage = slabs.tensors[slab]
         assert storage is not None, f"slab {slab} was given back, but a table still points into it"
-        flat.index_copy_(0, here, storage.view(word).index_select(0, rows[here] % per_slab))
-    return out
+        out.view(word).index_copy_(0, here, storage.view(word).index_select(0, rows[here] % slabs.slab_rows))
 
 
 def decode_attention(
     query: Tensor,
-    slabs: Sequence[Tensor | None],
+    slabs: Slabs,
     table: Tensor,
     counts: Tensor,
     layout: PageLayout,
     scale: float,
     out: Tensor,
     lse: Tensor,
+    page_lse: Tensor | None = None,
 ) -> None:
-    rows, num_heads, d = query.shape
-    k, group = layout.num_kv_heads, num_heads // layout.num_kv_heads
-    per_head = table.dim() == 3
-    for row in range(rows):  # rows are ragged; a reference may take them one by one
-        slots = table[row, ..., : int(counts[row])]
-        valid = slots > 0
-        if not bool(valid.any()):
-            out[row], lse[row] = 0.0, -torch.inf
-            continue
-        used = slots[valid].unique() if per_head else slots[valid]
-        keys, values = unseal_pages(gather_pages(slabs, used), layout)  # [P, K, S, D]
-        q = query[row].float().view(k, group, d)
-        scores = torch.einsum("kgd,pksd->kgps", q, keys) * scale
-        if per_head:  # a KV head sees only the pages selected for it
-            chosen = torch.stack([torch.isin(used, slots[head][valid[head]]) for head in range(k)])
-            scores.masked_fill_(~chosen[:, None, :, None], -torch.inf)
-        scores = scores.reshape(k, group, -1)
-        row_lse = scores.logsumexp(-1)
-        weights = torch.exp(scores - row_lse.nan_to_num(neginf=0.0)[..., None])
-        flat = values.permute(1, 0, 2, 3).reshape(k, -1, d)
-        out[row] = (weights @ flat).view(num_heads, d)
-        lse[row] = row_lse.view(num_heads)
+    """Partial attention of few queries over paged keys (flash-decoding, Dao et al. 2023).
+
+    Args:
+        query: ``[R, H, D]``, float32, bfloat16 or float16.
+        slabs: the pool's pages.
+        table: int32 slots ``[B, P]``, or ``[B, K, P]`` with a selection per KV head.
+        counts: int32 ``[B]``.
+        scale: factor on ``q . k``.
+        out, lse: float32 ``[R, H, D]``, ``[R, H]``.
+        page_lse: float32 ``[R, H, P]``, on request: the log-sum-exp of each page's scores, -inf at
+            holes and beyond ``counts``. ``exp(page_lse - lse)`` is the page's attention mass; with
+            the merged lse of all ranks it is the mass over the whole sequence (H2O).
+    """
+    for row in range(len(query)):  # rows are ragged; a reference may take them one by one
+        keys, values, there = _visible_pages(slabs, table, counts, layout, row * len(table) // len(query))
+        scores = _page_scores(query[row], keys, there, scale)  # [H, P, S]
+        flat = scores.flatten(1)
+        row_lse = flat.logsumexp(-1)
+        weights = torch.exp(flat - row_lse.nan_to_num(neginf=0.0)[:, None]).unflatten(0, (layout.num_kv_heads, -1))
+        out[row] = (weights @ values.transpose(0, 1).flatten(1, 2)).flatten(0, 1)
+        lse[row] = row_lse
+        if page_lse is not None:
+            page_lse[row] = -torch.inf
+            page_lse[row, :, : scores.shape[1]] = scores.logsumexp(-1)
+
+
+def key_scores(
+    query: Tensor, slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, scale: float, out: Tensor
+) -> None:
+    """`decode_attention`'s ``page_lse`` alone, reading keys only: ranks a shortlist exactly.
+
+    Args:
+        out: float32 ``[R, H, P]``; -inf at holes and beyond ``counts``. The rest as there.
+    """
+    out.fill_(-torch.inf)
+    for row in range(len(query)):
+        keys, _, there = _visible_pages(slabs, table, counts, layout, row * len(table) // len(query))
+        scores = _page_scores(query[row], keys, there, scale)
+        out[row, :, : scores.shape[1]] = scores.logsumexp(-1)
+
+
+def _visible_pages(
+    slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values ``[P, K, S, D]`` of a table row, zeros at holes, and where pages are, bool ``[K, P]``."""
+    slots = table[row, ..., : int(counts[row])]  # [P] or [K, P]
+    used, place = slots.unique(return_inverse=True)
+    encoded = torch.zeros(len(used), layout.page_bytes, dtype=torch.uint8, device=table.device)
+    first = int((used == 0).sum())  # the hole, if there is one, comes first and stays zeros
+    gather_pages(slabs, used[first:], encoded[first:])
+    keys, values = unseal_pages(encoded, layout)
+    heads = torch.arange(layout.num_kv_heads, device=table.device)
+    place = place.expand(layout.num_kv_heads, -1).T  # [P, K]
+    return keys[place, heads], values[place, heads], (slots > 0).expand(layout.num_kv_heads, -1)
+
+
+def _page_scores(query: Tensor, keys: Tensor, there: Tensor, scale: float) -> Tensor:
+    """Scaled scores ``[H, P, S]`` of one query ``[H, D]``, -inf at holes."""
+    k = keys.shape[1]
+    scores = torch.einsum("kgd,pksd->kgps", query.float().unflatten(0, (k, -1)), keys) * scale
+    return scores.masked_fill(~there[:, None, :, None], -torch.inf).flatten(0, 1)
+
+
+def prefill_attention(
+    query: Tensor, slabs: Slabs, slots: Tensor, layout: PageLayout, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Partial attention of a prompt's chunk over the sealed pages before it: all see all.
+
+    Args:
+        query: ``[T, H, D]``.
+        slots: int32 ``[P]``, all valid; the pages of one sequence.
+        out, lse: float32 ``[T, H, D]``, ``[T, H]``.
+    """
+    pages = torch.empty(len(slots), layout.page_bytes, dtype=torch.uint8, device=slots.device)
+    gather_pages(slabs, slots, pages)
+    keys, values = (x.transpose(0, 1).flatten(1, 2) for x in unseal_pages(pages, layout))
+    context_attention(query, keys, values, scale, None, out, lse)
 
 
 def context_attention(
@@ -108,6 +183,15 @@ def context_attention(
     out: Tensor,
     lse: Tensor,
 ) -> None:
+    """Partial attention of many queries of one sequence over contiguous keys.
+
+    Args:
+        query: ``[T, H, D]``.
+        keys, values: ``[K, N, D]``.
+        first_query: index of the key that belongs to query 0 (causal: query ``t`` sees keys up
+            to ``first_query + t``); None: every query sees every key.
+        out, lse: float32 ``[T, H, D]``, ``[T, H]``.
+    """
     t, num_heads, d = query.shape
     k, n, _ = keys.shape
     group = num_heads // k
@@ -137,6 +221,14 @@ def tail_attention(
     out: Tensor,
     lse: Tensor,
 ) -> None:
+    """Partial attention of one query per sequence over its open tail.
+
+    Args:
+        query: ``[N, H, D]``.
+        keys, values: ``[N, K, S, D]``; tokens at and beyond ``lengths`` are never used.
+        lengths: int32 ``[N]``, 0 gives an empty partial.
+        out, lse: float32 ``[N, H, D]``, ``[N, H]``.
+    """
     b, num_heads, d = query.shape
     k, s = keys.shape[1], keys.shape[2]
     q = query.float().view(b, k, num_heads // k, d)
@@ -151,6 +243,12 @@ def tail_attention(
 
 
 def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merges partial attentions over disjoint keys, in the order given (invariant: same bits).
+
+    Args:
+        outs, lses: float32 ``[P, N, D]``, ``[P, N]``; a partial with lse -inf is not read.
+        out, lse: float32 ``[N, D]``, ``[N]``.
+    """
     if outs.shape[0] == 0:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -168,29 +266,42 @@ def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None
 
 
 def page_scores(
-    query: Tensor,
-    summary_slabs: Sequence[Tensor | None],
-    table: Tensor,
-    counts: Tensor,
-    layout: PageLayout,
-    out: Tensor,
+    query: Tensor, summary_slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, out: Tensor
 ) -> None:
+    """Upper bound of ``q . k`` for each page, the maximum over a KV head's query heads (Quest).
+
+    Args:
+        query: ``[R, H, D]``.
+        summary_slabs: the pool's key bounds (see `seal_pages`).
+        table, counts: int32 ``[R, P]`` and ``[R]``.
+        out: float32 ``[R, K, P]``; -inf at holes and beyond ``counts``.
+    """
     k, d = layout.num_kv_heads, layout.head_dim
     out.fill_(-torch.inf)
     for row in range(query.shape[0]):
         n = int(counts[row])
-        if n == 0:
-            continue
-        packed = gather_pages(summary_slabs, table[row, :n])
-        bounds = packed[:, : 2 * k * d * layout.dtype.itemsize].view(layout.dtype).view(n, 2, k, d).float()
+        there = table[row, :n] > 0
+        slots = table[row, :n][there]
+        packed = torch.empty(len(slots), summary_slabs.row_bytes, dtype=torch.uint8, device=query.device)
+        gather_pages(summary_slabs, slots, packed)
+        bounds = _get(packed, 0, layout.bounds_bytes).view(layout.dtype).view(-1, 2, k, d).float()
         q = query[row].float().view(k, -1, d)
         # sum_i max(q_i lo_i, q_i hi_i) splits by the sign of q into two matrix products
         upper = torch.einsum("kgd,nkd->kgn", q.clamp(min=0), bounds[:, 1])
         upper += torch.einsum("kgd,nkd->kgn", q.clamp(max=0), bounds[:, 0])
-        out[row, :, :n] = upper.amax(1)
+        out[row, :, :n][:, there] = upper.amax(1)
 
 
 def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor) -> None:
+    """Keeps the best pages of each row and KV head; ties go to the page that came first.
+
+    Args:
+        table, counts: int32 ``[R, P]`` and ``[R]``.
+        scores: float32 ``[R, K, P]``, no NaN.
+        pinned: bool ``[R, P]``, pages that are always kept, within the budget where it suffices.
+        budget: int32 ``[R]``, pages to keep.
+        out: int32 ``[R, K, P]``: the slot where a page is kept, 0 elsewhere.
+    """
     rows, k, width = scores.shape
     exists = torch.arange(width, device=table.device)[None] < counts[:, None]
     ranked = scores.masked_fill((pinned & exists)[:, None], torch.inf).masked_fill(~exists[:, None], -torch.inf)
@@ -198,6 +309,71 @@ def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, 
     keep = torch.maximum(budget, (pinned & exists).sum(-1)).clamp(max=counts)
     chosen = (place < keep[:, None, None]) & exists[:, None]
     out.copy_(torch.where(chosen, table[:, None].expand(rows, k, width), 0))
+
+
+def update_utility(slots: Tensor, mass: Tensor, step: int, decay: float, state: UtilityState) -> None:
+    """Notes a visit of some pages: ``mass <- mass * decay^age + (1 - decay) * new mass``.
+
+    Args:
+        slots: int32 ``[N]``, each slot at most once; 0 is skipped.
+        mass: float32 ``[N]``, attention mass of the visit.
+        step: number of this step, not before any slot's last one; a slot's age is counted from its last visit.
+        decay: of the moving average per step, in [0, 1).
+    """
+    at = slots[slots > 0].long()
+    age = (step - state.last_step[at]).float()
+    state.mass[at] = state.mass[at] * decay**age + (1 - decay) * mass[slots > 0]
+    state.last_step[at] = step
+    state.visits[at] += 1
+
+
+def choose_victims(
+    state: UtilityState, evictable: Tensor, step: int, decay: float, weights: tuple[float, float, float], out: Tensor
+) -> None:
+    """The evictable pages of the lowest utility, lowest first, ties to the lower slot.
+
+    The utility is ``w0 * mass * decay^age + w1 / (1 + age) + w2 * log(1 + visits)``: mass (H2O),
+    recency (LRU) and frequency (LFU) in one pass.
+
+    Args:
+        evictable: bool ``[N]`` per slot: in use and not pinned.
+        out: int32 ``[V]``: victims, each once; 0 where fewer are evictable.
+    """
+    age = (step - state.last_step).float()
+    utility = weights[0] * state.mass * decay**age + weights[1] / (1 + age) + weights[2] * torch.log1p(state.visits)
+    candidates = evictable.nonzero().squeeze(1)
+    order = utility[candidates].argsort(stable=True)[: len(out)]
+    out.zero_()
+    out[: len(order)] = candidates[order].to(out.dtype)
+
+
+def _encode(x: Tensor, layout: PageLayout, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Stored elements of ``x [N, K, S, D]``, and their float16 scales ``[N, scale_rows, K, *]`` over ``dim``."""
+    if not layout.scale_rows:
+        return x.to(layout.dtype).contiguous(), None
+    if layout.element == "fp8":
+        return _to_fp8(x.float(), dim)
+    codes, scales = _quantize(x.float(), layout.bits, dim)
+    return _pack(codes, layout.bits), scales
+
+
+def _decode(data: Tensor, layout: PageLayout, shape: tuple[int, ...]) -> Tensor:
+    """Stored elements uint8 ``[N, data_bytes]`` as float32, before their scales."""
+    if not layout.scale_rows:
+        return data.view(layout.dtype).view(shape).float()
+    if layout.element == "fp8":
+        return data.view(torch.float8_e4m3fn).view(shape).float()
+    return _unpack(data, layout.bits, shape)
+
+
+def _to_fp8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """e4m3 of x divided by a float16 scale, rounded up so that nothing exceeds e4m3's 448."""
+    peak = x.abs().amax(dim, keepdim=True)
+    half = (peak / 448).half()
+    above = torch.nextafter(half, half.new_full((), torch.inf))
+    scale = torch.where(half.float() * 448 < peak, above, half)
+    codes = torch.where(scale > 0, x / scale.float(), 0.0).clamp(-448, 448)
+    return codes.to(torch.float8_e4m3fn).view(torch.uint8), scale.squeeze(dim)[:, None]
 
 
 def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -217,17 +393,18 @@ def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return codes
-    half = codes.shape[-1] // 2
-    return codes[..., :half] | (codes[..., half:] << 4)
+    per_byte = 8 // bits
+    parts = codes.chunk(per_byte, dim=-1)
+    packed = parts[0].clone()
+    for i in range(1, per_byte):
+        packed |= parts[i] << (bits * i)
+    return packed
 
 
 def _unpack(data: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    if bits == 8:
-        return data.view(shape).float()
-    packed = data.view(*shape[:-1], shape[-1] // 2)
-    return torch.cat([packed & 15, packed >> 4], dim=-1).float()
+    per_byte = 8 // bits
+    packed = data.view(*shape[:-1], shape[-1] // per_byte)
+    return torch.cat([(packed >> (bits * i)) & (2**bits - 1) for i in range(per_byte)], dim=-1).float()
 
 
 def _put(pages: Tensor, offset: int, section: Tensor) -> None:

@@ -3,7 +3,7 @@
 The integer codecs follow KIVI (Liu et al. 2024): keys are quantized per channel within a page,
 because key channels have outliers; values per token, because value outliers follow tokens. Both
 are asymmetric, with scale and minimum in float16 beside the data; the open tail stays in full
-precision.
+precision. fp8 (e4m3, Micikevicius et al. 2022) is scaled along the same lines, without a minimum.
 """
 
 from __future__ import annotations
@@ -12,27 +12,35 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_ds.layout import PageLayout
+from pikv_ds.layout import BITS, PLAIN, PageLayout
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How many bits an element takes; None stores it in the model's own type."""
+    """What an element is stored as; None: the model's own type."""
 
     name: str
-    bits: int | None
+    element: str | None
 
     def layout(self, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> PageLayout:
         """The layout of one page in bytes.
 
         Raises:
-            ValueError: the head size cannot be packed (int4 puts two channels into a byte).
+            ValueError: the head size cannot be packed (int4 puts two channels into a byte, int2 four),
+                or the model's type cannot be stored.
         """
-        if self.bits == 4 and head_dim % 2:
+        if dtype not in PLAIN:
+            raise ValueError(f"keys and values of type {dtype}: pages take float32, bfloat16 or float16")
+        element = self.element or PLAIN[dtype]
+        per_byte = max(1, 8 // BITS[element])
+        if head_dim % per_byte:
             raise ValueError(
-                f'pikv.codec = "{self.name}": packs two channels into a byte, but head_dim is {head_dim}; use "int8"'
+                f'pikv.codec = "{self.name}": packs {per_byte} channels into a byte, but head_dim is {head_dim}; '
+                'use "int8"'
             )
-        return PageLayout(num_kv_heads, head_dim, page_size, dtype, self.bits)
+        return PageLayout(num_kv_heads, head_dim, page_size, dtype, element)
 
 
-CODECS: dict[str, Codec] = {c.name: c for c in (Codec("none", None), Codec("int8", 8), Codec("int4", 4))}
+CODECS: dict[str, Codec] = {
+    c.name: c for c in (Codec("none", None), *(Codec(element, element) for element in ("fp8", "int8", "int4", "int2")))
+}

@@ -1,0 +1,95 @@
+// Where what lies within the bytes of one page: the same offsets as pikv_ds/layout.py, for kernels.
+//
+// Sections in order, each starting at a multiple of 16 bytes, so that kernels can use 128-bit loads
+// (pages themselves start at multiples of 16, too: page_bytes is one):
+//   keys          [K, S, D]           Element; int4 and int2 packed along D
+//   key scales    [scale_rows, K, D]  float16, per channel of the page: scale, then minimum
+//   values        [K, S, D]           as the keys
+//   value scales  [scale_rows, K, S]  float16, per token: scale, then minimum
+// int4: byte d of D/2 holds channel d (low nibble) and d + D/2. int2: byte d of D/4 holds channels
+// d, d + D/4, d + D/2, d + 3D/4, lowest bits first. A decoded element is code * scale + minimum.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PIKV_HOST_DEVICE __host__ __device__
+#else
+#define PIKV_HOST_DEVICE
+#endif
+
+namespace pikv_ds {
+
+// Numbers as PageLayout.code in pikv_ds/layout.py has them.
+enum class Element : int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFp8 = 3,  // e4m3, scale only
+  kInt8 = 4,
+  kInt4 = 5,
+  kInt2 = 6,
+};
+
+PIKV_HOST_DEVICE constexpr int ElementBits(Element element) {
+  switch (element) {
+    case Element::kFloat32:
+      return 32;
+    case Element::kBFloat16:
+    case Element::kFloat16:
+      return 16;
+    case Element::kFp8:
+    case Element::kInt8:
+      return 8;
+    case Element::kInt4:
+      return 4;
+    case Element::kInt2:
+      return 2;
+  }
+  return 0;
+}
+
+// float16 rows beside the data: none, scale, or scale and minimum.
+PIKV_HOST_DEVICE constexpr int ScaleRows(Element element) {
+  return element < Element::kFp8 ? 0 : element == Element::kFp8 ? 1 : 2;
+}
+
+struct PageLayout {
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t page_size;
+  Element element;
+
+  PIKV_HOST_DEVICE static constexpr int64_t Aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+  // Bytes of one token of one KV head.
+  PIKV_HOST_DEVICE constexpr int64_t RowBytes() const {
+    return int64_t{head_dim} * ElementBits(element) / 8;
+  }
+  PIKV_HOST_DEVICE constexpr int64_t DataBytes() const {
+    return RowBytes() * num_kv_heads * page_size;
+  }
+  PIKV_HOST_DEVICE constexpr int64_t KeyScaleOffset() const { return Aligned(DataBytes()); }
+  PIKV_HOST_DEVICE constexpr int64_t ValueOffset() const {
+    return KeyScaleOffset() + Aligned(int64_t{2} * ScaleRows(element) * num_kv_heads * head_dim);
+  }
+  PIKV_HOST_DEVICE constexpr int64_t ValueScaleOffset() const {
+    return ValueOffset() + Aligned(DataBytes());
+  }
+  PIKV_HOST_DEVICE constexpr int64_t PageBytes() const {
+    return ValueScaleOffset() + Aligned(int64_t{2} * ScaleRows(element) * num_kv_heads * page_size);
+  }
+};
+
+// Rows of bytes in separately allocated slabs: slot s is row s % slab_rows of slab s / slab_rows.
+struct Slabs {
+  const int64_t* pointers;  // [number of slabs], addresses; 0 where a slab was given back
+  int64_t slab_rows;
+  int64_t row_bytes;
+
+  PIKV_HOST_DEVICE const uint8_t* Row(int64_t slot) const {
+    return reinterpret_cast<const uint8_t*>(pointers[slot / slab_rows]) +
+           slot % slab_rows * row_bytes;
+  }
+};
+
+}  // namespace pikv_ds

@@ -1,0 +1,53 @@
+"""`Slabs`: rows of bytes in separately allocated pieces of memory, addressed by slot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Slabs:
+    """Slot ``s`` is row ``s % slab_rows`` of slab ``s // slab_rows``.
+
+    Kernels find a row through `pointers`, the slabs' addresses on the device, so that storage can
+    grow and shrink a slab at a time and nothing is ever copied.
+
+    Args:
+        slab_rows: rows per slab.
+        row_bytes: bytes of a row.
+    """
+
+    def __init__(self, slab_rows: int, row_bytes: int, device: torch.device | str = "cpu") -> None:
+        self.slab_rows, self.row_bytes = slab_rows, row_bytes
+        self.device = torch.device(device)
+        self.tensors: list[Tensor | None] = []
+        """Each uint8 ``[slab_rows, row_bytes]``; None: given back."""
+        self.pointers = torch.zeros(64, dtype=torch.int64, device=self.device)
+        """Address of each slab, 0 where there is none; at least as long as `tensors`."""
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Slabs:
+        """One slab around rows that lie together, uint8 ``[N, row_bytes]``: row ``i`` is slot ``i``."""
+        slabs = cls(len(rows), rows.shape[1], rows.device)
+        slabs.put(0, rows.contiguous())
+        return slabs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory allocated for rows."""
+        return sum(t.nbytes for t in self.tensors if t is not None)
+
+    def put(self, slab: int, storage: Tensor | None) -> None:
+        """Sets a slab's storage, None to give it back; ``slab`` is at most the number of slabs."""
+        if slab == len(self.tensors):
+            self.tensors.append(None)
+        self.tensors[slab] = storage
+        if slab >= len(self.pointers):
+            self.pointers = torch.cat([self.pointers, torch.zeros_like(self.pointers)])
+        self.pointers[slab].fill_(0 if storage is None else storage.data_ptr())
+
+    def row(self, slot: int) -> Tensor:
+        """A row, uint8 ``[row_bytes]``."""
+        storage = self.tensors[slot // self.slab_rows]
+        assert storage is not None, f"slab {slot // self.slab_rows} was given back, but slot {slot} is asked for"
+        return storage[slot % self.slab_rows]
