@@ -20,6 +20,7 @@ from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.policies.routing import Candidates, Lookup
 from pikv_ds.sequences import SequenceBatch
+from pikv_ds.slabs import Slabs
 
 FEW_QUERIES = 8
 """Up to so many query tokens per sequence are attended page by page, as in decoding."""
@@ -79,7 +80,8 @@ class ShardedAttention:
         for row, row_pages in zip(fetching, pages, strict=True):
             stacked = self._queries(batch, query, [row])
             out, lse = self._empty(stacked)
-            self._attend_pages(stacked, row_pages, scale, out, lse)
+            slots = torch.arange(len(row_pages), dtype=torch.int32, device=row_pages.device)
+            self._attend_pages(stacked, Slabs.of(row_pages), slots, scale, out, lse)
             self._merge(batch, [row], [out], [lse], local, local_lse)
         return local.to(query.dtype)
 
@@ -139,10 +141,15 @@ class ShardedAttention:
 
     def _local_pages(self, layer: int, sequence: tuple[int, int]) -> Tensor:
         """Encoded pages of a sequence that lie here, uint8 ``[P, page_bytes]``."""
+        slots = self._slots(layer, sequence)
+        out = torch.empty(len(slots), self.layout.page_bytes, dtype=torch.uint8, device=self.pool.device)
+        self.ops.gather_pages(self.pool.slabs, slots, out)
+        return out
+
+    def _slots(self, layer: int, sequence: tuple[int, int]) -> Tensor:
+        """Slots of a sequence's pages that lie here, int32 ``[P]``."""
         slots = [slot for _, slot in self.table.pages(sequence, layer)]
-        if not slots:
-            return torch.empty(0, self.layout.page_bytes, dtype=torch.uint8, device=self.pool.device)
-        return self.ops.gather_pages(self.pool.slabs, torch.tensor(slots, device=self.pool.device))
+        return torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
 
     def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
         """Whether a pass moves fewer bytes when the pages travel instead of the queries.
@@ -230,13 +237,15 @@ class ShardedAttention:
         few = all(tokens <= FEW_QUERIES for _, _, tokens in asked)
         if few or self.lookup.summary is not None:
             rows = self.table.rows(layer, sequences)
-            repeats = torch.tensor([tokens for _, _, tokens in asked], device=query.device)
-            single = int(repeats.max()) == 1
-            slots, numbers, counts = (
-                x if single else x.repeat_interleave(repeats, dim=0) for x in (rows.slots, rows.page_idx, rows.counts)
-            )
-            sealed = torch.tensor([self.num_sealed[s] for s in sequences], device=query.device)
-            sealed = sealed.repeat_interleave(repeats)
+            slots, numbers, counts = rows.slots, rows.page_idx, rows.counts
+            sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
+            lengths = [tokens for _, _, tokens in asked]
+            shared = self.lookup.summary is None and len(set(lengths)) == 1  # a sequence's queries share its row
+            if not shared and max(lengths) > 1:
+                repeats = torch.tensor(lengths, device=query.device)
+                slots, numbers, counts, sealed = (
+                    x.repeat_interleave(repeats, dim=0) for x in (slots, numbers, counts, sealed)
+                )
             pages = Candidates(slots, numbers, counts, sealed, self.pool.summary_slabs, self.layout)
             table = self._select(query, pages)
             self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse)
@@ -244,24 +253,25 @@ class ShardedAttention:
         start = 0
         for row, (_, _, tokens) in enumerate(asked):
             end = start + tokens
-            encoded = self._local_pages(layer, sequences[row])
-            self._attend_pages(query[start:end], encoded, scale, out[start:end], lse[start:end])
+            slots = self._slots(layer, sequences[row])
+            self._attend_pages(query[start:end], self.pool.slabs, slots, scale, out[start:end], lse[start:end])
             start = end
         return out, lse
 
-    def _attend_pages(self, query: Tensor, pages: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-        """Many queries of one sequence over encoded pages uint8 ``[P, page_bytes]``."""
-        keys, values = (x.transpose(0, 1).flatten(1, 2) for x in self.ops.unseal_pages(pages, self.layout))
-        read = len(pages) * self.layout.num_kv_heads * len(query)
+    def _attend_pages(
+        self, query: Tensor, slabs: Slabs, slots: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Many queries of one sequence over its pages."""
+        read = len(slots) * self.layout.num_kv_heads * len(query)
         self._count(read, read)
-        self.ops.context_attention(query, keys, values, scale, None, out, lse)
+        self.ops.prefill_attention(query, slabs, slots, self.layout, scale, out, lse)
 
     def _select(self, query: Tensor, pages: Candidates) -> Tensor:
         """The page table after the lookup, counted."""
         k = self.layout.num_kv_heads
-        total = int(pages.counts.sum())
+        total = int(pages.counts.sum()) * k * (len(query) // len(pages.counts))
         table = self.lookup.select(self.ops, query, pages) if total else pages.slots
-        self._count(int((table > 0).sum()) if table.dim() == 3 else total * k, total * k)
+        self._count(int((table > 0).sum()) if table.dim() == 3 else total, total)
         return table
 
     def _count(self, visited: int, in_scope: int) -> None:

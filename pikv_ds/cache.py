@@ -124,6 +124,7 @@ class ExpertShardedKVCache:
             poison=config.debug,
         )
         self.table = PageTable(shape.num_layers, self.device)
+        self._nonfinite = torch.zeros(shape.num_layers, dtype=torch.int32, device=self.device)
         self.sender = PageSender(
             self.ops,
             self.exchange,
@@ -133,6 +134,7 @@ class ExpertShardedKVCache:
             config.placement,
             config.lookup.summary,
             self.topology,
+            self._nonfinite,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -159,7 +161,6 @@ class ExpertShardedKVCache:
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
         self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
-        self._bad_layers = torch.zeros(shape.num_layers, dtype=torch.bool, device=self.device)
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class ExpertShardedKVCache:
     ) -> Tensor:
         """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
         assert self.plan is not None
-        self._bad_layers[layer] |= ~(torch.isfinite(key).all() & torch.isfinite(value).all())
+        self._nonfinite[layer] |= ~(torch.isfinite(key).all() & torch.isfinite(value).all())
         out = self.attention(self.plan, batch, layer, query, key, value, scale)
         self._measure()
         return out
@@ -321,7 +322,7 @@ class ExpertShardedKVCache:
     def _exchange_plan(self, entries: list[tuple[int, int]], seals: int, most_new: int, error: str | None) -> None:
         self.sender.settle()
         free = self.pool.num_free()
-        bad = self._bad_layers.nonzero().squeeze(1).tolist()
+        bad = self._nonfinite.nonzero().squeeze(1).tolist()
         if bad and error is None:
             error = (
                 f"NaN or infinity in the keys or values of layer {bad[0]} (rank {self.exchange.rank}); "
@@ -411,7 +412,7 @@ class ExpertShardedKVCache:
 
     def _raise_if_any_failed(self, everyone: list[Announcement], error: str | None) -> None:
         if any(a.status for a in everyone):
-            self._bad_layers.zero_()
+            self._nonfinite.zero_()
             texts = self.exchange.all_gather_text(error)
             found = any(a.status == NON_FINITE for a in everyone)
             kind = NonFiniteError if found else PiKVError if error else PeerError

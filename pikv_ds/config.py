@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pikv_ds.ops import BACKENDS
 from pikv_ds.policies.codecs import CODECS, Codec
 from pikv_ds.policies.routing import (
     LOOKUPS,
@@ -27,7 +28,6 @@ from pikv_ds.policies.routing import (
 )
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
-BACKENDS = ("auto", "reference", "cpp")
 PARTIAL_DTYPES = ("float32", "bfloat16")
 
 
@@ -44,7 +44,7 @@ class PiKVConfig:
     One of 8, 16, 32, 64, 128, 256."""
 
     codec: Codec = CODECS["none"]
-    """How a sealed page's bytes are encoded: "none", "int8" or "int4"."""
+    """How a sealed page's bytes are encoded: "none", "fp8", "int8", "int4" or "int2"."""
 
     placement: Placement = field(default_factory=ExpertPlacement)
     """Where a sealed page lives: "expert" (rank of the expert that its tokens activated most),
@@ -71,7 +71,8 @@ class PiKVConfig:
     bytes). Log-sum-exps are always float32."""
 
     backend: str = "auto"
-    """Kernels: "auto" (the fastest that is built), "reference" (pure torch) or "cpp"."""
+    """Kernels: "auto" (the fastest that is there), "reference" (pure torch), "cpp" or "triton". The
+    environment variable PIKV_BACKEND goes before it."""
 
     timeout_s: float = 120.0
     """Seconds after which a collective of the cache gives up on a silent rank."""

@@ -20,7 +20,7 @@ from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
 from pikv_ds.policies.routing import Placement
-from pikv_ds.policies.summaries import Summary
+from pikv_ds.policies.summaries import KeyBounds
 from pikv_ds.sequences import FullPages, SequenceBatch
 
 HEADER = 4
@@ -42,7 +42,11 @@ class StagedPage:
 
 
 class PageSender:
-    """Moves full pages from their sequences' rank to their owners, all ranks in step."""
+    """Moves full pages from their sequences' rank to their owners, all ranks in step.
+
+    Args:
+        nonfinite: int32 ``[num_layers]``, set to 1 where a page with NaN or infinity was sealed.
+    """
 
     def __init__(
         self,
@@ -52,8 +56,9 @@ class PageSender:
         table: PageTable,
         layout: PageLayout,
         placement: Placement,
-        summary: Summary | None,
+        summary: KeyBounds | None,
         topology: Topology,
+        nonfinite: Tensor,
     ) -> None:
         self.ops, self.exchange, self.pool, self.table, self.layout = (
             ops,
@@ -63,6 +68,7 @@ class PageSender:
             layout,
         )
         self.placement, self.summary, self.topology = placement, summary, topology
+        self.nonfinite = nonfinite
         self.staged: list[StagedPage] = []
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
@@ -76,20 +82,11 @@ class PageSender:
 
     def stage(self, batch: SequenceBatch, layer: int, pages: FullPages) -> None:
         """Encodes full pages of one sequence; they wait for `send`."""
-        n = pages.keys.shape[0]
-        payload = torch.empty(
-            n,
-            self.pool.page_bytes + self.pool.summary_bytes,
-            dtype=torch.uint8,
-            device=pages.keys.device,
-        )
-        encoded = torch.empty(n, self.pool.page_bytes, dtype=torch.uint8, device=pages.keys.device)
-        self.ops.seal_pages(pages.keys, pages.values, self.layout, encoded)
-        payload[:, : self.pool.page_bytes] = encoded
-        if self.summary is not None:
-            summaries = torch.zeros(n, self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
-            self.summary.write(self.ops, pages.keys, summaries)
-            payload[:, self.pool.page_bytes :] = summaries
+        n, split = pages.keys.shape[0], self.pool.page_bytes
+        payload = torch.empty(n, split + self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
+        bounds = None if self.summary is None else payload[:, split:]
+        flag = self.nonfinite[layer : layer + 1]
+        self.ops.seal_pages(pages.keys, pages.values, self.layout, payload[:, :split], bounds, flag)
         votes = None if pages.experts is None else self._votes(pages.experts)
         for i in range(n):
             self.staged.append(

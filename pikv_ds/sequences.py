@@ -148,7 +148,7 @@ class SequenceBatch:
         tail.keys[index, :, place] = keys[index, :, 0]
         tail.values[index, :, place] = values[index, :, 0]
         lengths = [self.open_tokens(r) + self.new[r] if self.new[r] else 0 for r in range(len(self))]
-        return torch.tensor(lengths, device=keys.device)
+        return torch.tensor(lengths, dtype=torch.int32, device=keys.device)
 
     def append_many(self, layer: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Joins the tails with the tokens of this pass; kept until the layer's router has run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pikv_ds.ops import Ops, cpp_missing
+from pikv_ds.ops import Ops, why_missing
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def rng() -> torch.Generator:
 @pytest.fixture(params=["reference", "cpp"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the ops that this machine can run."""
-    if request.param == "cpp" and (missing := cpp_missing()):
+    if request.param == "cpp" and (missing := why_missing("cpp", "cpu")):
         pytest.skip(missing)
     return request.param
 

@@ -102,12 +102,12 @@ def check_sizes(cache: ExpertShardedKVCache) -> None:
     tails = [t for b in batches for t in b.tails if t is not None]
     assert cache.kv_bytes == memory(
         [
-            *cache.pool.slabs,
+            *cache.pool.slabs.tensors,
             *(x for t in tails for x in (t.keys, t.values, t.experts)),
             *(p.payload for p in cache.sender.staged),
         ]
     )
-    slots = torch.cat([s for s in cache.pool.slabs if s is not None] or [torch.empty(0, 1, dtype=torch.uint8)])
+    slots = torch.cat([s for s in cache.pool.slabs.tensors if s is not None] or [torch.empty(0, 1, dtype=torch.uint8)])
     pages = int((slots != POISON_BYTE).any(1).sum())  # unused slots are poisoned
     assert cache.pool.num_used == cache.table.num_pages() == pages
     open_tokens = sum(b.open_tokens(r) * layers for b in batches for r in range(len(b)) if b.alive[r])
@@ -240,7 +240,7 @@ def test_bytes_in_the_middle_of_a_prompt_include_what_waits_for_the_router(rng) 
     cache.routed(batch, 0, None, kv[0])
     tail = batch.tails[0]
     assert tail is not None
-    assert cache.kv_bytes == memory([*cache.pool.slabs, tail.keys, tail.values])
+    assert cache.kv_bytes == memory([*cache.pool.slabs.tensors, tail.keys, tail.values])
     assert cache.peak_bytes > kv.nbytes  # pages, tail and prompt were there at once
 
 

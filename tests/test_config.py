@@ -33,7 +33,7 @@ VALID = {
 # key, value, and what the message must say besides: the remedy.
 INVALID = [
     *(("page_size", v, "choose one of 8, 16, 32") for v in (0, 7, 33, 512, -8, "32", None, True, 32.0, [32])),
-    ("codec", "int3", "choose one of none, int8, int4"),
+    ("codec", "int3", "choose one of none, fp8, int8, int4, int2"),
     ("codec", "Int8", 'did you mean "int8"?'),
     ("codec", 4, "from_dict"),
     ("codec", None, "from_dict"),
@@ -49,7 +49,7 @@ INVALID = [
     ("partial_dtype", "float16", "choose one of float32, bfloat16"),
     ("partial_dtype", "bfloat", 'did you mean "bfloat16"?'),
     ("partial_dtype", None, "choose one of"),
-    ("backend", "triton", "choose one of auto, reference, cpp"),
+    ("backend", "cuda", "choose one of auto, reference, cpp, triton"),
     ("backend", "Auto", 'did you mean "auto"?'),
     *(("timeout_s", v, "between 1 and 86400") for v in (0, -1, 86401, float("inf"), float("nan"), "120", None)),
     *(("debug", v, "true or false") for v in (0, 1, "true", None)),

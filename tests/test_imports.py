@@ -15,7 +15,7 @@ import pikv_ds
 ROOT = Path(pikv_ds.__file__).parent
 CSRC = ROOT.parent / "csrc"
 
-FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences"}
+FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences", "slabs"}
 """Modules that import torch, the standard library and each other only."""
 CORE = FOUNDATION | {"exchange", "sealing", "attention", "cache", "metrics"}
 INTEGRATIONS = {"hf", "hf_cache", "hf_generate", "deepspeed_moe", "api"}

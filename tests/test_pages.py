@@ -11,8 +11,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pikv_ds import PoolFullError
 from pikv_ds.ops import Ops
 from pikv_ds.pages import NULL_SLOT, PagePool, PageTable
+from pikv_ds.slabs import Slabs
 
 PAGE_BYTES, SUMMARY_BYTES, SLAB_PAGES, CAPACITY = 32, 16, 4, 21
+
+
+def gathered(slabs: Slabs, slots: torch.Tensor) -> torch.Tensor:
+    """The rows of some slots."""
+    out = torch.empty(len(slots), slabs.row_bytes, dtype=torch.uint8)
+    Ops("reference").gather_pages(slabs, slots, out)
+    return out
 
 
 def state(pool: PagePool) -> tuple:
@@ -90,12 +98,12 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.num_free(reserve=True) == max(0, self.capacity - len(self.refs) - int(self.capacity / 4))
         if self.content:
             slots, rows = torch.tensor(list(self.content)), torch.stack(list(self.content.values()))
-            assert torch.equal(Ops("reference").gather_pages(self.pool.slabs, slots), rows[:, :PAGE_BYTES])
-            assert torch.equal(Ops("reference").gather_pages(self.pool.summary_slabs, slots), rows[:, PAGE_BYTES:])
+            assert torch.equal(gathered(self.pool.slabs, slots), rows[:, :PAGE_BYTES])
+            assert torch.equal(gathered(self.pool.summary_slabs, slots), rows[:, PAGE_BYTES:])
 
     @invariant()
     def unused_slots_read_nan(self) -> None:
-        for slab, storage in enumerate(self.pool.slabs):
+        for slab, storage in enumerate(self.pool.slabs.tensors):
             if storage is None:
                 continue
             for offset, page in enumerate(storage):
@@ -106,8 +114,8 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def memory_follows_use(self) -> None:
         """A slab is there exactly while a slot of it is in use (slab 0 for the null page)."""
-        in_use = {0, *(slot // SLAB_PAGES for slot in self.refs)} if self.pool.slabs else set()
-        live = {i for i, s in enumerate(self.pool.slabs) if s is not None}
+        in_use = {0, *(slot // SLAB_PAGES for slot in self.refs)} if self.pool.slabs.tensors else set()
+        live = {i for i, s in enumerate(self.pool.slabs.tensors) if s is not None}
         assert in_use == live
         assert self.pool.page_storage_bytes == len(live) * SLAB_PAGES * PAGE_BYTES
         assert self.pool.summary_storage_bytes == len(live) * SLAB_PAGES * SUMMARY_BYTES
@@ -144,10 +152,10 @@ def test_a_shared_page_stays_until_all_have_freed_it() -> None:
     pool.share([slot])
     pool.write([slot], page)
     pool.free([slot])
-    assert torch.equal(Ops("reference").gather_pages(pool.slabs, torch.tensor([slot])), page)
+    assert torch.equal(gathered(pool.slabs, torch.tensor([slot])), page)
     pool.free([slot])
     assert pool.num_used == 0
-    assert pool.slabs[slot] is None
+    assert pool.slabs.tensors[slot] is None
 
 
 @pytest.mark.parametrize(
@@ -168,7 +176,7 @@ def test_unwritten_memory_is_poisoned_only_in_debug() -> None:
         pool.write(
             slots, torch.zeros(1, PAGE_BYTES, dtype=torch.uint8), torch.zeros(1, SUMMARY_BYTES, dtype=torch.uint8)
         )
-        slab, summaries = pool.slabs[0], pool.summary_slabs[0]
+        slab, summaries = pool.slabs.tensors[0], pool.summary_slabs.tensors[0]
         assert slab is not None
         assert summaries is not None
         pool.free(slots)

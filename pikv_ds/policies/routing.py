@@ -6,7 +6,6 @@ method; add one by writing it and naming it in `PLACEMENTS` or `LOOKUPS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.placement import Topology
-from pikv_ds.policies.summaries import KeyBounds, Summary
+from pikv_ds.policies.summaries import KeyBounds
+from pikv_ds.slabs import Slabs
 
 
 @runtime_checkable
@@ -90,11 +90,11 @@ class Candidates:
     page_idx: Tensor
     """``[R, P]`` int32, number of each page within its sequence."""
     counts: Tensor
-    """``[R]`` int64."""
+    """``[R]`` int32."""
     num_sealed: Tensor
-    """``[R]`` int64, sealed pages of each row's sequence over all ranks."""
-    summaries: Sequence[Tensor | None]
-    """The pool's summary slabs."""
+    """``[R]`` int32, sealed pages of each row's sequence over all ranks."""
+    summaries: Slabs
+    """The pool's summaries."""
     layout: PageLayout
 
 
@@ -105,7 +105,7 @@ class Lookup(Protocol):
     name: str
 
     @property
-    def summary(self) -> Summary | None:
+    def summary(self) -> KeyBounds | None:
         """What it needs to see of a page; None: nothing, it reads all pages."""
         ...
 
@@ -165,7 +165,7 @@ class QuestLookup:
         ops.page_scores(query, pages.summaries, pages.slots, pages.counts, pages.layout, scores)
         sink = pages.page_idx < self.sink_pages
         recent = pages.page_idx >= pages.num_sealed[:, None] - self.local_pages
-        budget = torch.ceil(pages.counts.double() * self.budget).long()
+        budget = torch.ceil(pages.counts.double() * self.budget).int()
         table = torch.empty(shape, dtype=torch.int32, device=query.device)
         ops.select_pages(pages.slots, pages.counts, scores, sink | recent, budget, table)
         return table
