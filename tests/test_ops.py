@@ -22,6 +22,7 @@ from pikv_ds.policies.codecs import CODECS
 from pikv_ds.slabs import Slabs
 
 FP32 = {"atol": 5e-6, "rtol": 5e-6}
+FLOAT32_EPS = torch.finfo(torch.float32).eps
 HUGE = 2**30  # a table entry that nobody may follow
 SHAPES = [(4, 4, 24), (8, 2, 64), (4, 1, 20), (6, 3, 80)]  # query heads, KV heads, head size: MHA, GQA, MQA
 shapes = pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
@@ -296,7 +297,7 @@ def test_decode_attention_with_a_table_per_head(ops: Ops, heads: int, kv_heads: 
             table[row, head, :count] = torch.where(keep, torch.tensor(s[:count], dtype=torch.int32), 0)
             picked[row, head] = [slot for slot, k in zip(s, keep.tolist(), strict=False) if k]
     query, group = torch.randn(3, heads, head_dim, generator=rng), heads // kv_heads
-    out, lse = attend_pages(ops, query, pages, table, torch.tensor(counts), 0.3)
+    out, lse = attend_pages(ops, query, pages, table, torch.tensor(counts, dtype=torch.int32), 0.3)
     for (row, head), slots in picked.items():
         mine = slice(head * group, (head + 1) * group)
         expected, expected_lse = dense_over(query[row], pages, slots, 0.3)  # right for this head only
@@ -312,6 +313,153 @@ def test_decode_attention_reads_pages_in_any_order(ops: Ops, rng) -> None:
     close(forward[0], backward[0])
     again = attend_pages(ops, query, pages, *table_of([s], 9), 0.125)  # a wider table, the same bits
     assert all(torch.equal(a, b) for a, b in zip(forward, again, strict=True))
+
+
+@dataclass
+class Shape:
+    """A shape of decoding."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+
+
+DECODE_SHAPES = [
+    Shape(8, 8, 64, 16),
+    Shape(4, 2, 80, 8),
+    Shape(6, 2, 96, 32),
+    Shape(8, 2, 128, 32),
+    Shape(14, 2, 64, 16),
+    Shape(16, 1, 192, 8),
+    Shape(5, 1, 256, 64),
+    Shape(2, 1, 20, 8),
+]
+
+
+def with_outliers(keys: Tensor, rng: torch.Generator) -> Tensor:
+    """A few channels 20 times larger, as real keys have them."""
+    channels = torch.randperm(keys.shape[-1], generator=rng)[: max(2, keys.shape[-1] // 32)]
+    keys[..., channels] *= 20
+    return keys
+
+
+def torch_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """A plain implementation in the query's own type: ``[R, H, D]`` over ``[K, N, D]``."""
+    grouped = query.unflatten(1, (keys.shape[0], -1)).transpose(0, 1).flatten(1, 2)  # [K, R * group, D]
+    scores = (grouped @ keys.to(query.dtype).transpose(1, 2)) * scale
+    out = torch.softmax(scores.float(), -1).to(query.dtype) @ values.to(query.dtype)
+    return out.unflatten(1, (len(query), -1)).transpose(0, 1).flatten(1, 2)
+
+
+@pytest.mark.parametrize("shape", DECODE_SHAPES, ids=str)
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_stay_within_twice_those_of_torch(ops: Ops, shape: Shape, codec: str, dtype: torch.dtype, rng) -> None:
+    """Judged on the decoded pages, so that rounding in pages does not count."""
+    num_pages = 12
+    size = num_pages, shape.kv_heads, shape.page_size, shape.head_dim
+    keys, values = torch.randn(2, *size, generator=rng).unbind(0)
+    query = torch.randn(3, shape.heads, shape.head_dim, generator=rng)
+    scale = shape.head_dim**-0.5
+    pages, layout = seal(with_outliers(keys, rng).to(dtype), values.to(dtype), codec)
+    query = (query * torch.tensor([1.0, 0.1, 3.0])[:, None, None]).to(dtype)
+    table = torch.arange(1, num_pages + 1, dtype=torch.int32)[None]
+    slabs = Slabs.of(torch.cat([torch.full_like(pages[:1], 255), pages]))
+    out, lse = torch.full(query.shape, torch.nan), torch.full(query.shape[:2], torch.nan)
+    counts = torch.tensor([num_pages], dtype=torch.int32)
+    ops.decode_attention(query, slabs, table, counts, layout, scale, out, lse)
+    decoded = [x.transpose(0, 1).flatten(1, 2) for x in reference.unseal_pages(pages, layout)]
+    expected, expected_lse = dense(query.float(), *decoded, scale)
+    theirs = torch_attention(query, *decoded, scale)
+
+    def rms(x: Tensor) -> float:
+        return float((x.double() - expected).square().mean().sqrt())
+
+    # What rounding the terms of a score once costs at least: the order of summation decides the rest.
+    keys = decoded[0].repeat_interleave(shape.heads // shape.kv_heads, 0)
+    terms = float(torch.einsum("rhd,hnd->rhn", query.double().abs(), keys.double().abs()).max()) * scale
+    assert rms(out) <= 2 * max(rms(theirs), terms * FLOAT32_EPS)
+    assert float((lse.double() - expected_lse).abs().max()) <= 4 * terms * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("queries", [2, 5, 8])
+def test_the_queries_of_a_sequence_share_its_table_row(ops: Ops, codec: str, queries: int, rng) -> None:
+    pages = make_pages(7, 2, 64, 8, codec, torch.bfloat16, rng)
+    s = list(pages.keys)
+    table, counts = table_of([s[:4], [], s[2:]], 6)
+    query = torch.randn(3 * queries, 8, 64, generator=rng).bfloat16()
+    shared = attend_pages(ops, query, pages, table, counts, 0.125)
+    repeated = table.repeat_interleave(queries, 0), counts.repeat_interleave(queries)
+    for mine, alone in zip(shared, attend_pages(ops, query, pages, *repeated, 0.125), strict=True):
+        close(mine, alone, atol=2e-5, rtol=2e-5)  # rows may be grouped into other tiles
+    assert (shared[0][queries : 2 * queries] == 0).all()
+
+
+@shapes
+@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
+def test_the_mass_of_each_page(ops: Ops, heads: int, kv_heads: int, head_dim: int, codec: str, rng) -> None:
+    pages = make_pages(6, kv_heads, head_dim, 8, codec, torch.float32, rng)
+    s = list(pages.keys)
+    rows = [s[:3], [], [0, s[4], s[1], 0, s[5]]]
+    table, counts = table_of(rows, 6)
+    query = torch.randn(3, heads, head_dim, generator=rng)
+    out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
+    page_lse, alone = torch.full((2, 3, heads, 6), torch.nan).unbind(0)
+    ops.decode_attention(query, pages.pool.slabs, table, counts, pages.layout, 0.2, out, lse, page_lse)
+    for row, slots in enumerate(rows):
+        for place in range(6):
+            slot = slots[place] if place < len(slots) else 0
+            if slot:
+                close(page_lse[row, :, place], dense_over(query[row], pages, [slot], 0.2)[1])
+            else:
+                assert (page_lse[row, :, place] == -torch.inf).all()
+    mass = torch.exp(page_lse - lse[..., None]).nan_to_num(0.0).sum(-1)
+    close(mass, torch.tensor([1.0, 0.0, 1.0])[:, None].expand_as(mass), atol=2e-5, rtol=0.0)
+    ops.key_scores(query, pages.pool.slabs, table, counts, pages.layout, 0.2, alone)
+    close(alone, page_lse)
+
+
+def test_tables_of_a_hundred_thousand_entries(ops: Ops, rng) -> None:
+    pages = make_pages(5, 1, 64, 8, "int4", torch.bfloat16, rng)
+    s = list(pages.keys)
+    entries = torch.randint(len(s), (100_000,), generator=rng)
+    table = torch.tensor(s, dtype=torch.int32)[entries][None]
+    query = torch.randn(1, 2, 64, generator=rng).bfloat16()
+    counts = torch.tensor([100_000], dtype=torch.int32)
+    out, lse = attend_pages(ops, query, pages, table, counts, 0.125)
+    page_lse = torch.stack([dense_over(query[0], pages, [slot], 0.125)[1] for slot in s], dim=-1)  # [H, pages]
+    page_out = torch.stack([dense_over(query[0], pages, [slot], 0.125)[0] for slot in s], dim=-1)
+    often = torch.bincount(entries, minlength=len(s)).double()
+    weights = often * page_lse.exp()
+    close(lse[0], weights.sum(-1).log(), atol=1e-3, rtol=0.0)
+    close(out[0], (page_out * weights[:, None]).sum(-1) / weights.sum(-1, keepdim=True), atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("shape", DECODE_SHAPES, ids=str)
+@pytest.mark.parametrize("codec", CODECS)
+def test_prefill_attention(ops: Ops, shape: Shape, codec: str, rng) -> None:
+    pages = make_pages(9, shape.kv_heads, shape.head_dim, shape.page_size, codec, torch.bfloat16, rng)
+    query = torch.randn(37, shape.heads, shape.head_dim, generator=rng).bfloat16()
+    scale = shape.head_dim**-0.5
+    for slots in (list(pages.keys)[::-1], list(pages.keys)[:1], []):
+        out, lse = torch.full(query.shape, torch.nan), torch.full(query.shape[:2], torch.nan)
+        chosen = torch.tensor(slots, dtype=torch.int32)
+        ops.prefill_attention(query, pages.pool.slabs, chosen, pages.layout, scale, out, lse)
+        size = (shape.kv_heads, 0, shape.head_dim)
+        keys, values = (torch.cat([torch.empty(size), *(x[s] for s in slots)], 1) for x in (pages.keys, pages.values))
+        expected, expected_lse = dense(query.float(), keys, values, scale)
+        if not slots:
+            assert (out == 0).all()
+            assert (lse == -torch.inf).all()
+            continue
+        error, theirs = (
+            float((x.double() - expected).square().mean().sqrt())
+            for x in (out, torch_attention(query, keys, values, scale))
+        )
+        assert error <= 2 * theirs
+        close(lse, expected_lse, atol=0.03, rtol=0.0)
 
 
 # -- attention over plain keys -----------------------------------------------------------------
