@@ -1,0 +1,157 @@
+"""Decode attention over paged keys, against torch's and other libraries' attention."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pikv_ds.bench.timing import Contender
+from pikv_ds.layout import PageLayout
+from pikv_ds.ops import Ops
+from pikv_ds.policies.codecs import CODECS
+from pikv_ds.slabs import Slabs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One layer of a model, one sequence."""
+
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    working_set: int = 1 << 30
+    """Bytes that each contender walks through."""
+
+    def tokens(self, num_tokens: int) -> Tensor:
+        """Random keys or values ``[K, num_tokens, D]``."""
+        return torch.randn(self.num_kv_heads, num_tokens, self.head_dim, device=self.device).to(self.dtype)
+
+    def query(self) -> Tensor:
+        """``[1, H, D]``"""
+        return torch.randn(1, self.num_heads, self.head_dim, device=self.device).to(self.dtype)
+
+    def copies(self, num_bytes: int) -> int:
+        """Copies of data of ``num_bytes`` that make a working set."""
+        return max(2, -(-self.working_set // num_bytes))
+
+
+def paged(setting: Setting, context: int, codec: str, backend: str) -> Contender:
+    """`decode_attention` over sealed pages."""
+    ops = Ops(backend, setting.device.type)
+    layout = CODECS[codec].layout(setting.num_kv_heads, setting.head_dim, setting.page_size, setting.dtype)
+    slabs, tables = _sealed(setting, context, layout, ops)
+    counts = torch.tensor([tables.shape[1]], dtype=torch.int32, device=setting.device)
+    query, scale = setting.query(), setting.head_dim**-0.5
+    out = torch.empty(1, setting.num_heads, setting.head_dim, device=setting.device)
+    lse = torch.empty(1, setting.num_heads, device=setting.device)
+
+    def run(copy: int) -> None:
+        ops.decode_attention(query, slabs, tables[copy : copy + 1], counts, layout, scale, out, lse)
+
+    name = f"pikv {codec}" + ("" if backend == "auto" else f" ({backend})")
+    return Contender(name, run, len(tables), tables.shape[1] * layout.page_bytes, _label(context))
+
+
+def _sealed(setting: Setting, context: int, layout: PageLayout, ops: Ops) -> tuple[Slabs, Tensor]:
+    """Copies of one sequence's pages in scattered slots, and their tables ``[copies, P]``."""
+    num_pages, size = context // setting.page_size, setting.page_size
+    keys, values = (setting.tokens(num_pages * size).unflatten(1, (num_pages, size)).transpose(0, 1) for _ in range(2))
+    pages = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8, device=setting.device)
+    ops.seal_pages(keys, values, layout, pages, None, torch.zeros(1, dtype=torch.int32, device=setting.device))
+    copies = setting.copies(pages.nbytes)
+    slabs = Slabs(num_pages, layout.page_bytes, setting.device)
+    slabs.put(0, pages)  # holds the null slot; the copies lie in slabs of their own
+    tables = torch.empty(copies, num_pages, dtype=torch.int32, device=setting.device)
+    for copy in range(copies):
+        order = torch.randperm(num_pages, device=setting.device)
+        slabs.put(copy + 1, pages[order])
+        slots = (copy + 1) * num_pages + torch.arange(num_pages, dtype=torch.int32, device=setting.device)
+        tables[copy, order] = slots
+    return slabs, tables
+
+
+def torch_baselines(setting: Setting, context: int) -> list[Contender]:
+    """torch's fused attention and the plain grouped matrix products, over contiguous keys."""
+    keys, values = setting.tokens(context), setting.tokens(context)
+    copies = setting.copies(2 * keys.nbytes)
+    stored = [(keys.clone(), values.clone()) for _ in range(copies)]
+    query, scale = setting.query(), setting.head_dim**-0.5
+    grouped_query = query.view(setting.num_kv_heads, -1, setting.head_dim)
+
+    def sdpa(copy: int) -> Tensor:
+        k, v = stored[copy]
+        return F.scaled_dot_product_attention(query.transpose(0, 1)[None], k[None], v[None], enable_gqa=True)
+
+    def grouped(copy: int) -> Tensor:
+        k, v = stored[copy]
+        scores = (grouped_query @ k.transpose(1, 2)) * scale
+        return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+
+    num_bytes, label = 2 * keys.nbytes, _label(context)
+    return [
+        Contender("torch grouped matmul", grouped, copies, num_bytes, label),
+        Contender("torch SDPA", sdpa, copies, num_bytes, label),
+    ]
+
+
+def quantized_cache(setting: Setting, context: int) -> list[Contender]:
+    """transformers' QuantizedCache in 4 bits, with the attention that follows it."""
+    return [_quantized(setting, context, name) for name in _QUANTIZERS if _installed(name)]
+
+
+_QUANTIZERS = {"quanto": "optimum.quanto", "hqq": "hqq"}
+
+
+def missing_baselines() -> list[str]:
+    """What would be compared with, were it installed."""
+    return [
+        f"transformers' QuantizedCache ({name}): {module} is not installed"
+        for name, module in _QUANTIZERS.items()
+        if not _installed(name)
+    ]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(_QUANTIZERS[name]) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
+
+
+def _quantized(setting: Setting, context: int, backend: str) -> Contender:
+    from transformers import LlamaConfig, QuantizedCache
+
+    config = LlamaConfig(
+        hidden_size=setting.num_heads * setting.head_dim,
+        num_attention_heads=setting.num_heads,
+        num_key_value_heads=setting.num_kv_heads,
+        head_dim=setting.head_dim,
+        num_hidden_layers=1,
+    )
+    cache = QuantizedCache(backend, config, nbits=4, q_group_size=64, residual_length=128)
+    cache.update(setting.tokens(context)[None], setting.tokens(context)[None], 0)
+    query = setting.query().transpose(0, 1)[None]
+    new_key, new_value = setting.tokens(1)[None], setting.tokens(1)[None]
+
+    def run(copy: int) -> Tensor:
+        keys, values = cache.update(new_key, new_value, 0)
+        return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    elements = 2 * setting.num_kv_heads * context * setting.head_dim
+    return Contender(f"QuantizedCache {backend} int4", run, 1, elements // 2, _label(context))
+
+
+def _label(context: int) -> str:
+    return f"{context // 1024}k" if context % 1024 == 0 else str(context)
+
+
+Maker = Callable[[Setting, int], list[Contender]]
+BASELINES: tuple[Maker, ...] = (torch_baselines, quantized_cache)

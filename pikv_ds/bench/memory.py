@@ -1,0 +1,44 @@
+"""Ops that only move bytes, against a plain copy of as many bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from pikv_ds.bench.attention import Setting
+from pikv_ds.bench.timing import Contender
+from pikv_ds.ops import Ops
+from pikv_ds.policies.codecs import CODECS
+
+PAGES = 256
+"""Pages per call: a prompt of 8,192 tokens."""
+
+
+def copying(setting: Setting) -> Contender:
+    """A plain copy, of as many bytes as a page of the model's own type takes."""
+    size = PAGES * 2 * setting.num_kv_heads * setting.page_size * setting.head_dim
+    source = torch.randn(size, device=setting.device).to(setting.dtype)
+    copies = setting.copies(2 * source.nbytes)
+    sources, targets = ([source.clone() for _ in range(copies)] for _ in range(2))
+    return Contender("copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * source.nbytes, "copy")
+
+
+def sealing(setting: Setting, codec: str, backend: str = "auto") -> Contender:
+    """`seal_pages` with key bounds, out of a prompt's keys and values ``[K, n, D]``."""
+    ops = Ops(backend, setting.device.type)
+    layout = CODECS[codec].layout(setting.num_kv_heads, setting.head_dim, setting.page_size, setting.dtype)
+    tokens = PAGES * setting.page_size
+    keys, values = setting.tokens(tokens), setting.tokens(tokens)
+    out_bytes = PAGES * (layout.page_bytes + layout.bounds_bytes)
+    num_bytes = 2 * keys.nbytes + out_bytes
+    copies = setting.copies(num_bytes)
+    inputs = [(keys.clone(), values.clone()) for _ in range(copies)]
+    outs = [torch.zeros(PAGES, out_bytes // PAGES, dtype=torch.uint8, device=setting.device) for _ in range(copies)]
+    flag = torch.zeros(1, dtype=torch.int32, device=setting.device)
+
+    def run(i: int) -> None:
+        k, v = (x.unflatten(1, (PAGES, setting.page_size)).transpose(0, 1) for x in inputs[i])
+        out = outs[i]
+        ops.seal_pages(k, v, layout, out[:, : layout.page_bytes], out[:, layout.page_bytes :], flag)
+
+    name = f"seal {codec}" + ("" if backend == "auto" else f" ({backend})")
+    return Contender(name, run, copies, num_bytes, "seal")

@@ -1,0 +1,158 @@
+"""The command `pikv`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from pikv_ds.version import __version__
+
+EXAMPLES = """examples:
+  pikv report                                      which ops run here, and why
+  pikv bench                                       decode attention at 4k and 32k tokens, one thread
+  pikv bench --context 1k 4k 16k --threads 1 2     more of it
+  pikv bench --op seal --json seal.json            sealing, against a plain copy
+  pikv bench --plot decode.png                     time and GB/s against context, as a picture"""
+
+CODEC_CHOICES = ("none", "fp8", "int8", "int4", "int2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="pikv",
+        description="Looks at and measures PiKV-DS on this machine.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pikv-ds {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_bench(commands)
+    report = commands.add_parser("report", help="which ops run here, and why")
+    report.add_argument("--json", action="store_true", help="as JSON")
+    report.set_defaults(run=_report)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"pikv {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measures the ops side by side with torch and others",
+        description="All contenders run interleaved, round by round, over working sets that no cache holds; "
+        "what counts is the ratio of medians.",
+    )
+    bench.add_argument("--op", choices=("decode", "seal"), default="decode", help="default: decode")
+    bench.add_argument(
+        "--context", nargs="+", type=_tokens, default=[4096, 32768], metavar="N", help="tokens; default: 4k 32k"
+    )
+    bench.add_argument(
+        "--codecs", nargs="+", choices=CODEC_CHOICES, default=["none", "int8", "int4"], help="default: none int8 int4"
+    )
+    bench.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="CPU threads; default: 1")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="timings per contender; default: 15")
+    bench.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="of the ops; default: auto")
+    bench.add_argument("--heads", type=int, default=32, metavar="H", help="query heads; default: 32")
+    bench.add_argument("--kv-heads", type=int, default=8, metavar="K", help="default: 8")
+    bench.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: 128")
+    bench.add_argument("--page-size", type=int, default=32, metavar="S", help="tokens per page; default: 32")
+    bench.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda or cpu")
+    bench.add_argument("--gib", type=float, default=1.0, help="working set of each contender; default: 1")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="writes the figures")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draws them as a PNG")
+    bench.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pikv_ds.bench import attention, memory, show, timing
+
+    if args.plot and args.op != "decode":
+        raise ValueError(f"--plot: draws figures against context, which --op {args.op} has not; use --json")
+    for name in ("rounds", "heads", "kv_heads", "head_dim"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}: use a whole number of at least 1")
+    if args.heads % args.kv_heads:
+        raise ValueError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
+    device = torch.device(args.device)
+    setting = attention.Setting(
+        args.heads,
+        args.kv_heads,
+        args.head_dim,
+        args.page_size,
+        getattr(torch, args.dtype),
+        device,
+        int(args.gib * 2**30),
+    )
+    console = Console(stderr=True)
+    threads = args.threads if device.type == "cpu" else [1]
+    timings: list[timing.Timing] = []
+    contexts = args.context if args.op == "decode" else [0]
+    for context in contexts:
+        if args.op == "decode" and context % args.page_size:
+            raise ValueError(f"--context = {context}: use a multiple of --page-size = {args.page_size}")
+        with console.status(f"preparing {context or args.op} …"):
+            if args.op == "decode":
+                contenders = [c for make in attention.BASELINES for c in make(setting, context)]
+                contenders += [attention.paged(setting, context, c, b) for b in args.backends for c in args.codecs]
+            else:
+                contenders = [memory.copying(setting)]
+                contenders += [memory.sealing(setting, c, b) for b in args.backends for c in args.codecs]
+        timings += timing.measure(contenders, threads, args.rounds, device, _progress(console, context))
+        del contenders
+    title = f"{args.op}: {args.heads} query and {args.kv_heads} KV heads, d = {args.head_dim}, {args.dtype}, " + (
+        f"pages of {args.page_size} tokens; {show.machine(device)}"
+    )
+    baseline = "torch grouped matmul" if args.op == "decode" else "copy"
+    if args.op == "seal":  # one group: rates against the copy's
+        timings = [timing.Timing(t.name, "", t.threads, t.seconds, t.spread, t.num_bytes) for t in timings]
+    Console(width=None if sys.stdout.isatty() else 130).print(show.table(title, timings, baseline))
+    for note in attention.missing_baselines() if args.op == "decode" else []:
+        console.print(f"not compared with {note}", highlight=False)
+    if args.json:
+        figures = {"title": title, "results": show.rows(timings, baseline)}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.plot:
+        show.plot(args.plot, title, timings)
+    return 0
+
+
+def _progress(console: Console, context: int):  # type: ignore[no-untyped-def]
+    from rich.progress import track
+
+    def wrap(rounds: Iterable[int]) -> Iterable[int]:
+        return track(list(rounds), description=f"{context or 'rounds'}", console=console, transient=True)
+
+    return wrap
+
+
+def _tokens(text: str) -> int:
+    number = text.lower().removesuffix("k")
+    if not number.isdigit() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write 4096 or 4k")
+    return int(number) * (1024 if text.lower().endswith("k") else 1)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pikv_ds import report
+
+    facts = report.ops_report()
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        report.show(facts, Console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
