@@ -85,8 +85,8 @@ class Projections:
             expected = layout.num_kv_heads, layout.head_dim
             if basis.dim() != 3 or (basis.shape[0], basis.shape[2]) != expected:
                 raise ValueError(
-                    f"projections.{name} must be [KV heads, head size, rank] with {expected[0]} heads and the layout's "
-                    f"rank {expected[1]}, got {list(basis.shape)}"
+                    f"projections.{name} must be [KV heads, head size, rank] with {expected[0]} heads and the "
+                    f"layout's rank {expected[1]}, got {list(basis.shape)}"
                 )
 
 
