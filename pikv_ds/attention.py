@@ -38,7 +38,9 @@ class ShardedAttention:
     lookup: Lookup
     num_heads: int
     counters: Counter[str] = field(default_factory=Counter)
-    """``pages_visited`` and ``pages_in_scope``: (KV head, page) pairs read, and those there were."""
+    """``pages_in_scope``: (KV head, page) pairs that there were; ``pages_read``: those read without a
+    choice; ``queries``."""
+    _chosen: Tensor | int = 0
     num_sealed: dict[tuple[int, int], int] = field(default_factory=dict)
     """Sealed pages of every sequence of the group over all ranks, for the pinned local pages."""
 
@@ -95,17 +97,19 @@ class ShardedAttention:
         lse: Tensor,
     ) -> None:
         """Merges partials ``[n, H, D]``, ``[n, H]`` of some sequences with their local ones, in place."""
-        index = [(row, column) for row in rows for column in self._token_columns(batch, row, local.shape[1])]
-        at = tuple(torch.tensor(i, device=local.device) for i in zip(*index, strict=True))
-        partials, partial_lses = torch.stack([*outs, local[at]]), torch.stack([*lses, lse[at]])
-        merged, merged_lse = torch.empty_like(partials[0]), torch.empty_like(partial_lses[0])
+        whole = batch.tokens is None and len(rows) == len(batch)
+        if whole:
+            mine, mine_lse = local.view(-1, *local.shape[2:]), lse.view(-1, lse.shape[2])
+        else:
+            index = [(row, column) for row in rows for column in self._token_columns(batch, row, local.shape[1])]
+            at = tuple(torch.tensor(i, device=local.device) for i in zip(*index, strict=True))
+            mine, mine_lse = local[at], lse[at]
+        partials, partial_lses = torch.stack([*outs, mine]), torch.stack([*lses, mine_lse])
         self.ops.merge_partials(
-            partials.flatten(1, 2),
-            partial_lses.flatten(1, 2),
-            merged.flatten(0, 1),
-            merged_lse.flatten(),
+            partials.flatten(1, 2), partial_lses.flatten(1, 2), mine.flatten(0, 1), mine_lse.flatten()
         )
-        local[at] = merged
+        if not whole:
+            local[at] = mine
 
     @staticmethod
     def _queries(batch: SequenceBatch, query: Tensor, rows: list[int]) -> Tensor:
@@ -234,49 +238,61 @@ class ShardedAttention:
         if not asked:
             return out, lse
         sequences = tuple((source, sequence) for source, sequence, _ in asked)
-        few = all(tokens <= FEW_QUERIES for _, _, tokens in asked)
-        if few or self.lookup.summary is not None:
-            rows = self.table.rows(layer, sequences)
-            slots, numbers, counts = rows.slots, rows.page_idx, rows.counts
-            sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
-            lengths = [tokens for _, _, tokens in asked]
-            shared = self.lookup.summary is None and len(set(lengths)) == 1  # a sequence's queries share its row
-            if not shared and max(lengths) > 1:
-                repeats = torch.tensor(lengths, device=query.device)
-                slots, numbers, counts, sealed = (
-                    x.repeat_interleave(repeats, dim=0) for x in (slots, numbers, counts, sealed)
-                )
-            pages = Candidates(slots, numbers, counts, sealed, self.pool.summary_slabs, self.layout)
-            table = self._select(query, pages)
-            self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse)
+        lengths = [tokens for _, _, tokens in asked]
+        if self.lookup.summary is not None or max(lengths) <= FEW_QUERIES:
+            self._attend_rows(layer, sequences, lengths, query, scale, out, lse)
             return out, lse
         start = 0
-        for row, (_, _, tokens) in enumerate(asked):
-            end = start + tokens
-            slots = self._slots(layer, sequences[row])
-            self._attend_pages(query[start:end], self.pool.slabs, slots, scale, out[start:end], lse[start:end])
-            start = end
+        for sequence, tokens in zip(sequences, lengths, strict=True):
+            mine = slice(start, start + tokens)
+            slots = self._slots(layer, sequence)
+            self._attend_pages(query[mine], self.pool.slabs, slots, scale, out[mine], lse[mine])
+            start += tokens
         return out, lse
+
+    def _attend_rows(
+        self,
+        layer: int,
+        sequences: tuple[tuple[int, int], ...],
+        lengths: list[int],
+        query: Tensor,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Few queries per sequence, over those of its pages here that the lookup chooses."""
+        rows = self.table.rows(layer, sequences)
+        table, counts = rows.slots, rows.counts
+        in_scope = sum(len(self.table.pages(s, layer)) * n for s, n in zip(sequences, lengths, strict=True))
+        in_scope *= self.layout.num_kv_heads
+        self.counters["pages_in_scope"] += in_scope
+        sparse = self.lookup.summary is not None
+        if sparse or len(set(lengths)) > 1:  # else the queries of a sequence share its row of the table
+            repeats = torch.tensor(lengths, device=query.device)
+            table, counts = (x.repeat_interleave(repeats, dim=0) for x in (table, counts))
+        if sparse and in_scope:
+            page_idx = rows.page_idx.repeat_interleave(repeats, dim=0)
+            sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
+            sealed = sealed.repeat_interleave(repeats)
+            pages = Candidates(table, page_idx, counts, sealed, self.pool.summary_slabs, self.layout)
+            table = self.lookup.select(self.ops, query, pages)
+            self._chosen = self._chosen + (table > 0).sum()
+        else:
+            self.counters["pages_read"] += in_scope
+        self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse)
 
     def _attend_pages(
         self, query: Tensor, slabs: Slabs, slots: Tensor, scale: float, out: Tensor, lse: Tensor
     ) -> None:
         """Many queries of one sequence over its pages."""
-        read = len(slots) * self.layout.num_kv_heads * len(query)
-        self._count(read, read)
+        for counter in ("pages_in_scope", "pages_read"):
+            self.counters[counter] += len(slots) * self.layout.num_kv_heads * len(query)
         self.ops.prefill_attention(query, slabs, slots, self.layout, scale, out, lse)
 
-    def _select(self, query: Tensor, pages: Candidates) -> Tensor:
-        """The page table after the lookup, counted."""
-        k = self.layout.num_kv_heads
-        total = int(pages.counts.sum()) * k * (len(query) // len(pages.counts))
-        table = self.lookup.select(self.ops, query, pages) if total else pages.slots
-        self._count(int((table > 0).sum()) if table.dim() == 3 else total, total)
-        return table
-
-    def _count(self, visited: int, in_scope: int) -> None:
-        self.counters["pages_visited"] += visited
-        self.counters["pages_in_scope"] += in_scope
+    @property
+    def pages_visited(self) -> int:
+        """(KV head, page) pairs read. Waits for the device, where lookups choose them."""
+        return self.counters["pages_read"] + int(self._chosen)
 
 
 def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -45,7 +45,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "overflowed_pages": sender["overflowed"],
         "queries": attention["queries"],
         "pages_in_scope": attention["pages_in_scope"],
-        "pages_visited": attention["pages_visited"],
+        "pages_visited": cache.attention.pages_visited,
         "sent_bytes": dict(cache.exchange.sent_bytes),
     }
 

@@ -58,11 +58,8 @@ class PagePool:
         self._free: list[int] = []  # heap: low slots first, so that the last slabs empty and can go
         self._refs: list[int] = []  # per slot; the null page holds one for ever
         self._used_in_slab: list[int] = []
-
-    @property
-    def num_used(self) -> int:
+        self.num_used = 0
         """Pages in use (the null page not counted)."""
-        return max(0, sum(self._used_in_slab) - 1)
 
     def num_free(self, reserve: bool = False) -> int | None:
         """Pages that can still be allocated, None without a limit.
@@ -99,6 +96,7 @@ class PagePool:
         for slot in slots:
             self._refs[slot] = 1
             self._used_in_slab[slot // self.slab_pages] += 1
+        self.num_used += num_pages
         return slots
 
     def share(self, slots: Iterable[int]) -> None:
@@ -119,6 +117,7 @@ class PagePool:
             slab = slot // self.slab_pages
             self._poison(slab, slot % self.slab_pages)
             self._used_in_slab[slab] -= 1
+            self.num_used -= 1
             heapq.heappush(self._free, slot)
             if not self._used_in_slab[slab]:
                 emptied.add(slab)
@@ -166,6 +165,7 @@ class PagePool:
             else:
                 assert used + len(free.intersection(slots)) == self.slab_pages, f"slab {slab} has lost a slot"
         assert all(r >= 0 for r in self._refs), "a negative reference count"
+        assert self.num_used == max(0, sum(self._used_in_slab) - 1), "the pages in use are miscounted"
         if self.capacity_pages is not None:
             assert self.num_used <= self.capacity_pages, "more pages than the capacity"
 

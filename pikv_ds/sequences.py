@@ -65,6 +65,8 @@ class SequenceBatch:
         self.fresh: dict[int, list[tuple[Tensor, Tensor]]] = {}  # [layer][row]: tail and prompt, until routed
         self.loads = [[[0] * num_ranks for _ in ids] for _ in range(num_layers)]  # pages per rank
         self._open_layers: set[int] = set()
+        self._tail_nbytes: int | None = 0  # None: to be counted again
+        self._places: tuple[Tensor, Tensor, Tensor] | None = None  # of this pass; see append_one
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,7 +86,7 @@ class SequenceBatch:
 
     def begin(self, new: list[int], tokens: Tensor | None) -> None:
         """Starts a pass that appends ``new[b]`` tokens to each sequence."""
-        self.new, self.tokens = new, tokens
+        self.new, self.tokens, self._places = new, tokens, None
         self._open_layers = set(range(self.num_layers))
 
     def close_layer(self, layer: int) -> None:
@@ -110,13 +112,16 @@ class SequenceBatch:
             self.alive[row] = False
         if not any(self.alive):
             self.tails = [None] * self.num_layers
+            self._tail_nbytes = 0
             self.fresh.clear()
         return released
 
     @property
     def tail_nbytes(self) -> int:
         """Bytes allocated for open tails."""
-        return sum(t.nbytes for t in self.tails if t is not None)
+        if self._tail_nbytes is None:
+            self._tail_nbytes = sum(t.nbytes for t in self.tails if t is not None)
+        return self._tail_nbytes
 
     @property
     def fresh_nbytes(self) -> int:
@@ -130,6 +135,7 @@ class SequenceBatch:
             b, k, _, d = like.shape
             tail = Tail(like.new_zeros(b, k, self.page_size, d), like.new_zeros(b, k, self.page_size, d))
             self.tails[layer] = tail
+            self._tail_nbytes = None
         return tail
 
     def append_one(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
@@ -139,16 +145,18 @@ class SequenceBatch:
             keys, values: ``[B, K, 1, D]``.
         """
         tail = self.tail(layer, keys)
-        rows = [r for r in range(len(self)) if self.new[r]]
-        places = [self.open_tokens(r) for r in rows]
-        index, place = (
-            torch.tensor(rows, device=keys.device),
-            torch.tensor(places, device=keys.device),
-        )
+        if self._places is None:  # the same for all layers
+            rows = [r for r in range(len(self)) if self.new[r]]
+            lengths = [self.open_tokens(r) + self.new[r] if self.new[r] else 0 for r in range(len(self))]
+            self._places = (
+                torch.tensor(rows, device=keys.device),
+                torch.tensor([self.open_tokens(r) for r in rows], device=keys.device),
+                torch.tensor(lengths, dtype=torch.int32, device=keys.device),
+            )
+        index, place, filled = self._places
         tail.keys[index, :, place] = keys[index, :, 0]
         tail.values[index, :, place] = values[index, :, 0]
-        lengths = [self.open_tokens(r) + self.new[r] if self.new[r] else 0 for r in range(len(self))]
-        return torch.tensor(lengths, dtype=torch.int32, device=keys.device)
+        return filled
 
     def append_many(self, layer: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Joins the tails with the tokens of this pass; kept until the layer's router has run.
@@ -192,6 +200,7 @@ class SequenceBatch:
         if experts is not None and tail.experts is None:
             shape = (len(self), self.page_size, experts.shape[-1])
             tail.experts = torch.full(shape, -1, dtype=torch.int16, device=like.device)
+            self._tail_nbytes = None
         pages = []
         for row in range(len(self)):
             new, start, size = self.new[row], self.open_tokens(row), self.page_size

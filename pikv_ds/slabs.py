@@ -20,6 +20,8 @@ class Slabs:
     def __init__(self, slab_rows: int, row_bytes: int, device: torch.device | str = "cpu") -> None:
         self.slab_rows, self.row_bytes = slab_rows, row_bytes
         self.device = torch.device(device)
+        self.nbytes = 0
+        """Bytes of memory allocated for rows."""
         self.tensors: list[Tensor | None] = []
         """Each uint8 ``[slab_rows, row_bytes]``; None: given back."""
         self.pointers = torch.zeros(64, dtype=torch.int64, device=self.device)
@@ -32,15 +34,12 @@ class Slabs:
         slabs.put(0, rows.contiguous())
         return slabs
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory allocated for rows."""
-        return sum(t.nbytes for t in self.tensors if t is not None)
-
     def put(self, slab: int, storage: Tensor | None) -> None:
         """Sets a slab's storage, None to give it back; ``slab`` is at most the number of slabs."""
         if slab == len(self.tensors):
             self.tensors.append(None)
+        before = self.tensors[slab]
+        self.nbytes += (0 if storage is None else storage.nbytes) - (0 if before is None else before.nbytes)
         self.tensors[slab] = storage
         if slab >= len(self.pointers):
             self.pointers = torch.cat([self.pointers, torch.zeros_like(self.pointers)])

@@ -119,7 +119,7 @@ def check_nothing_is_missing(driver: Driver) -> None:
     cache, counters = driver.cache, driver.cache.attention.counters
     assert cache.stored_tokens == cache.own_tokens * cache.shape.num_layers
     assert cache.own_tokens == sum(rows[0].shape[2] for rows in driver.history)
-    assert counters["pages_visited"] == counters["pages_in_scope"]
+    assert driver.cache.attention.pages_visited == counters["pages_in_scope"]
 
 
 def new_driver(rng: torch.Generator, rows: int = 2, tolerance: float = 1e-5, **settings) -> Driver:

@@ -47,8 +47,8 @@ class Projections:
             layout: of the pages, with ``head_dim = r``.
         """
         self._check(layout)
-        coefficients = (_project(x, basis) for x, basis in ((keys, self.keys), (values, self.values)))
-        ops.seal_pages(*coefficients, layout, out, bounds, nonfinite)
+        key_coefficients, value_coefficients = _project(keys, self.keys), _project(values, self.values)
+        ops.seal_pages(key_coefficients, value_coefficients, layout, out, bounds, nonfinite)
 
     def decode_attention(
         self,
