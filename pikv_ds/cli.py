@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 
 from pikv_ds.version import __version__
 
+if TYPE_CHECKING:
+    from pikv_ds.bench.attention import Setting
+    from pikv_ds.bench.timing import Timing
+
 EXAMPLES = """examples:
   pikv report                                      which ops run here, and why
   pikv bench                                       decode attention at 4k and 32k tokens, one thread
   pikv bench --context 1k 4k 16k --threads 1 2     more of it
+  pikv bench --op lookup --context 32k --codecs int4   choosing an eighth of the pages, against all
   pikv bench --op seal --json seal.json            sealing, against a plain copy
   pikv bench --plot decode.png                     time and GB/s against context, as a picture"""
 
@@ -52,13 +58,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="All contenders run interleaved, round by round, over working sets that no cache holds; "
         "what counts is the ratio of medians.",
     )
-    bench.add_argument("--op", choices=("decode", "seal"), default="decode", help="default: decode")
+    bench.add_argument("--op", choices=("decode", "lookup", "seal"), default="decode", help="default: decode")
     bench.add_argument(
         "--context", nargs="+", type=_tokens, default=[4096, 32768], metavar="N", help="tokens; default: 4k 32k"
     )
     bench.add_argument(
         "--codecs", nargs="+", choices=CODEC_CHOICES, default=["none", "int8", "int4"], help="default: none int8 int4"
     )
+    bench.add_argument("--budget", type=float, default=0.125, help="of --op lookup, a share; default: 0.125")
     bench.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="CPU threads; default: 1")
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="timings per contender; default: 15")
     bench.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="of the ops; default: auto")
@@ -75,65 +82,71 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from pikv_ds.bench import attention, memory, show, timing
+    from pikv_ds.bench import attention, show
 
-    if args.plot and args.op != "decode":
-        raise ValueError(f"--plot: draws figures against context, which --op {args.op} has not; use --json")
     for name in ("rounds", "heads", "kv_heads", "head_dim"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}: use a whole number of at least 1")
     if args.heads % args.kv_heads:
         raise ValueError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
-    device = torch.device(args.device)
-    setting = attention.Setting(
-        args.heads,
-        args.kv_heads,
-        args.head_dim,
-        args.page_size,
-        getattr(torch, args.dtype),
-        device,
-        int(args.gib * 2**30),
-    )
-    console = Console(stderr=True)
-    threads = args.threads if device.type == "cpu" else [1]
-    timings: list[timing.Timing] = []
-    contexts = args.context if args.op == "decode" else [0]
-    for context in contexts:
-        if args.op == "decode" and context % args.page_size:
+    if not 0 < args.budget <= 1:
+        raise ValueError(f"--budget = {args.budget}: use a share of the pages, above 0 and at most 1")
+    if args.plot and args.op == "seal":
+        raise ValueError("--plot: draws figures against context, which --op seal has not; use --json")
+    for context in args.context:
+        if args.op != "seal" and context % args.page_size:
             raise ValueError(f"--context = {context}: use a multiple of --page-size = {args.page_size}")
-        with console.status(f"preparing {context or args.op} …"):
-            if args.op == "decode":
-                contenders = [c for make in attention.BASELINES for c in make(setting, context)]
-                contenders += [attention.paged(setting, context, c, b) for b in args.backends for c in args.codecs]
-            else:
-                contenders = [memory.copying(setting)]
-                contenders += [memory.sealing(setting, c, b) for b in args.backends for c in args.codecs]
-        timings += timing.measure(contenders, threads, args.rounds, device, _progress(console, context))
-        del contenders
-    title = f"{args.op}: {args.heads} query and {args.kv_heads} KV heads, d = {args.head_dim}, {args.dtype}, " + (
-        f"pages of {args.page_size} tokens; {show.machine(device)}"
-    )
-    baseline = "torch grouped matmul" if args.op == "decode" else "copy"
-    if args.op == "seal":  # one group: rates against the copy's
-        timings = [timing.Timing(t.name, "", t.threads, t.seconds, t.spread, t.num_bytes) for t in timings]
-    Console(width=None if sys.stdout.isatty() else 130).print(show.table(title, timings, baseline))
+    dtype = getattr(torch, args.dtype)
+    shape = args.heads, args.kv_heads, args.head_dim, args.page_size
+    setting = attention.Setting(*shape, dtype, torch.device(args.device), int(args.gib * 2**30))
+    console = Console(stderr=True)
+    timings, baseline = _measure(args, setting, console)
+    rate = args.op == "seal"
+    title = f"{args.op}: {args.heads} query and {args.kv_heads} KV heads, d = {args.head_dim}, {args.dtype}, "
+    title += f"pages of {args.page_size} tokens; {show.machine(setting.device)}"
+    Console(width=None if sys.stdout.isatty() else 130).print(show.table(title, timings, baseline, rate))
     for note in attention.missing_baselines() if args.op == "decode" else []:
         console.print(f"not compared with {note}", highlight=False)
     if args.json:
-        figures = {"title": title, "results": show.rows(timings, baseline)}
+        figures = {"title": title, "results": show.rows(timings, baseline, rate)}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
         show.plot(args.plot, title, timings)
     return 0
 
 
-def _progress(console: Console, context: int):  # type: ignore[no-untyped-def]
+def _measure(args: argparse.Namespace, setting: Setting, console: Console) -> tuple[list[Timing], str]:
+    """All timings, and the name of the contender that the others are compared with."""
+    from pikv_ds.bench import attention, lookup, memory, timing
+
+    threads = args.threads if setting.device.type == "cpu" else [1]
+    timings: list[Timing] = []
+    baseline = {"decode": "torch grouped matmul", "seal": "copy"}.get(args.op, "")
+    for context in args.context if args.op != "seal" else [0]:
+        with console.status(f"preparing {context or args.op} …"):
+            contenders = []
+            if args.op == "decode":
+                contenders = [c for make in attention.BASELINES for c in make(setting, context)]
+            elif args.op == "seal":
+                contenders = [memory.copying(setting)]
+            for backend in args.backends:
+                for codec in args.codecs:
+                    if args.op == "decode":
+                        contenders.append(attention.paged(setting, context, codec, backend))
+                    elif args.op == "seal":
+                        contenders.append(memory.sealing(setting, codec, backend))
+                    else:
+                        contenders += lookup.lookups(setting, context, codec, backend, args.budget)
+            baseline = baseline or contenders[0].name
+        progress = _progress(console, str(context or args.op))
+        timings += timing.measure(contenders, threads, args.rounds, setting.device, progress)
+    return timings, baseline
+
+
+def _progress(console: Console, what: str) -> Callable[[Iterable[int]], Iterable[int]]:
     from rich.progress import track
 
-    def wrap(rounds: Iterable[int]) -> Iterable[int]:
-        return track(list(rounds), description=f"{context or 'rounds'}", console=console, transient=True)
-
-    return wrap
+    return lambda rounds: track(list(rounds), description=what, console=console, transient=True)
 
 
 def _tokens(text: str) -> int:

@@ -47,35 +47,50 @@ def paged(setting: Setting, context: int, codec: str, backend: str) -> Contender
     """`decode_attention` over sealed pages."""
     ops = Ops(backend, setting.device.type)
     layout = CODECS[codec].layout(setting.num_kv_heads, setting.head_dim, setting.page_size, setting.dtype)
-    slabs, tables = _sealed(setting, context, layout, ops)
+    data = sealed(setting, context, layout, ops)
+    tables = data.tables
     counts = torch.tensor([tables.shape[1]], dtype=torch.int32, device=setting.device)
     query, scale = setting.query(), setting.head_dim**-0.5
     out = torch.empty(1, setting.num_heads, setting.head_dim, device=setting.device)
     lse = torch.empty(1, setting.num_heads, device=setting.device)
 
     def run(copy: int) -> None:
-        ops.decode_attention(query, slabs, tables[copy : copy + 1], counts, layout, scale, out, lse)
+        ops.decode_attention(query, data.slabs, tables[copy : copy + 1], counts, layout, scale, out, lse)
 
     name = f"pikv {codec}" + ("" if backend == "auto" else f" ({backend})")
-    return Contender(name, run, len(tables), tables.shape[1] * layout.page_bytes, _label(context))
+    return Contender(name, run, len(tables), tables.shape[1] * layout.page_bytes, label(context))
 
 
-def _sealed(setting: Setting, context: int, layout: PageLayout, ops: Ops) -> tuple[Slabs, Tensor]:
-    """Copies of one sequence's pages in scattered slots, and their tables ``[copies, P]``."""
-    num_pages, size = context // setting.page_size, setting.page_size
+@dataclass(frozen=True)
+class Sealed:
+    """Copies of one sequence's pages in scattered slots."""
+
+    slabs: Slabs
+    bounds: Slabs
+    """The pages' key bounds, in the same slots."""
+    tables: Tensor
+    """int32 ``[copies, P]``"""
+
+
+def sealed(setting: Setting, context: int, layout: PageLayout, ops: Ops) -> Sealed:
+    """Seals a sequence of ``context`` tokens and copies its pages until they make a working set."""
+    num_pages, size, device = context // setting.page_size, setting.page_size, setting.device
     keys, values = (setting.tokens(num_pages * size).unflatten(1, (num_pages, size)).transpose(0, 1) for _ in range(2))
-    pages = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8, device=setting.device)
-    ops.seal_pages(keys, values, layout, pages, None, torch.zeros(1, dtype=torch.int32, device=setting.device))
+    pages, bounds = (
+        torch.empty(num_pages, n, dtype=torch.uint8, device=device) for n in (layout.page_bytes, layout.bounds_bytes)
+    )
+    ops.seal_pages(keys, values, layout, pages, bounds, torch.zeros(1, dtype=torch.int32, device=device))
     copies = setting.copies(pages.nbytes)
-    slabs = Slabs(num_pages, layout.page_bytes, setting.device)
-    slabs.put(0, pages)  # holds the null slot; the copies lie in slabs of their own
-    tables = torch.empty(copies, num_pages, dtype=torch.int32, device=setting.device)
-    for copy in range(copies):
-        order = torch.randperm(num_pages, device=setting.device)
-        slabs.put(copy + 1, pages[order])
-        slots = (copy + 1) * num_pages + torch.arange(num_pages, dtype=torch.int32, device=setting.device)
-        tables[copy, order] = slots
-    return slabs, tables
+    stores = Slabs(num_pages, layout.page_bytes, device), Slabs(num_pages, layout.bounds_bytes, device)
+    tables = torch.empty(copies, num_pages, dtype=torch.int32, device=device)
+    for copy in range(copies + 1):  # slab 0 holds the null slot; the copies lie in slabs of their own
+        order = torch.randperm(num_pages, device=device)
+        for store, rows in zip(stores, (pages, bounds), strict=True):
+            store.put(copy, rows[order])
+        if copy:
+            slots = copy * num_pages + torch.arange(num_pages, dtype=torch.int32, device=device)
+            tables[copy - 1, order] = slots
+    return Sealed(*stores, tables)
 
 
 def torch_baselines(setting: Setting, context: int) -> list[Contender]:
@@ -95,10 +110,10 @@ def torch_baselines(setting: Setting, context: int) -> list[Contender]:
         scores = (grouped_query @ k.transpose(1, 2)) * scale
         return torch.softmax(scores.float(), -1).to(v.dtype) @ v
 
-    num_bytes, label = 2 * keys.nbytes, _label(context)
+    num_bytes, group = 2 * keys.nbytes, label(context)
     return [
-        Contender("torch grouped matmul", grouped, copies, num_bytes, label),
-        Contender("torch SDPA", sdpa, copies, num_bytes, label),
+        Contender("torch grouped matmul", grouped, copies, num_bytes, group),
+        Contender("torch SDPA", sdpa, copies, num_bytes, group),
     ]
 
 
@@ -146,10 +161,11 @@ def _quantized(setting: Setting, context: int, backend: str) -> Contender:
         return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
     elements = 2 * setting.num_kv_heads * context * setting.head_dim
-    return Contender(f"QuantizedCache {backend} int4", run, 1, elements // 2, _label(context))
+    return Contender(f"QuantizedCache {backend} int4", run, 1, elements // 2, label(context))
 
 
-def _label(context: int) -> str:
+def label(context: int) -> str:
+    """A context length as people write it."""
     return f"{context // 1024}k" if context % 1024 == 0 else str(context)
 
 

@@ -19,7 +19,7 @@ def copying(setting: Setting) -> Contender:
     source = torch.randn(size, device=setting.device).to(setting.dtype)
     copies = setting.copies(2 * source.nbytes)
     sources, targets = ([source.clone() for _ in range(copies)] for _ in range(2))
-    return Contender("copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * source.nbytes, "copy")
+    return Contender("copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * source.nbytes)
 
 
 def sealing(setting: Setting, codec: str, backend: str = "auto") -> Contender:
@@ -41,4 +41,4 @@ def sealing(setting: Setting, codec: str, backend: str = "auto") -> Contender:
         ops.seal_pages(k, v, layout, out[:, : layout.page_bytes], out[:, layout.page_bytes :], flag)
 
     name = f"seal {codec}" + ("" if backend == "auto" else f" ({backend})")
-    return Contender(name, run, copies, num_bytes, "seal")
+    return Contender(name, run, copies, num_bytes)

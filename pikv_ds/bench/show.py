@@ -26,18 +26,22 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def table(title: str, timings: Sequence[Timing], baseline: str) -> Table:
-    """One line per contender, with its time as a ratio of the baseline's in the same group."""
+def table(title: str, timings: Sequence[Timing], baseline: str, rate: bool = False) -> Table:
+    """One line per contender, with its time as a ratio of the baseline's in the same group.
+
+    Args:
+        rate: compare bytes per second instead, where contenders move different amounts.
+    """
     out = Table(title=title, title_justify="left")
     for name in ("context", "threads", "contender"):
         out.add_column(name, justify="left" if name == "contender" else "right")
-    for name in ("median", "quartiles", "GB/s", f"time / {baseline}"):
+    for name in ("median", "quartiles", "GB/s", f"{'GB/s' if rate else 'time'} / {baseline}"):
         out.add_column(name, justify="right")
     ordered = sorted(timings, key=lambda t: (_number(t.group), t.threads))
     for before, t in zip([None, *ordered], ordered, strict=False):
         if before is not None and (before.group, before.threads) != (t.group, t.threads):
             out.add_section()
-        ratio = _ratio(t, timings, baseline)
+        ratio = _ratio(t, timings, baseline, rate)
         out.add_row(
             t.group,
             str(t.threads),
@@ -50,7 +54,7 @@ def table(title: str, timings: Sequence[Timing], baseline: str) -> Table:
     return out
 
 
-def rows(timings: Sequence[Timing], baseline: str) -> list[dict[str, Any]]:
+def rows(timings: Sequence[Timing], baseline: str, rate: bool = False) -> list[dict[str, Any]]:
     """The same as plain values."""
     return [
         {
@@ -61,7 +65,7 @@ def rows(timings: Sequence[Timing], baseline: str) -> list[dict[str, Any]]:
             "quartiles_share": t.spread,
             "bytes": t.num_bytes,
             "gb_per_s": t.gb_per_s,
-            "ratio": _ratio(t, timings, baseline),
+            "ratio": _ratio(t, timings, baseline, rate),
         }
         for t in timings
     ]
@@ -103,6 +107,8 @@ def _number(group: str) -> float:
         return 0.0
 
 
-def _ratio(t: Timing, timings: Sequence[Timing], baseline: str) -> float | None:
-    base = [b.seconds for b in timings if (b.name, b.group, b.threads) == (baseline, t.group, t.threads)]
-    return t.seconds / base[0] if base else None
+def _ratio(t: Timing, timings: Sequence[Timing], baseline: str, rate: bool) -> float | None:
+    base = [b for b in timings if (b.name, b.group, b.threads) == (baseline, t.group, t.threads)]
+    if not base:
+        return None
+    return t.gb_per_s / base[0].gb_per_s if rate else t.seconds / base[0].seconds
