@@ -82,7 +82,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from pikv_ds.bench import attention, show
+    from pikv_ds.bench import attention, ggml, show
 
     for name in ("rounds", "heads", "kv_heads", "head_dim"):
         if getattr(args, name) < 1:
@@ -105,8 +105,10 @@ def _bench(args: argparse.Namespace) -> int:
     title = f"{args.op}: {args.heads} query and {args.kv_heads} KV heads, d = {args.head_dim}, {args.dtype}, "
     title += f"pages of {args.page_size} tokens; {show.machine(setting.device)}"
     Console(width=None if sys.stdout.isatty() else 130).print(show.table(title, timings, baseline, rate))
-    for note in attention.missing_baselines() if args.op == "decode" else []:
-        console.print(f"not compared with {note}", highlight=False)
+    if args.op == "decode":
+        notes = [*attention.missing_baselines(), *([f"llama.cpp: {reason}"] if (reason := ggml.missing()) else [])]
+        for note in notes:
+            console.print(f"not compared with {note}", highlight=False)
     if args.json:
         figures = {"title": title, "results": show.rows(timings, baseline, rate)}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -117,7 +119,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, setting: Setting, console: Console) -> tuple[list[Timing], str]:
     """All timings, and the name of the contender that the others are compared with."""
-    from pikv_ds.bench import attention, lookup, memory, timing
+    from pikv_ds.bench import attention, ggml, lookup, memory, timing
 
     threads = args.threads if setting.device.type == "cpu" else [1]
     timings: list[Timing] = []
@@ -126,7 +128,8 @@ def _measure(args: argparse.Namespace, setting: Setting, console: Console) -> tu
         with console.status(f"preparing {context or args.op} …"):
             contenders = []
             if args.op == "decode":
-                contenders = [c for make in attention.BASELINES for c in make(setting, context)]
+                baselines = (attention.torch_baselines, attention.quantized_cache, ggml.baselines)
+                contenders = [contender for make in baselines for contender in make(setting, context)]
             elif args.op == "seal":
                 contenders = [memory.copying(setting)]
             for backend in args.backends:

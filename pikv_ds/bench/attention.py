@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -167,7 +166,3 @@ def _quantized(setting: Setting, context: int, backend: str) -> Contender:
 def label(context: int) -> str:
     """A context length as people write it."""
     return f"{context // 1024}k" if context % 1024 == 0 else str(context)
-
-
-Maker = Callable[[Setting, int], list[Contender]]
-BASELINES: tuple[Maker, ...] = (torch_baselines, quantized_cache)
