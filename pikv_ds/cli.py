@@ -128,8 +128,14 @@ def _measure(args: argparse.Namespace, setting: Setting, console: Console) -> tu
         with console.status(f"preparing {context or args.op} …"):
             contenders = []
             if args.op == "decode":
-                baselines = (attention.torch_baselines, attention.quantized_cache, ggml.baselines)
+                baselines = (
+                    attention.torch_baselines,
+                    attention.flashinfer,
+                    attention.quantized_cache,
+                    ggml.baselines,
+                )
                 contenders = [contender for make in baselines for contender in make(setting, context)]
+                contenders.append(memory.copying(setting, context))
             elif args.op == "seal":
                 contenders = [memory.copying(setting)]
             for backend in args.backends:

@@ -116,6 +116,24 @@ def torch_baselines(setting: Setting, context: int) -> list[Contender]:
     ]
 
 
+def flashinfer(setting: Setting, context: int) -> list[Contender]:
+    """FlashInfer's decode kernel for one sequence, where it is installed and there is a GPU."""
+    if setting.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
+        return []
+    import flashinfer as library
+
+    shape = context, setting.num_kv_heads, setting.head_dim
+    keys = torch.randn(shape, device=setting.device).to(setting.dtype)
+    copies = setting.copies(2 * keys.nbytes)
+    stored = [(keys.clone(), keys.clone()) for _ in range(copies)]
+    query = setting.query()[0]
+
+    def run(copy: int) -> Tensor:
+        return library.single_decode_with_kv_cache(query, *stored[copy], use_tensor_cores=True)
+
+    return [Contender("FlashInfer", run, copies, 2 * keys.nbytes, label(context))]
+
+
 def quantized_cache(setting: Setting, context: int) -> list[Contender]:
     """transformers' QuantizedCache in 4 bits, with the attention that follows it."""
     return [_quantized(setting, context, name) for name in _QUANTIZERS if _installed(name)]

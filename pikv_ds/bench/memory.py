@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pikv_ds.bench.attention import Setting
+from pikv_ds.bench.attention import Setting, label
 from pikv_ds.bench.timing import Contender
 from pikv_ds.ops import Ops
 from pikv_ds.policies.codecs import CODECS
@@ -13,13 +13,16 @@ PAGES = 256
 """Pages per call: a prompt of 8,192 tokens."""
 
 
-def copying(setting: Setting) -> Contender:
-    """A plain copy, of as many bytes as a page of the model's own type takes."""
-    size = PAGES * 2 * setting.num_kv_heads * setting.page_size * setting.head_dim
+def copying(setting: Setting, context: int | None = None) -> Contender:
+    """A plain copy of the keys and values of a context (by default of what sealing gets), read and written."""
+    tokens = PAGES * setting.page_size if context is None else context
+    size = 2 * setting.num_kv_heads * tokens * setting.head_dim
     source = torch.randn(size, device=setting.device).to(setting.dtype)
     copies = setting.copies(2 * source.nbytes)
     sources, targets = ([source.clone() for _ in range(copies)] for _ in range(2))
-    return Contender("copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * source.nbytes)
+    return Contender(
+        "copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * source.nbytes, label(context) if context else ""
+    )
 
 
 def sealing(setting: Setting, codec: str, backend: str = "auto") -> Contender:
