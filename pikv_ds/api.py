@@ -86,22 +86,30 @@ def attach(
     device = next(module.parameters()).device
     kv_group = make_group(group if world > 1 else None, settings.timeout_s)
     exchange = Exchange(kv_group, device, getattr(torch, settings.partial_dtype))
-    experts = experts or _num_experts(module) if routers else exchange.size
 
     def make_store(shape: ModelShape) -> ExpertShardedKVCache:
         _compare(exchange, settings, shape)
         return ExpertShardedKVCache(shape, settings, exchange, device)
 
-    attachment = hf.Attachment(module, make_store, routers, experts)
+    try:
+        experts = experts or _num_experts(module) if routers else exchange.size
+        attachment = hf.Attachment(module, make_store, routers, experts)
+    except BaseException:
+        exchange.close()
+        raise
     module.__dict__[_KEY] = attachment
     return attachment
 
 
 def detach(model: Any) -> None:
-    """Takes PiKV out of a model again; nothing of it stays. Harmless where it is not attached."""
+    """Takes PiKV out of a model again; nothing of it stays. Harmless where it is not attached.
+
+    Every rank calls it; the process group of the cache goes, too.
+    """
     attachment = _module(model).__dict__.pop(_KEY, None)
     if attachment is not None:
         attachment.detach()
+        attachment.store.exchange.close()
 
 
 def new_cache(model: Any) -> PiKVCache:

@@ -145,8 +145,7 @@ class ExpertShardedKVCache:
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None
-        self.num_steps = 0
-        self.step_tokens = 0
+        self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
         self._after_pass = Snapshot()
@@ -159,6 +158,7 @@ class ExpertShardedKVCache:
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
         self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
+        self._tokens: Tensor | None = None  # bool [B, T or 1]: what is looked at in this pass; None: everything
         self._bad_layers = torch.zeros(shape.num_layers, dtype=torch.bool, device=self.device)
 
     # -- sequences ---------------------------------------------------------------------------
@@ -214,12 +214,13 @@ class ExpertShardedKVCache:
                     entries.append((batch.ids[row], new[row]))
         try:
             self._exchange_plan(entries, seals, max(new, default=0), error)
-        except BaseException:
+        except PiKVError:  # the other ranks know nothing of any other error, and make the pass
             if batch is not None and begun:
                 batch.break_off()
             raise
-        self.num_steps += 1
-        self.step_tokens += sum(new)
+        if begun and tokens is None and not all(new):
+            tokens = torch.tensor(new, device=self.device)[:, None] > 0
+        self._tokens = tokens
 
     def attend(
         self,
@@ -232,7 +233,11 @@ class ExpertShardedKVCache:
     ) -> Tensor:
         """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
         assert self.plan is not None
-        self._bad_layers[layer] |= ~(torch.isfinite(key).all() & torch.isfinite(value).all())
+        sums = key.sum((1, 3), dtype=torch.float32) + value.sum((1, 3), dtype=torch.float32)
+        bad = ~torch.isfinite(sums)  # [B, T]; one NaN or infinity is enough
+        if self._tokens is not None:
+            bad &= self._tokens
+        self._bad_layers[layer] |= bad.any()
         out = self.attention(self.plan, batch, layer, query, key, value, scale)
         self._measure()
         return out
@@ -342,6 +347,7 @@ class ExpertShardedKVCache:
             own_tokens=self._after_pass.own_tokens,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
+        self.num_steps += 1
         self._raise_if_any_failed(everyone, error)
         own_tokens = sum(a.own_tokens for a in everyone)
         if own_tokens > self._most_tokens:  # at the same pass on every rank
