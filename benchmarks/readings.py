@@ -12,7 +12,6 @@ Everything runs on the reference model (real attention) unless --model names ano
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import re
 import sys
@@ -45,11 +44,6 @@ class Bench:
         logging.set_verbosity_error()
         launch_env.prepare()
         self.world = launch_env.world()
-        if self.world.size > 1:  # the unsharded runs take their time; nobody must lose patience meanwhile
-            import torch.distributed as dist
-
-            backend = "nccl" if launch_env.device().type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         self.console = Console(quiet=self.world.rank != 0, width=110)
         self.dtype = args.dtype
         experts = 6 if self.world.size in (3, 6) else 8
@@ -99,6 +93,14 @@ class Bench:
         return torch.tensor([ids], device=launch_env.device())
 
 
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table of figures."""
+    out = Table(title=title)
+    for column in columns:
+        out.add_column(column, justify="right")
+    return out
+
+
 TEXTS = ("pride_and_prejudice", "alice", "moby_dick", "pride_and_prejudice")
 
 
@@ -145,12 +147,10 @@ def parity(args: argparse.Namespace) -> None:
     pairs = list(zip(out.logits, plain.logits, strict=True))[: agreed + 1]  # the same tokens before them
     logit_error = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
     rows = bench.gather((rank, ids.shape[1], note, without, shadow.worst, logit_error))
-    table = Table(
-        title=f"{args.new_tokens} greedy tokens, {args.dtype}, {bench.world.size} rank(s), against unsharded HF"
-    )
-    names = ("rank", "prompt tokens", "PiKV", "DeepSpeed without PiKV", "max |Δ attention|", "max |Δ logit|")
-    for column in names:
-        table.add_column(column, justify="right")
+    table = make_table(
+        f"{args.new_tokens} greedy tokens, {args.dtype}, {bench.world.size} rank(s), against unsharded HF",
+        "rank", "prompt tokens", "PiKV", "DeepSpeed without PiKV", "max |Δ attention|", "max |Δ logit|",
+    )  # fmt: skip
     for r, prompt, text, other, worst, logit in rows:
         table.add_row(str(r), f"{prompt:,}", text, other, f"{worst:.1e}", f"{logit:.1e}")
     bench.console.print(table)
@@ -225,7 +225,7 @@ def bound(args: argparse.Namespace) -> None:
     routed = store.routed
 
     def rigged(batch: Any, layer: int, experts: Any, like: Any) -> None:  # where pages go, not the model's routing
-        hot = torch.rand(experts.shape, generator=generator) < 0.9
+        hot = (torch.rand(experts.shape, generator=generator) < 0.9).to(experts.device)
         routed(batch, layer, torch.where(hot, args.expert, experts), like)
 
     store.routed = rigged
@@ -248,17 +248,10 @@ def bound(args: argparse.Namespace) -> None:
     g, e = bench.world.size, store.topology.num_experts
     limit = -(-length // g) - (-length // e) + size
     rows = bench.gather((length, limit, max(map(max, held)), sum(map(sum, held)) / len(held)))
-    table = Table(
-        title=f"expert {args.expert} is given 90 % of the choices; {g} rank(s), {e} experts, page size {size}"
-    )
-    for column in (
-        "sequence of rank",
-        "tokens L",
-        "bound",
-        "most on one rank, worst layer",
-        "stored over all ranks",
-    ):
-        table.add_column(column, justify="right")
+    table = make_table(
+        f"expert {args.expert} is given 90 % of the choices; {g} rank(s), {e} experts, page size {size}",
+        "sequence of rank", "tokens L", "bound", "most on one rank, worst layer", "stored over all ranks",
+    )  # fmt: skip
     for r, (n, b, worst, total) in enumerate(rows):
         table.add_row(
             str(r),
@@ -277,9 +270,10 @@ def wire(args: argparse.Namespace) -> None:
     import pikv_ds
 
     bench = Bench(args)
-    table = Table(title=f"bytes per decoded token and layer, {bench.world.size} rank(s), {bench.dtype}")
-    for column in ("context tokens", "measured", "formula", "step plan, bytes per pass and rank"):
-        table.add_column(column, justify="right")
+    table = make_table(
+        f"bytes per decoded token and layer, {bench.world.size} rank(s), {bench.dtype}",
+        "context tokens", "measured", "formula", "step plan, bytes per pass and rank",
+    )  # fmt: skip
     engine = bench.engine()
     store = pikv_ds.api.attachment_of(engine).store
     for tokens in (1000, args.tokens):
@@ -303,19 +297,10 @@ def memory(args: argparse.Namespace) -> None:
     import pikv_ds
 
     bench = Bench(args)
-    table = Table(
-        title=f"KV bytes allocated, a prompt of {args.tokens:,} tokens on rank 0, {bench.world.size} rank(s)"
-    )
-    for column in (
-        "rank",
-        "own tokens",
-        "unsharded cache",
-        "shard",
-        "one layer of own prompt",
-        "peak",
-        "peak - shard",
-    ):
-        table.add_column(column, justify="right")
+    table = make_table(
+        f"KV bytes allocated, a prompt of {args.tokens:,} tokens on rank 0, {bench.world.size} rank(s)",
+        "rank", "own tokens", "unsharded cache", "shard", "one layer of own prompt", "peak", "peak - shard",
+    )  # fmt: skip
     engine = bench.engine(prefill_chunk_tokens=args.chunk)
     store = pikv_ds.api.attachment_of(engine).store
     ids = bench.prompt(args.tokens, TEXTS[0])[: 1 if bench.world.rank == 0 else 0]
@@ -353,17 +338,10 @@ def needles(args: argparse.Namespace) -> None:
     cases = needle_cases(bench.tokenizer)
     mine = cases[rank::size]
     most = -(-len(cases) // size)
-    table = Table(title=f"{len(cases)} needle cases, {bench.dtype}, {size} rank(s), page size {args.page_size}")
-    for column in (
-        "lookup, codec",
-        "found",
-        "same number",
-        "pages / bf16",
-        "with tails",
-        "summaries",
-        "pages visited",
-    ):
-        table.add_column(column, justify="right")
+    table = make_table(
+        f"{len(cases)} needle cases, {bench.dtype}, {size} rank(s), page size {args.page_size}",
+        "lookup, codec", "found", "same number", "pages / bf16", "with tails", "summaries", "pages visited",
+    )  # fmt: skip
     engine = bench.engine(page_size=args.page_size)
     numbers: dict[str, list[str | None]] = {}
     for name, pikv in SETTINGS.items():

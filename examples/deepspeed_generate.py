@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -154,9 +153,6 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     engine = pikv_ds.initialize(load().to(launch_env.device()), config)
     console.print(f"model loaded and sharded in {time.perf_counter() - started:.1f} s")
 
-    patient = None
-    if world.size > 1:  # the longest verification decides how long the others wait for it
-        patient = torch.distributed.new_group(timeout=datetime.timedelta(hours=2))
     mine, questions, prefixes = my_prompts(args, tokenizer, world)
     batch = padded(mine, tokenizer)
     settings = {
@@ -198,7 +194,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     everyone: list[Any] = [own]
     if world.size > 1:
         everyone = [None] * world.size
-        torch.distributed.all_gather_object(everyone, own, group=patient)
+        torch.distributed.all_gather_object(everyone, own)
     report(args, console, figures, everyone)
     if world.size > 1:
         torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pikv_ds import metrics
+from pikv_ds import launch_env, metrics
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.config import ConfigError, PiKVConfig
 from pikv_ds.errors import PeerError
 from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.ops import BACKENDS
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -65,6 +67,10 @@ def attach(
         PeerError: the ranks have different settings or versions.
     """
     settings = config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {})
+    if (backend := launch_env.backend()) is not None:
+        if backend not in BACKENDS:
+            raise ConfigError(f"PIKV_BACKEND = {backend!r}: choose one of {', '.join(BACKENDS)}, or unset it")
+        settings = dataclasses.replace(settings, backend=backend)
     from pikv_ds import hf
 
     module = _module(model)
@@ -86,22 +92,30 @@ def attach(
     device = next(module.parameters()).device
     kv_group = make_group(group if world > 1 else None, settings.timeout_s)
     exchange = Exchange(kv_group, device, getattr(torch, settings.partial_dtype))
-    experts = experts or _num_experts(module) if routers else exchange.size
 
     def make_store(shape: ModelShape) -> ExpertShardedKVCache:
         _compare(exchange, settings, shape)
         return ExpertShardedKVCache(shape, settings, exchange, device)
 
-    attachment = hf.Attachment(module, make_store, routers, experts)
+    try:
+        experts = experts or _num_experts(module) if routers else exchange.size
+        attachment = hf.Attachment(module, make_store, routers, experts)
+    except BaseException:
+        exchange.close()
+        raise
     module.__dict__[_KEY] = attachment
     return attachment
 
 
 def detach(model: Any) -> None:
-    """Takes PiKV out of a model again; nothing of it stays. Harmless where it is not attached."""
+    """Takes PiKV out of a model again; nothing of it stays. Harmless where it is not attached.
+
+    Every rank calls it; the process group of the cache goes, too.
+    """
     attachment = _module(model).__dict__.pop(_KEY, None)
     if attachment is not None:
         attachment.detach()
+        attachment.store.exchange.close()
 
 
 def new_cache(model: Any) -> PiKVCache:

@@ -147,8 +147,7 @@ class ExpertShardedKVCache:
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None
-        self.num_steps = 0
-        self.step_tokens = 0
+        self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
         self._after_pass = Snapshot()
@@ -161,6 +160,7 @@ class ExpertShardedKVCache:
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
         self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
+        self._tokens: Tensor | None = None  # bool [B, T or 1]: what is looked at in this pass; None: everything
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -215,12 +215,13 @@ class ExpertShardedKVCache:
                     entries.append((batch.ids[row], new[row]))
         try:
             self._exchange_plan(entries, seals, max(new, default=0), error)
-        except BaseException:
+        except PiKVError:  # the other ranks know nothing of any other error, and make the pass
             if batch is not None and begun:
                 batch.break_off()
             raise
-        self.num_steps += 1
-        self.step_tokens += sum(new)
+        if begun and tokens is None and not all(new):
+            tokens = torch.tensor(new, device=self.device)[:, None] > 0
+        self._tokens = tokens
 
     def attend(
         self,
@@ -233,10 +234,20 @@ class ExpertShardedKVCache:
     ) -> Tensor:
         """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
         assert self.plan is not None
-        self._nonfinite[layer] |= ~(torch.isfinite(key).all() & torch.isfinite(value).all())
+        self._look_for_nonfinite(layer, key, value)
         out = self.attention(self.plan, batch, layer, query, key, value, scale)
         self._measure()
         return out
+
+    def _look_for_nonfinite(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Looks for NaN and infinity in what this pass leaves in the tails; full pages are looked at when sealed."""
+        if self._tokens is None:  # then the tail is at the end
+            key, value = (x[:, :, -self.config.page_size :] for x in (key, value))
+        sums = key.sum((1, 3), dtype=torch.float32) + value.sum((1, 3), dtype=torch.float32)
+        bad = ~torch.isfinite(sums)  # [B, T]; one NaN or infinity is enough
+        if self._tokens is not None:
+            bad &= self._tokens
+        self._nonfinite[layer] |= bad.any()
 
     def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None, like: Tensor) -> None:
         """Seals what has filled up at a layer, once its router has run.
@@ -343,6 +354,7 @@ class ExpertShardedKVCache:
             own_tokens=self._after_pass.own_tokens,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
+        self.num_steps += 1
         self._raise_if_any_failed(everyone, error)
         own_tokens = sum(a.own_tokens for a in everyone)
         if own_tokens > self._most_tokens:  # at the same pass on every rank

@@ -1,15 +1,14 @@
 """`PiKVConfig`: every setting of the cache, checked where it enters.
 
-A configuration comes as keyword arguments, as a plain dict (`from_dict`: the ``"pikv"`` section
-of a DeepSpeed JSON file) or from a file (`from_json`). Every error names the key, the value and
-the remedy, so that a typo is one line of output and not an hour of a cluster.
+A configuration comes as keyword arguments or as a plain dict (`from_dict`: the ``"pikv"`` section
+of a DeepSpeed JSON file). Every error names the key, the value and the remedy, so that a typo is
+one line of output and not an hour of a cluster.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -125,15 +124,6 @@ class PiKVConfig:
                 values[key] = _policy(key, values[key], table)
         return cls(**values)
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> PiKVConfig:
-        """Reads a JSON file: either the settings themselves or a DeepSpeed file with "pikv"."""
-        settings = load_json(path)
-        try:
-            return cls.from_dict(settings.get("pikv", settings))
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict(config.to_dict()) == config`."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -143,10 +133,6 @@ class PiKVConfig:
             own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.init}
             out[key] = {"name": policy.name, **own} if own else policy.name
         return out
-
-    def digest(self) -> str:
-        """Short hash of the settings; all ranks compare it before they share a cache."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_json(path: str | Path) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from pikv_ds.config import ConfigError
 
-AUTOEP_MODELS = {
-    "mixtral": "mixtral",
-    "qwen3_moe": "qwen3_moe",
-    "deepseek_v2": "deepseek_v2",
-    "deepseek_v3": "deepseek_v3",
-}
-"""``model_type`` of a Hugging Face configuration to AutoEP's preset."""
+AUTOEP_MODELS = ("mixtral", "qwen3_moe")
+"""``model_type`` of the Hugging Face configurations that AutoEP has a preset of this name for, and
+whose attention PiKV supports."""
+
+WORLD_TIMEOUT = datetime.timedelta(hours=2)
+"""Of the world's process group, in which ranks wait for each other's calls, and EP groups for each
+other's prompts: however long these take, nobody is lost. `timeout_s` is for ranks that share KV."""
 
 
 def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **kwargs: Any) -> Any:
@@ -31,6 +31,9 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
 
     Fills in what follows from the model and the job: ``expert_parallel.autoep_size`` (all ranks)
     and ``preset_model``, no ZeRO. The rest of `config` goes to DeepSpeed as it is.
+
+    Args:
+        timeout_s: of the expert-parallel groups.
 
     Raises:
         ConfigError: an EP size that divides neither the experts nor the ranks.
@@ -43,7 +46,7 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     # Built just in time, for a minute or more, and of no use to us: the cache talks gloo or NCCL.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=timeout_s))
+        deepspeed.init_distributed(verbose=False, timeout=WORLD_TIMEOUT)
     settings = {k: v for k, v in config.items() if k != "pikv"}
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     settings.setdefault("zero_optimization", {"stage": 0})
@@ -83,7 +86,7 @@ def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> 
                 f"expert_parallel.preset_model: model type {model_type!r} has no AutoEP preset that PiKV knows "
                 f"({', '.join(AUTOEP_MODELS)}); name one, or shard the model yourself and use pikv_ds.attach"
             )
-        parallel["preset_model"] = AUTOEP_MODELS[model_type]
+        parallel["preset_model"] = model_type
     return parallel
 
 

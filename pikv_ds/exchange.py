@@ -33,6 +33,8 @@ def talking(what: str) -> Iterator[None]:
     """Turns a backend's failure into an error that says what was going on."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, too, but nobody else's
+        raise
     except RuntimeError as error:
         cause = str(error).strip().splitlines()[0][:200]
         raise LostRankError(
@@ -105,7 +107,8 @@ class Exchange:
     """Collectives of one group of ranks; without a group, of one rank with itself.
 
     Args:
-        group: process group made for the cache alone (see `make_group`), or None for one rank.
+        group: process group made for the cache alone (see `make_group`), or None for one rank. It
+            belongs to the exchange, and `close` destroys it.
         partial_dtype: type in which partial outputs travel.
     """
 
@@ -121,6 +124,11 @@ class Exchange:
         self.device = torch.device(device)
         self.partial_dtype = partial_dtype
         self.sent_bytes: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """Destroys the group. Every rank of it does so, when none needs it any more."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
 
     def all_gather(self, row: Sequence[int], kind: str = "plan") -> list[list[int]]:
         """Every rank's integers; all rows must have the same length. Returns ``[size][len(row)]``."""

@@ -176,10 +176,18 @@ def pikv_attention(
 
     Returns:
         ``[B, T, H, D]`` and None (there are no attention weights to return).
+
+    Raises:
+        UnsupportedModelError: attention sinks or soft capping, which would change the result.
     """
+    for name in ("s_aux", "softcap"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(f"{type(module).__name__}: attention with {name} is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: LayerTap | None = getattr(module, "_pikv", None)
     if layer is None or layer.pending is None:
+        if layer is not None:
+            layer.running = None  # of a pass that failed before its router ran
         return _plain_attention(query, key, value, attention_mask, scale), None
     cache, layer.pending = layer.pending, None
     batch = cache.begin(key, attention_mask) if layer.index == 0 else cache.batch

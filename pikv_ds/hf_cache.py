@@ -44,6 +44,7 @@ class PiKVCache(Cache):
         self.batch: SequenceBatch | None = None
         self.columns = 0
         self.idle = False  # passes serve the other ranks and append nothing
+        self.generating = False  # in `generate`'s loop, where every pass appends ones to the mask
         self.release_finished = release_finished
         self.layer_of: Mapping[int, LayerTap] = {}
 
@@ -74,8 +75,7 @@ class PiKVCache(Cache):
         elif not self.idle and not any(batch.alive):
             error = "the cache has been released (an error releases it, too); use a new one"
         new = [width if alive and not self.idle else 0 for alive in batch.alive]
-        known_full = width == 1 and any(batch.lengths)  # generate appends ones: no need to read the mask
-        if attention_mask is not None and not known_full and any(new) and error is None:
+        if attention_mask is not None and not self.generating and any(new) and error is None:
             mask = attention_mask[:, self.columns : self.columns + width].bool()
             if mask.shape[1] != width:
                 error = f"attention_mask has {attention_mask.shape[1]} columns, cache and batch {self.columns + width}"

@@ -18,6 +18,7 @@ from pikv_ds.exchange import talking
 from pikv_ds.hf_cache import PiKVCache
 
 if TYPE_CHECKING:
+    from pikv_ds.cache import ExpertShardedKVCache
     from pikv_ds.hf import Attachment
 
 
@@ -37,35 +38,39 @@ def generate(
     model, store = attachment.model, attachment.store
     settings = generation_config or model.generation_config
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-    problem = _problem(attachment, ids, settings, kwargs)
-    chunk = store.config.prefill_chunk_tokens
-    num_chunks = 1
-    if problem is None and chunk is not None and len(ids):
-        num_chunks = -(-(ids.shape[1] - _seen(kwargs)) // chunk)
-    lockstep = Lockstep()
-    most_chunks = lockstep.agree(num_chunks, problem, store.device)
+    chunk, num_chunks = store.config.prefill_chunk_tokens, 1
+    problem: Exception | None = None
+    try:
+        _check_call(attachment, ids, settings, kwargs)
+        if chunk is not None and len(ids):
+            num_chunks = -(-(ids.shape[1] - _seen(kwargs)) // chunk)
+    except Exception as error:
+        problem = error
+    lockstep = Lockstep(store)
+    most_chunks = lockstep.agree(num_chunks, problem)
 
     own = kwargs.get("past_key_values")
     cache = own if own is not None else attachment.new_cache(release_finished=True)
-    kwargs["past_key_values"] = cache
-    wants_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
-    if wants_dict:
-        cache.release_finished = False  # the caller gets the cache and may go on with it
-    if lockstep.several:
-        kwargs["synced_gpus"] = True
-    repeats = kwargs.pop("num_return_sequences", None) or settings.num_return_sequences or 1
-    if repeats > 1:
-        ids = ids.repeat_interleave(repeats, dim=0)
-        if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
-        kwargs["num_return_sequences"] = 1
+    idle = attachment.new_cache()
     try:
+        kwargs["past_key_values"] = cache
+        wants_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+        if wants_dict:
+            cache.release_finished = False  # the caller gets the cache and may go on with it
+        if lockstep.several:
+            kwargs["synced_gpus"] = True
+        repeats = kwargs.pop("num_return_sequences", None) or settings.num_return_sequences or 1
+        if repeats > 1:
+            ids = ids.repeat_interleave(repeats, dim=0)
+            if kwargs.get("attention_mask") is not None:
+                kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
+            kwargs["num_return_sequences"] = 1
         if len(ids) == 0:
-            _serve_only(attachment, attachment.new_cache(), most_chunks, lockstep)
+            _serve_only(attachment, idle, most_chunks, lockstep)
             store.begin_step(None, [])
             return GenerateDecoderOnlyOutput(sequences=ids) if wants_dict else ids
         for _ in range(most_chunks - num_chunks):
-            _idle_pass(attachment, attachment.new_cache())
+            _idle_pass(attachment, idle)
         if num_chunks > 1:
             assert chunk is not None
             kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
@@ -83,15 +88,18 @@ def generate(
         if _LOST_RANK.search(str(error)) and isinstance(error, RuntimeError) and not isinstance(error, PiKVError):
             with talking("ran the model's own exchange"):  # says what to look for
                 raise
-        passing = cache.batch is not None and cache.batch.in_step  # then the others are within the pass, too
-        if isinstance(error, PiKVError) or not passing:
-            lockstep.fail(error, store.device)
+        passing = any(c.batch is not None and c.batch.in_step for c in (cache, idle))
+        if isinstance(error, PiKVError) or not passing:  # else the others are within the pass, too
+            lockstep.fail(error)
         cache.release()
         raise
     finally:
         for name in ("_get_stopping_criteria", "_has_unfinished_sequences"):
             model.__dict__.pop(name, None)
-        cache.idle = False
+        for layer in attachment.layers.values():
+            layer.pending = layer.running = None  # a pass that failed midway leaves them behind
+        cache.idle = cache.generating = False
+        idle.release()
         if cache.release_finished:
             cache.release()
 
@@ -100,34 +108,37 @@ def _unfinished(
     cache: PiKVCache, lockstep: Lockstep, this_peer_finished: Any, synced_gpus: bool, device: torch.device
 ) -> bool:
     """The check at the top of transformers' loop; a rank that is done makes idle passes from here on."""
-    cache.idle = bool(this_peer_finished)
-    return lockstep.unfinished(cache.idle, device)
+    cache.idle, cache.generating = bool(this_peer_finished), True
+    return lockstep.unfinished(cache.idle)
 
 
-def _problem(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with the call, in a sentence."""
-    if ids is None or ids.dim() != 2:
-        return "generate: pass input_ids of shape [batch, tokens]"
+def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for what cannot work."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError("generate: pass input_ids of shape [batch, tokens]")
     wanted = {key: kwargs.get(key, getattr(settings, key, None)) for key in _REFUSED}
     for key, (neutral, remedy) in _REFUSED.items():
         if wanted[key] not in neutral:
-            return f"generate: {key} = {wanted[key]!r} is not supported: {remedy}"
+            raise ValueError(f"generate: {key} = {wanted[key]!r} is not supported: {remedy}")
     if kwargs.get("synced_gpus") is False and dist.is_initialized() and dist.get_world_size() > 1:
-        return "generate: synced_gpus=False would hang the other ranks when this one finishes; leave it out"
+        raise ValueError("generate: synced_gpus=False would hang the other ranks when this one finishes; leave it out")
     own = kwargs.get("past_key_values")
     if own is not None and not isinstance(own, PiKVCache):
-        return f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
+        raise ValueError(
+            f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
+        )
     vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
     if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
-        return f"generate: input_ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}"
+        raise ValueError(
+            f"generate: input_ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}"
+        )
     limit = getattr(attachment.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     new = kwargs.get("max_new_tokens", settings.max_new_tokens) or 1
     if limit is not None and len(ids) and ids.shape[1] + new > limit:
-        return (
+        raise ValueError(
             f"generate: a prompt of {ids.shape[1]} tokens and {new} new ones exceed the model's context of {limit}; "
             "shorten the prompt or lower max_new_tokens"
         )
-    return None
 
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -136,6 +147,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "cache_implementation": ((None, "dynamic"), "the cache is PiKV's; detach first to use another"),
     "assistant_model": ((None,), "assisted decoding crops the cache; decode without an assistant"),
     "prompt_lookup_num_tokens": ((None,), "prompt lookup crops the cache; leave it out"),
+    "guidance_scale": ((None, 1), "classifier-free guidance makes passes of its own; leave it out"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search reorders the cache; leave it out"),
     "output_attentions": ((None, False), "there are no attention weights to return; detach first"),
     "prefill_chunk_size": (
@@ -169,56 +181,88 @@ class Lockstep:
     Replaces transformers' check at the top of its loop, one all-reduce over the world, by one that
     also tells when a rank has failed: its error reaches the others there instead of leaving them
     waiting. Two EP groups of a world are in step with each other by this alone.
+
+    A group checks by itself first, so that a silent rank is an error of its own group after
+    `timeout_s`; groups wait for each other as long as the world's process group does.
     """
 
-    def __init__(self) -> None:
-        self.several = dist.is_initialized() and dist.get_world_size() > 1
+    def __init__(self, store: ExpertShardedKVCache) -> None:
+        self.store = store
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.several = world > 1
+        own = store.exchange
+        self._groups = [own.group] if own.size == world else [own.group, dist.group.WORLD]
+        self._plans = store.num_steps  # how many there will have been once this rank has kept what was agreed
+        self._looping = False
         self._over = False  # nobody waits in the loop's check any more
 
-    def agree(self, num_chunks: int, problem: str | None, device: torch.device) -> int:
+    @property
+    def owes_plan(self) -> bool:
+        """Whether the others wait for this rank in a step plan, now or soon."""
+        return self.store.num_steps < self._plans
+
+    def agree(self, num_chunks: int, problem: Exception | None) -> int:
         """The most chunks of any rank; raises on every rank if one has a problem with its call."""
         if not self.several:
-            if problem:
-                raise ValueError(problem)
+            if problem is not None:
+                raise problem
             return num_chunks
-        both = torch.tensor([num_chunks, int(problem is not None)], device=device)
+        both = torch.tensor([num_chunks, int(problem is not None)], device=self.store.device)
         with talking("prepared a generation"):
             dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        if int(both[1]):
+        most_chunks, failed = both.tolist()
+        if failed:
             message = self._reasons(problem)
-            raise ValueError(message) if problem else PeerError(message)
-        return int(both[0])
+            raise PeerError(message) if problem is None else ValueError(message) from problem
+        self._plans += most_chunks
+        return most_chunks
 
-    def unfinished(self, this_peer_finished: bool, device: torch.device) -> bool:
+    def unfinished(self, this_peer_finished: bool) -> bool:
         """Whether any rank goes on."""
         if not self.several:
             return not this_peer_finished
-        if self._check(not this_peer_finished, None, device):
-            return True
-        self._over = True
-        return False
+        going_on = self._check(not this_peer_finished, None)
+        if self._looping or not going_on:  # the first round needs no pass, and the last plan closes the call
+            self._plans += 1
+        self._looping, self._over = True, not going_on
+        return going_on
 
-    def fail(self, error: Exception, device: torch.device) -> None:
-        """Tells the others, who come to the loop's check, why this rank ends."""
-        if self.several and not self._over:
+    def fail(self, error: Exception) -> None:
+        """Tells the others why this rank ends, where they wait for it: step plan first, then the loop's check."""
+        if not self.several:
+            return
+        try:
+            if self.owes_plan and not isinstance(error, PiKVError):  # that one has been raised by all of the group
+                self.store.begin_step(None, [], error=_describe(error))
+        except LostRankError:
+            return
+        except PiKVError:  # as on the others, which come to the check now
+            pass
+        if not self._over:
             with contextlib.suppress(PeerError):
-                self._check(False, f"{type(error).__name__}: {error}", device)
+                self._check(False, error)
 
-    def _check(self, going_on: bool, failure: str | None, device: torch.device) -> bool:
-        flags = torch.tensor([int(going_on), int(failure is not None)], device=device)
+    def _check(self, going_on: bool, failure: Exception | None) -> bool:
+        flags = torch.tensor([int(going_on), int(failure is not None)], device=self.store.device)
         with talking("waited for the next pass"):
-            dist.all_reduce(flags)
-        if int(flags[1]):
+            for group in self._groups:
+                dist.all_reduce(flags, group=group)
+        any_goes_on, failed = flags.tolist()
+        if failed:
             self._over = True
             raise PeerError(self._reasons(failure))
-        return bool(flags[0])
+        return bool(any_goes_on)
 
     @staticmethod
-    def _reasons(reason: str | None) -> str:
+    def _reasons(reason: Exception | None) -> str:
         texts: list[str | None] = [None] * dist.get_world_size()
         with talking("exchanged the reason of an error"):
-            dist.all_gather_object(texts, reason)
+            dist.all_gather_object(texts, None if reason is None else _describe(reason))
         return "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _seen(kwargs: dict[str, Any]) -> int:
@@ -240,11 +284,9 @@ def _serve_only(attachment: Attachment, cache: PiKVCache, passes: int, lockstep:
         return
     for _ in range(passes):
         _idle_pass(attachment, cache)
-    round_needs_pass = False  # the first round of the others' loop takes the logits of the prefill
-    while lockstep.unfinished(True, attachment.store.device):
-        if round_needs_pass:
+    while lockstep.unfinished(True):
+        if lockstep.owes_plan:
             _idle_pass(attachment, cache)
-        round_needs_pass = True
 
 
 def _padding(ids: Tensor, settings: Any, kwargs: dict[str, Any]) -> Tensor:

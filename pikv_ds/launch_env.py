@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,19 @@ def prepare() -> None:
         os.environ.setdefault("WORLD_SIZE", "1")
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+
+
+def backend() -> str | None:
+    """Backend of the ops that ``PIKV_BACKEND`` asks for; it goes before the configuration's."""
+    return os.environ.get("PIKV_BACKEND") or None
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def return_freed_memory() -> None:

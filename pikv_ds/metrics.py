@@ -82,7 +82,8 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
 
 
 def wire_bytes_per_token_layer(cache: ExpertShardedKVCache) -> int:
-    """What a decoded token costs on the wire at one layer, whatever the context (invariant 5).
+    """What a decoded token costs on the wire at one layer, whatever the context (the README's
+    invariant 5).
 
     ``(G - 1) * H * (D * q + D * p + 4)``: the query goes to the G - 1 other ranks in the model's
     dtype of q bytes, an output in the partial dtype of p bytes and a float32 log-sum-exp return.

@@ -97,7 +97,7 @@ def memory(tensors: list[Tensor | None]) -> int:
 
 
 def check_sizes(cache: ExpertShardedKVCache) -> None:
-    """Invariants 1 and 8 between two passes: tokens counted in memory, bytes as allocated."""
+    """The README's invariants 1 and 8 between two passes: tokens counted in memory, bytes as allocated."""
     batches, layers = cache._batches, cache.shape.num_layers
     tails = [t for b in batches for t in b.tails if t is not None]
     assert cache.kv_bytes == memory(
@@ -370,6 +370,31 @@ def test_keys_that_are_not_finite_are_reported_with_their_layer(bad: float, rng)
         cache.begin_step(batch, [1])
     cache.release(batch)
     Driver(cache, cache.new_batch(1), rng).step(20)  # the cache itself goes on
+
+
+@pytest.mark.parametrize("idle", ["padding", "finished", "waiting"])
+def test_what_is_no_token_may_be_anything(idle: str, rng) -> None:
+    """NaN in padding columns, in the row of a finished sequence, and in a pass that only serves others."""
+    cache = make_cache()
+    batch = cache.new_batch(2)
+    if idle == "finished":
+        cache.release(batch, [1])
+    tokens = torch.tensor([[True] * 4, [False] * 3 + [True]]) if idle == "padding" else None
+    new = {"padding": [4, 1], "finished": [4, 0], "waiting": [0, 0]}[idle]
+
+    def make_pass(bad: float) -> None:
+        cache.begin_step(batch, list(new), tokens)
+        for layer in range(2):
+            q, kv = torch.randn(2, 4, 4, 16, generator=rng), torch.randn(2, 2, 2, 4, 16, generator=rng)
+            kv[1, 1, 0, 2, 3] = bad
+            if idle == "waiting":
+                kv[0, 0] = bad
+            cache.attend(batch, layer, q, kv[0], kv[1], 0.25)
+            cache.routed(batch, layer, None, kv[0])
+
+    make_pass(torch.nan)
+    make_pass(torch.inf)
+    cache.begin_step(None, [])
 
 
 def test_a_broken_off_pass_makes_its_batch_unusable(rng) -> None:

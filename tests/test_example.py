@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from pikv_ds import launch_env
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "deepspeed_generate.py"
@@ -20,9 +21,7 @@ def launch(*arguments: str, ranks: int = 2, timeout: float = 280) -> subprocess.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
-    with socket.socket() as probe:  # a port of its own: other jobs may use the launcher's default
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = launch_env.free_port()  # other jobs may use the launcher's default
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(port), str(EXAMPLE), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

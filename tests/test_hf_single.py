@@ -29,12 +29,6 @@ SETTINGS = {"page_size": 8, "debug": True}
 TOLERANCE = 1e-5
 """Of logits, relative to the largest: float32 sums in another order."""
 
-MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "mixtral": tiny.mixtral,
-    "qwen3_moe": tiny.qwen3_moe,
-    "llama": tiny.llama,
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -46,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def attached(kind: str, config: dict[str, Any] | None = None, **model: Any) -> PreTrainedModel:
-    whole = MODELS[kind](**model)
+    whole = tiny.MODELS[kind](**model)
     pikv_ds.attach(whole, {**SETTINGS, **(config or {})})
     return whole
 
@@ -120,7 +114,7 @@ def test_equals_the_model_alone(case: str, chunk: int | None, prompts: str) -> N
     config = dict(PARITY[case].get("config", {}))
     if chunk is not None:
         config["prefill_chunk_tokens"] = 2 * config.get("page_size", 8)
-    with_pikv, alone = attached(kind, config, **model), MODELS[kind](**model)
+    with_pikv, alone = attached(kind, config, **model), tiny.MODELS[kind](**model)
     arguments = options()
     ids = prompt(3, 1 if prompts == "one-token" else 45)
     if prompts == "padded":
@@ -207,11 +201,11 @@ def test_a_text_streamer() -> None:
     assert streamer.text.split() == [str(i) for i in out.sequences[0].tolist()]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_bfloat16_is_as_exact_as_the_model_alone(kind: str) -> None:
     ids = prompt(2, 60)
-    exact = MODELS[kind]()
-    alone, with_pikv = MODELS[kind]().bfloat16(), MODELS[kind]().bfloat16()
+    exact = tiny.MODELS[kind]()
+    alone, with_pikv = tiny.MODELS[kind]().bfloat16(), tiny.MODELS[kind]().bfloat16()
     pikv_ds.attach(with_pikv, SETTINGS)
     ours, theirs = with_pikv.generate(ids, **options()), alone.generate(ids, **options())
     with torch.no_grad():
@@ -293,6 +287,37 @@ def test_forward_passes_by_hand() -> None:
     assert start == 50
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_passes_of_one_token(side: str) -> None:
+    with_pikv, alone = attached("mixtral"), tiny.mixtral()
+    mask = torch.ones(2, 24).long()
+    if side == "left":
+        mask[1, :12] = 0  # its text begins with the last pass of one token
+    else:
+        mask[1, 9:12] = 0  # its prompt is shorter by a token, and goes on with that pass
+    ids = prompt(2, 24) * mask
+    cache, theirs = pikv_ds.new_cache(with_pikv), DynamicCache()
+    with torch.no_grad():
+        for start, end in ((0, 10), (10, 11), (11, 12), (12, 13), (13, 24)):
+            ours, wanted = (
+                model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=kept).logits
+                for model, kept in ((with_pikv, cache), (alone, theirs))
+            )
+            tokens = mask[:, start:end].bool()
+            assert relative(ours[tokens], wanted[tokens]) <= TOLERANCE
+    assert cache.batch is not None
+    assert cache.batch.lengths == mask.sum(1).tolist()
+
+
+def test_padding_in_a_last_chunk_of_one_token() -> None:
+    model = attached("mixtral", {"prefill_chunk_tokens": 8})
+    cache, mask = pikv_ds.new_cache(model), torch.ones(2, 17).long()
+    mask[1, 15:] = 0
+    model.generate(prompt(2, 17), attention_mask=mask, past_key_values=cache, **options(max_new_tokens=4))
+    assert cache.batch is not None
+    assert cache.batch.lengths == [17 + 3, 15 + 3]
+
+
 def test_two_caches_in_turn() -> None:
     with_pikv, alone = attached("mixtral"), tiny.mixtral()
     texts = [prompt(1, 40, 1), prompt(2, 40, 2)]
@@ -333,9 +358,9 @@ def test_what_a_cache_cannot_do_says_so(method: str, arguments: Any, words: str)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_plain_forward(kind: str, padded: bool) -> None:
-    with_pikv, alone = attached(kind), MODELS[kind]()
+    with_pikv, alone = attached(kind), tiny.MODELS[kind]()
     ids, mask = left_padded(3, 40) if padded else (prompt(3, 40), None)
     with torch.no_grad():
         ours = with_pikv(ids, attention_mask=mask).logits
@@ -445,6 +470,7 @@ def test_unsupported_models_are_refused_by_name(case: str) -> None:
         ({"use_cache": False}, "use_cache = False"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
+        ({"guidance_scale": 1.5}, "guidance_scale = 1.5"),
         ({"output_attentions": True}, "output_attentions"),
         ({"past_key_values": DynamicCache()}, "DynamicCache"),
         ({"max_new_tokens": 5000}, "context of 4096"),
@@ -461,6 +487,21 @@ def test_refused_arguments_of_generate(arguments: dict[str, Any], words: str, wh
     with pytest.raises(ValueError, match=words):
         model.generate(prompt(1, 10), **arguments)
     assert model.generate(prompt(1, 10), max_new_tokens=2).shape == (1, 12)
+
+
+def test_a_guidance_scale_of_one_is_no_guidance() -> None:
+    ids = prompt(1, 10)
+    ours, theirs = (m.generate(ids, **options(guidance_scale=1.0)) for m in (attached("mixtral"), tiny.mixtral()))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("key", ["s_aux", "softcap"])
+def test_attention_that_is_no_plain_softmax_is_refused(key: str, cached: bool) -> None:
+    model, ids = attached("mixtral"), prompt(1, 10)
+    with pytest.raises(UnsupportedModelError, match=f"MixtralAttention: attention with {key}"):
+        model(ids, past_key_values=pikv_ds.new_cache(model) if cached else None, use_cache=cached, **{key: 30.0})
+    model(ids, **{key: None})
 
 
 def test_pool_full_and_then_a_smaller_call() -> None:
@@ -506,6 +547,33 @@ def test_an_exception_within_a_forward_pass() -> None:
         model.generate(ids, max_new_tokens=3)
     hook.remove()
     assert_same(model.generate(ids, **options()), tiny.mixtral().generate(ids, **options()))
+
+
+def fail_before_the_router(model: PreTrainedModel, run: Callable[[], Any]) -> None:
+    """Runs the model and breaks it off after the attention of its second layer."""
+
+    def failing(*args: Any) -> None:
+        raise KeyError("out of luck")
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(failing)
+    with pytest.raises(KeyError, match="out of luck"):
+        run()
+    hook.remove()
+
+
+def test_a_generation_that_fails_midway_leaves_nothing_in_the_layers() -> None:
+    model, ids = attached("mixtral"), prompt(1, 30)
+    fail_before_the_router(model, lambda: model.generate(ids, max_new_tokens=3))
+    assert all(tap.pending is None and tap.running is None for tap in attachment_of(model).layers.values())
+
+
+def test_a_plain_pass_after_one_that_failed_midway() -> None:
+    model, ids = attached("mixtral"), prompt(1, 30)
+    fail_before_the_router(model, lambda: model(ids, past_key_values=pikv_ds.new_cache(model)))
+    store = store_of(model)
+    before = store.num_steps, store.stored_tokens
+    assert relative(model(ids).logits, tiny.mixtral()(ids).logits) <= TOLERANCE
+    assert (store.num_steps, store.stored_tokens) == before
 
 
 def test_stats_of_one_rank() -> None:

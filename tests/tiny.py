@@ -6,6 +6,7 @@ of generated tokens means something; attention biases are random too, not zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,6 +76,9 @@ def llama(
     """A dense Llama: no router anywhere."""
     settings = _shared(num_layers, num_heads, num_kv_heads, head_dim) | {"attention_bias": attention_bias}
     return _build(LlamaForCausalLM, LlamaConfig, settings | overrides, seed)
+
+
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "llama": llama}
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -26,12 +26,6 @@ from pikv_ds.api import attachment_of
 TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit: float32 sums in another order."""
 
-MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "mixtral": tiny.mixtral,
-    "qwen3_moe": tiny.qwen3_moe,
-    "llama": tiny.llama,
-}
-
 
 @dataclass(frozen=True)
 class Work:
@@ -67,14 +61,14 @@ def settings(pikv: Mapping[str, Any], ep: int | str = "auto") -> dict[str, Any]:
 
 def build(kind: str, pikv: Mapping[str, Any], ep: int | str = "auto", **model: Any) -> tuple[Any, PreTrainedModel]:
     """An engine with PiKV, and the same model unsharded."""
-    whole = MODELS[kind](**model)
+    whole = tiny.MODELS[kind](**model)
     reference = copy.deepcopy(whole)
     return pikv_ds.initialize(whole, settings(pikv, ep)), reference
 
 
 def attached(kind: str, pikv: Mapping[str, Any], **model: Any) -> PreTrainedModel:
     """A model with all its experts on every rank, that shares its KV over the world."""
-    whole = MODELS[kind](**model)
+    whole = tiny.MODELS[kind](**model)
     pikv_ds.attach(whole, settings(pikv)["pikv"], ep_group=world_group())
     return whole
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import cases
 import pytest
 import tiny
+import torch
 from cases import Raised, Work, catching
 from harness import Ranks, ranks_fixture
 
@@ -80,6 +82,50 @@ def test_a_full_pool_in_one_group_ends_the_other_groups_call_too(ranks: Ranks) -
     assert [r.kind for r in raised] == ["PeerError"] * 2 + ["PoolFullError"] * 2
     assert all("capacity_tokens" in r.message and r.seconds < 8 for r in raised)
     assert all(r["same"] for r in results)
+
+
+def fail_in_one_group(rank: int) -> dict[str, Any]:
+    engine, reference = cases.build("mixtral", {}, ep=2)
+    extra = {"only_here": 1} if rank == 2 else {}
+    with catching() as raised:
+        engine.module.generate(UNEVEN[rank].ids(rank), max_new_tokens=12, do_sample=False, **extra)
+    after = cases.side_by_side(engine, reference, Work(1, 20 + rank, 5 + rank), rank)
+    return {"raised": raised, "same": after["same"]}
+
+
+def test_an_error_before_the_first_pass_of_one_rank_reaches_both_groups(ranks: Ranks) -> None:
+    results = ranks.run(fail_in_one_group)
+    raised: list[Raised] = [r["raised"] for r in results]
+    assert [r.kind for r in raised] == ["PeerError", "PeerError", "ValueError", "PeerError"]
+    assert all("only_here" in r.message and r.seconds < 8 for r in raised)
+    assert all(r["same"] for r in results)
+
+
+def prefill_slowly(rank: int, seconds: float) -> dict[str, Any]:
+    engine, reference = cases.build("mixtral", {"timeout_s": 2, "prefill_chunk_tokens": 16}, ep=2)
+    work = Work(1, 64, 5)
+
+    def wait(*args: Any) -> None:
+        if rank < 2:
+            time.sleep(seconds)
+
+    hook = engine.module.register_forward_pre_hook(wait)
+    with catching() as raised:
+        ours = engine.module.generate(work.ids(rank), max_new_tokens=work.new, do_sample=False)
+    hook.remove()
+    theirs = reference.generate(work.ids(rank), max_new_tokens=work.new, do_sample=False, synced_gpus=False)
+    return {"raised": raised, "same": not raised.kind and torch.equal(ours, theirs)}
+
+
+def test_a_long_prefill_of_one_group_is_no_error_in_the_other() -> None:
+    ranks = Ranks(4, join=False)
+    try:
+        results = ranks.run(prefill_slowly, seconds=1.0)  # 4 chunks: longer than the timeout
+    finally:
+        ranks.close()
+    for result in results:
+        assert result["same"], result["raised"]
+        assert result["raised"].seconds > 4
 
 
 def different_models(rank: int) -> Raised:

@@ -334,7 +334,7 @@ def test_gate_outputs_of_both_generations_of_deepspeed() -> None:
 
 def attached_parity(rank: int, kind: str, works: Sequence[Work], pikv: dict[str, Any]) -> Any:
     model = cases.attached(kind, pikv)
-    result = cases.side_by_side(model, cases.MODELS[kind](), works[rank], rank)
+    result = cases.side_by_side(model, tiny.MODELS[kind](), works[rank], rank)
     return {**result, "stats": pikv_ds.stats(model)}
 
 
@@ -356,7 +356,7 @@ def test_attach_must_know_the_ranks_that_share_kv(ranks: Ranks) -> None:
         assert "ep_group" in raised.message
 
 
-# -- invariants (DESIGN.md, section 6) ----------------------------------------------------------
+# -- the invariants that the README names -------------------------------------------------------
 
 
 @pytest.mark.parametrize("placement", ["expert", "interleave", "hash"])
@@ -576,6 +576,34 @@ def test_detach_leaves_nothing_behind(ranks: Ranks) -> None:
         assert "not attached" in result["no_stats"].message
 
 
+def count_groups(rank: int, times: int) -> dict[str, Any]:
+    """Process groups that this rank knows: at first, after each attach, and after each detach or failure."""
+    groups = dist.distributed_c10d._world.pg_map
+    model, ids = tiny.mixtral(), tiny.prompt(2, 40, rank)
+    start, attached, detached, failed = len(groups), [], [], []
+    for _ in range(times):
+        pikv_ds.attach(model, {"page_size": 8}, ep_group=cases.world_group())
+        attached.append(len(groups) - start)
+        same = torch.equal(
+            model.generate(ids, max_new_tokens=8, do_sample=False),
+            tiny.mixtral().generate(ids, max_new_tokens=8, do_sample=False, synced_gpus=False),
+        )
+        pikv_ds.detach(model)
+        detached.append(len(groups) - start)
+        with catching() as raised:  # found only when the ranks compare
+            pikv_ds.attach(model, {"page_size": 8 * (rank + 1)}, ep_group=cases.world_group())
+        failed.append((raised.kind, len(groups) - start))
+    return {"attached": attached, "detached": detached, "failed": failed, "same": same}
+
+
+def test_detach_and_a_failed_attach_destroy_the_process_group(ranks: Ranks) -> None:
+    for result in ranks.run(count_groups, times=3):
+        assert result["attached"] == [1, 1, 1]
+        assert result["detached"] == [0, 0, 0]
+        assert result["failed"] == [("PeerError", 0)] * 3
+        assert result["same"]
+
+
 def detach_engine(rank: int) -> bool:
     engine, reference = cases.build("mixtral", {})
     pikv_ds.detach(engine)
@@ -738,6 +766,11 @@ def test_refused_arguments_on_both_ranks_and_on_one(ranks: Ranks, key: str) -> N
     assert_raised(run_badly(ranks, calls=[bad, {}]), ["ValueError", "PeerError"], key, "rank 0")
 
 
+def test_arguments_that_cannot_even_be_checked(ranks: Ranks) -> None:
+    raised = run_badly(ranks, calls=[{"max_new_tokens": "ten"}, {}])
+    assert_raised(raised, ["ValueError", "PeerError"], "rank 0: TypeError")
+
+
 def break_down(rank: int, where: str, at: int) -> dict[str, Any]:
     """Code of the user's own raises on rank 0 at one of its tokens."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -772,6 +805,88 @@ def test_an_exception_in_the_users_code_on_one_rank(ranks: Ranks, where: str, at
     assert all(r["same"] for r in results)
 
 
+def fail_before_a_pass(rank: int, victim: int, where: str, at: int) -> dict[str, Any]:
+    """One rank raises outside of the forward passes, while the other one makes the next of them."""
+    engine, reference = cases.build("mixtral", {"prefill_chunk_tokens": 16})
+    work, extra, passes = (Work(1, 30, 20), Work(1, 57, 9))[rank], {}, 0
+
+    def failing() -> None:
+        raise KeyError("only here")
+
+    def count(*args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == at:
+            failing()
+
+    if rank == victim:
+        hook = engine.module.register_forward_pre_hook(count)
+        if where == "argument":
+            extra = {"only_here": 1}
+        elif where == "end":
+            extra = {"streamer": Collector()}
+            extra["streamer"].end = failing
+    with catching() as raised:
+        engine.module.generate(work.ids(rank), max_new_tokens=work.new, do_sample=False, **extra)
+    if rank == victim:
+        hook.remove()
+    after = cases.side_by_side(engine, reference, UNEVEN[rank], rank)
+    store = cases.store_of(engine)
+    store.begin_step(None, [])
+    return {"raised": raised, "same": after["same"], "pages": store.pool.num_used}
+
+
+FAILURES = {
+    "unknown-argument": ("argument", 0),
+    "first-chunk": ("pass", 1),  # of rank 0 an idle pass: its prompt has fewer chunks
+    "between-chunks": ("pass", 3),
+    "decoding": ("pass", 7),
+    "after-the-loop": ("end", 0),
+}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("case", FAILURES)
+def test_an_error_before_a_pass_of_one_rank_reaches_the_other(ranks: Ranks, case: str, victim: int) -> None:
+    where, at = FAILURES[case]
+    results = ranks.run(fail_before_a_pass, victim=victim, where=where, at=at)
+    raised, reason = [r["raised"] for r in results], "only_here" if where == "argument" else "only here"
+    assert raised[victim].kind == ("ValueError" if where == "argument" else "KeyError")
+    assert raised[1 - victim].kind == "PeerError"
+    assert f"rank {victim}" in raised[1 - victim].message
+    assert all(reason in r.message and r.seconds < 4 for r in raised), raised
+    assert all(r["same"] and r["pages"] == 0 for r in results)
+
+
+def be_silent(rank: int, folder: str) -> Raised:
+    """Code of the user's own takes longer than the others wait."""
+    engine = pikv_ds.initialize(tiny.mixtral(), cases.settings({"timeout_s": 2}))
+    answered = Path(folder) / "answered"
+
+    def wait() -> None:
+        deadline = time.monotonic() + 20
+        while not answered.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    streamer = Collector(at=42, action=wait) if rank == 0 else None
+    with catching() as raised:
+        engine.module.generate(Work(1, 40).ids(rank), max_new_tokens=5, do_sample=False, streamer=streamer)
+    answered.touch()
+    pikv_ds.detach(engine)  # works with a broken group, too
+    return raised
+
+
+def test_a_silent_rank_is_an_error_on_the_other_after_the_timeout(tmp_path: Path) -> None:
+    ranks = Ranks(2, join=False)
+    try:
+        results = ranks.run(be_silent, folder=str(tmp_path))
+    finally:
+        ranks.close()
+    assert results[1].kind == "LostRankError"
+    assert "timeout_s" in results[1].message
+    assert 2 <= results[1].seconds < 6
+
+
 def generate_until_killed(rank: int, folder: str) -> Raised:
     engine = pikv_ds.initialize(tiny.mixtral(), cases.settings({"timeout_s": 5, "debug": False}))
     streamer = Collector(at=40 + 5, action=(Path(folder) / f"rank{rank}").touch)
@@ -800,23 +915,27 @@ def test_a_killed_rank_is_an_error_on_the_other(tmp_path: Path, victim: int) -> 
     assert raised.message
 
 
-def fail_within_a_pass(rank: int) -> Raised:
-    engine = pikv_ds.initialize(tiny.mixtral(), cases.settings({"timeout_s": 4}))
+def fail_within_a_pass(rank: int, where: str) -> Raised:
+    engine = pikv_ds.initialize(tiny.mixtral(), cases.settings({"timeout_s": 4, "prefill_chunk_tokens": 16}))
 
     def failing(*args: Any) -> None:
         raise MemoryError("out of memory")
 
-    if rank == 0:
+    if rank == 0 and where == "step-plan":  # once the ranks have agreed on the pass
+        cases.store_of(engine).sender.send = failing
+    elif rank == 0:
         engine.module.model.layers[1].register_forward_pre_hook(failing)
     with catching() as raised:
-        engine.module.generate(Work(1, 40).ids(rank), max_new_tokens=5, do_sample=False)
+        work = Work(0 if rank == 0 and where == "idle-pass" else 1, 40)
+        engine.module.generate(work.ids(rank), max_new_tokens=5, do_sample=False)
     return raised
 
 
-def test_an_exception_within_a_pass_on_one_rank_ends_the_others_after_the_timeout() -> None:
+@pytest.mark.parametrize("where", ["own-pass", "idle-pass", "step-plan"])
+def test_an_exception_within_a_pass_on_one_rank_ends_the_others_after_the_timeout(where: str) -> None:
     ranks = Ranks(2, join=False)
     try:
-        results = ranks.run(fail_within_a_pass)
+        results = ranks.run(fail_within_a_pass, where=where)
     finally:
         ranks.close()
     assert results[0].kind == "MemoryError"
