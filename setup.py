@@ -49,7 +49,9 @@ def make_extension():
     )
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     # Hidden symbols keep our functions from clashing with another library in the same process.
-    cxx = [*common, "-Wall", "-fvisibility=hidden"]
+    # No -march: kernels choose their instructions at run time. OpenMP: torch brings libgomp.so.1 and
+    # is loaded first, so its threads and torch.set_num_threads are ours, too.
+    cxx = [*common, "-Wall", "-fvisibility=hidden", "-fopenmp"]
     # torch's build defines __CUDA_NO_*_CONVERSIONS__, so kernels must convert explicitly
     # (__bfloat162float); we leave that as it is.
     nvcc = list(common)
@@ -62,6 +64,7 @@ def make_extension():
         sources=sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") * with_cuda),
         depends=sources("**/*.h") + sources("**/*.cuh"),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
 

@@ -1,151 +1,503 @@
-// The ops of `torch.ops.pikv_ds`, and the only file of csrc/ that includes torch.
+// The ops of `torch.ops.pikv_ds`; with checks.h the only code of csrc/ that includes torch.
 //
 // It uses torch's stable ABI: it compiles in seconds where torch/extension.h takes most of a
 // minute, and one binary serves torch 2.11 and later (setup.py sets TORCH_TARGET_VERSION).
 //
-// Per op: check the arguments, fill the params of launch.h, call the kernel. The op's meaning is
-// told once, in pikv_ds/ops/reference.py.
+// Per op: check the arguments, fill the params of launch.h, launch the kernel. Each op is a
+// template over its kernel, so CPU and CUDA share the checks. The op's meaning is told once, in
+// pikv_ds/ops/reference.py.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <functional>
-#include <initializer_list>
-#include <sstream>
-#include <stdexcept>
-#include <string>
+#include <optional>
 
+#include "checks.h"
 #include "launch.h"
+
+#if defined(PIKV_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+// Declared by torch's headers only where USE_CUDA is set, which is not for extensions.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                             void** ret_stream);
+#endif
 
 namespace pikv_ds {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// What a kernel's type tells: its params, its device and how it is launched.
+template <typename Function>
+struct KernelTraits;
 
-// A named argument, so that an error can say which one is wrong.
-struct Arg {
-  const char* name;
-  const Tensor& tensor;
+template <typename P>
+struct KernelTraits<void (*)(const P&)> {
+  using Params = P;
+  static constexpr Device kDevice = Device::kCpu;
+  static void Launch(void (*kernel)(const P&), const P& params, const Args&) { kernel(params); }
 };
 
-// STD_TORCH_CHECK would put this file's path and line before the message; callers need neither.
-template <typename... Parts>
-[[noreturn]] void Fail(const char* op, const Parts&... parts) {
-  std::ostringstream message;
-  message << op << ": ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-template <typename Sizes>
-std::string ShapeString(const Sizes& sizes) {
-  std::ostringstream text;
-  const char* separator = "";
-  text << "[";
-  for (const int64_t size : sizes) {
-    text << separator << size;
-    separator = ", ";
+#if defined(PIKV_WITH_CUDA)
+template <typename P>
+struct KernelTraits<void (*)(const P&, cudaStream_t)> {
+  using Params = P;
+  static constexpr Device kDevice = Device::kCuda;
+  static void Launch(void (*kernel)(const P&, cudaStream_t), const P& params, const Args& args) {
+    const torch::stable::accelerator::DeviceGuard guard(args.device_index());
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(args.device_index(), &stream));
+    kernel(params, static_cast<cudaStream_t>(stream));
   }
-  text << "]";
-  return text.str();
+};
+#endif
+
+template <auto kKernel>
+using Traits = KernelTraits<decltype(kKernel)>;
+
+template <auto kKernel>
+void Launch(const typename Traits<kKernel>::Params& params, const Args& args) {
+  Traits<kKernel>::Launch(kKernel, params, args);
 }
 
-void CheckFloat32(const char* op, const Arg& arg) {
-  const ScalarType dtype = arg.tensor.scalar_type();
-  if (dtype != ScalarType::Float) Fail(op, arg.name, " must be float32, got ", dtype);
-}
+template <auto kKernel>
+void SealPages(const Tensor& keys, const Tensor& values, int64_t element, int64_t num_kv_heads,
+               int64_t page_size, Tensor out, std::optional<Tensor> bounds, Tensor nonfinite) {
+  Args args("seal_pages", Traits<kKernel>::kDevice, keys);
+  args.CheckDim("keys", keys, 4, "[N, K, S, D]");
+  const int64_t n = keys.size(0), k = num_kv_heads, s = page_size, d = keys.size(3);
+  const ScalarType dtype = keys.scalar_type();
 
-void CheckCpu(const char* op, const Arg& arg) {
-  // The dispatcher picks the CPU kernel when any argument is on the CPU, so the others may not be.
-  if (!arg.tensor.is_cpu()) Fail(op, arg.name, " must be on the CPU, got another device");
-}
-
-void CheckContiguous(const char* op, const Arg& arg) {
-  if (!arg.tensor.is_contiguous()) {
-    Fail(op, arg.name, " must be contiguous, got shape ", ShapeString(arg.tensor.sizes()),
-         " with strides ", ShapeString(arg.tensor.strides()));
+  SealPagesParams p{};
+  p.layout = args.LayoutOf(element, k, s, d);
+  p.dtype = args.FloatingDtype("keys", dtype);
+  // Plain elements have the number of their type.
+  if (ScaleRows(p.layout.element) == 0 && element != static_cast<int64_t>(p.dtype)) {
+    args.Fail("element must be the type of keys (", static_cast<int64_t>(p.dtype),
+              ") or a quantized one, got ", element);
   }
+  p.num_pages = n;
+  p.keys = args.StridedIn("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype, p.key_strides);
+  p.values = args.StridedIn("values", values, {n, k, s, d}, "[N, K, S, D]", dtype, p.value_strides);
+  p.out = args.RowsOut("out", out, n, p.layout.PageBytes(), "[N, page_bytes]", &p.out_stride);
+  if (bounds) {
+    const int64_t bounds_bytes = 2 * k * d * static_cast<int64_t>(keys.element_size());
+    p.bounds =
+        args.RowsOut("bounds", *bounds, n, bounds_bytes, "[N, bounds_bytes]", &p.bounds_stride);
+  }
+  p.nonfinite = args.Out<int32_t>("nonfinite", nonfinite, {1}, "[1]");
+  Launch<kKernel>(p, args);
 }
 
-void CheckDim(const char* op, const Arg& arg, int64_t dim, const char* layout) {
-  if (arg.tensor.dim() != dim) {
-    Fail(op, arg.name, " must have ", dim, " dimensions ", layout, ", got shape ",
-         ShapeString(arg.tensor.sizes()));
+template <auto kKernel>
+void GatherPages(const Tensor& slab_pointers, int64_t slab_rows, int64_t row_bytes,
+                 const Tensor& slots, Tensor out) {
+  Args args("gather_pages", Traits<kKernel>::kDevice, slots);
+  args.CheckDim("slots", slots, 1, "[N]");
+  const int64_t n = slots.size(0);
+
+  GatherPagesParams p{};
+  p.slabs = args.SlabsOf(slab_pointers, slab_rows, row_bytes);
+  p.slots = args.In<int32_t>("slots", slots, {n}, "[N]");
+  p.out = args.Out<uint8_t>("out", out, {n, row_bytes}, "[N, row_bytes]");
+  p.num_pages = n;
+  if constexpr (Traits<kKernel>::kDevice == Device::kCpu) {
+    // Copying a page takes far longer than this look at where it lies.
+    const int64_t num_slabs = slab_pointers.size(0);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t slab = p.slots[i] / slab_rows;
+      if (p.slots[i] < 0 || slab >= num_slabs || p.slabs.pointers[slab] == 0) {
+        args.Fail("slots[", i, "] = ", p.slots[i], " is in slab ", slab,
+                  ", which was given back or never was");
+      }
+    }
   }
+  Launch<kKernel>(p, args);
 }
 
-void CheckShape(const char* op, const Arg& arg, std::initializer_list<int64_t> expected,
-                const char* layout) {
-  const auto sizes = arg.tensor.sizes();
-  bool matches = sizes.size() == expected.size();
-  for (size_t i = 0; matches && i < expected.size(); ++i) {
-    matches = sizes[i] == expected.begin()[i];
+// What decode_attention and key_scores share.
+DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor& slab_pointers,
+                                   int64_t slab_rows, int64_t row_bytes, const Tensor& table,
+                                   const Tensor& counts, int64_t element, int64_t num_kv_heads,
+                                   int64_t page_size, double scale) {
+  args.CheckDim("query", query, 3, "[R, H, D]");
+  args.CheckDim("counts", counts, 1, "[B]");
+  const int64_t r = query.size(0), h = query.size(1), d = query.size(2), b = counts.size(0);
+  const ScalarType dtype = query.scalar_type();
+
+  DecodeAttentionParams p{};
+  p.layout = args.LayoutOf(element, num_kv_heads, page_size, d);
+  args.CheckMultiple("query heads", h, "num_kv_heads", num_kv_heads);
+  args.CheckMultiple("query rows", r, "table rows", b);
+  p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
+  p.dtype = args.FloatingDtype("query", dtype);
+  p.query = args.In("query", query, {r, h, d}, "[R, H, D]", dtype);
+  p.table_per_head = table.dim() == 3;
+  if (p.table_per_head) {
+    p.table_width = table.size(2);
+    p.table = args.In<int32_t>("table", table, {b, num_kv_heads, p.table_width}, "[B, K, P]");
+  } else {
+    args.CheckDim("table", table, 2, "[B, P] or [B, K, P]");
+    p.table_width = table.size(1);
+    p.table = args.In<int32_t>("table", table, {b, p.table_width}, "[B, P]");
   }
-  if (!matches) {
-    Fail(op, arg.name, " must have shape ", layout, " = ", ShapeString(expected), ", got ",
-         ShapeString(sizes));
-  }
+  p.counts = args.In<int32_t>("counts", counts, {b}, "[B]");
+  p.scale = static_cast<float>(scale);
+  p.num_rows = r;
+  p.num_table_rows = b;
+  p.num_heads = h;
+  p.num_splits = 1;
+  return p;
 }
 
-// Kernels write their outputs while they still read their inputs. Both must be contiguous.
-void CheckNoOverlap(const char* op, const Arg& a, const Arg& b) {
-  const auto begin = [](const Arg& arg) { return static_cast<const char*>(arg.tensor.data_ptr()); };
-  const auto end = [&begin](const Arg& arg) {
-    return begin(arg) + arg.tensor.numel() * static_cast<int64_t>(arg.tensor.element_size());
-  };
-  const std::less<const char*> before;  // defined for pointers into different arrays, unlike <
-  if (before(begin(a), end(b)) && before(begin(b), end(a))) {
-    Fail(op, a.name, " must not share memory with ", b.name, ", got overlapping tensors");
-  }
+#if defined(PIKV_WITH_CUDA)
+// Floats that decode_attention's scratch must have.
+int64_t DecodeScratch(int64_t num_rows, int64_t num_heads, int64_t head_dim, int64_t num_splits) {
+  DecodeAttentionParams p{};
+  p.layout.head_dim = static_cast<int32_t>(head_dim);
+  p.num_rows = num_rows;
+  p.num_heads = num_heads;
+  p.num_splits = num_splits;
+  return DecodeScratchFloats(p);
 }
 
-MergePartialsParams CheckMergePartials(const Arg& outs, const Arg& lses, const Arg& out,
-                                       const Arg& lse) {
-  constexpr const char* kOp = "merge_partials";
-  CheckDim(kOp, outs, 3, "[P, N, D]");
-  const int64_t num_partials = outs.tensor.size(0);
-  const int64_t num_rows = outs.tensor.size(1);
-  const int64_t head_dim = outs.tensor.size(2);
-  CheckShape(kOp, lses, {num_partials, num_rows}, "[P, N]");
-  CheckShape(kOp, out, {num_rows, head_dim}, "[N, D]");
-  CheckShape(kOp, lse, {num_rows}, "[N]");
-  for (const Arg& arg : {outs, lses, out, lse}) {
-    CheckFloat32(kOp, arg);
-    CheckContiguous(kOp, arg);
-  }
-  for (const Arg& output : {out, lse}) {
-    for (const Arg& input : {outs, lses}) CheckNoOverlap(kOp, output, input);
-  }
-  CheckNoOverlap(kOp, out, lse);
+// Bytes that choose_victims' scratch must have.
+int64_t ChooseVictimsScratch(int64_t num_slots, int64_t num_victims) {
+  ChooseVictimsParams p{};
+  p.state.num_slots = num_slots;
+  p.num_victims = num_victims;
+  return ChooseVictimsScratchBytes(p);
+}
+#endif
 
-  MergePartialsParams params;
-  params.outs = static_cast<const float*>(outs.tensor.data_ptr());
-  params.lses = static_cast<const float*>(lses.tensor.data_ptr());
-  params.out = static_cast<float*>(out.tensor.data_ptr());
-  params.lse = static_cast<float*>(lse.tensor.data_ptr());
-  params.num_partials = num_partials;
-  params.num_rows = num_rows;
-  params.head_dim = head_dim;
-  return params;
+template <auto kKernel>
+void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+                     int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
+                     int64_t num_kv_heads, int64_t page_size, double scale, Tensor out, Tensor lse,
+                     std::optional<Tensor> page_lse, int64_t num_splits,
+                     std::optional<Tensor> scratch) {
+  Args args("decode_attention", Traits<kKernel>::kDevice, query);
+  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
+                                         counts, element, num_kv_heads, page_size, scale);
+  const int64_t r = p.num_rows, h = p.num_heads, d = p.layout.head_dim;
+  p.out = args.Out<float>("out", out, {r, h, d}, "[R, H, D]");
+  p.lse = args.Out<float>("lse", lse, {r, h}, "[R, H]");
+  if (page_lse) {
+    p.page_lse = args.Out<float>("page_lse", *page_lse, {r, h, p.table_width}, "[R, H, P]");
+  }
+#if defined(PIKV_WITH_CUDA)
+  if constexpr (Traits<kKernel>::kDevice == Device::kCuda) {
+    p.num_splits = args.Int32("num_splits", num_splits, 1);
+    if (const int64_t floats = DecodeScratchFloats(p); floats > 0) {
+      if (!scratch) args.Fail("scratch must have shape [floats] = [", floats, "], got None");
+      p.scratch = args.Out<float>("scratch", *scratch, {floats}, "[floats]");
+    }
+  }
+#endif
+  Launch<kKernel>(p, args);
 }
 
-void MergePartialsCpuOp(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse) {
-  const Arg args[] = {{"outs", outs}, {"lses", lses}, {"out", out}, {"lse", lse}};
-  for (const Arg& arg : args) CheckCpu("merge_partials", arg);
-  MergePartialsCpu(CheckMergePartials(args[0], args[1], args[2], args[3]));
+template <auto kKernel>
+void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+               int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
+               int64_t num_kv_heads, int64_t page_size, double scale, Tensor out) {
+  Args args("key_scores", Traits<kKernel>::kDevice, query);
+  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
+                                         counts, element, num_kv_heads, page_size, scale);
+  p.page_lse = args.Out<float>("out", out, {p.num_rows, p.num_heads, p.table_width}, "[R, H, P]");
+  Launch<kKernel>(p, args);
 }
+
+template <auto kKernel>
+void PrefillAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+                      int64_t row_bytes, const Tensor& slots, int64_t element, int64_t num_kv_heads,
+                      int64_t page_size, double scale, Tensor out, Tensor lse) {
+  Args args("prefill_attention", Traits<kKernel>::kDevice, query);
+  args.CheckDim("query", query, 3, "[T, H, D]");
+  args.CheckDim("slots", slots, 1, "[P]");
+  const int64_t t = query.size(0), h = query.size(1), d = query.size(2);
+  const ScalarType dtype = query.scalar_type();
+
+  PrefillAttentionParams p{};
+  p.layout = args.LayoutOf(element, num_kv_heads, page_size, d);
+  args.CheckMultiple("query heads", h, "num_kv_heads", num_kv_heads);
+  p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
+  p.dtype = args.FloatingDtype("query", dtype);
+  p.query = args.In("query", query, {t, h, d}, "[T, H, D]", dtype);
+  p.num_pages = slots.size(0);
+  p.slots = args.In<int32_t>("slots", slots, {p.num_pages}, "[P]");
+  p.out = args.Out<float>("out", out, {t, h, d}, "[T, H, D]");
+  p.lse = args.Out<float>("lse", lse, {t, h}, "[T, H]");
+  p.scale = static_cast<float>(scale);
+  p.num_queries = t;
+  p.num_heads = h;
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void ContextAttention(const Tensor& query, const Tensor& keys, const Tensor& values, double scale,
+                      std::optional<int64_t> first_query, Tensor out, Tensor lse) {
+  Args args("context_attention", Traits<kKernel>::kDevice, query);
+  args.CheckDim("query", query, 3, "[T, H, D]");
+  args.CheckDim("keys", keys, 3, "[K, N, D]");
+  const int64_t t = query.size(0), h = query.size(1), d = query.size(2);
+  const int64_t k = keys.size(0), n = keys.size(1);
+  const ScalarType dtype = query.scalar_type();
+
+  ContextAttentionParams p{};
+  args.CheckMultiple("query heads", h, "KV heads", k);
+  if (first_query && *first_query < 0) {
+    args.Fail("first_query must be at least 0 or None, got ", *first_query);
+  }
+  p.dtype = args.FloatingDtype("query", dtype);
+  p.query = args.StridedIn("query", query, {t, h, d}, "[T, H, D]", dtype, p.query_strides);
+  p.keys = args.StridedIn("keys", keys, {k, n, d}, "[K, N, D]", dtype, p.key_strides);
+  p.values = args.StridedIn("values", values, {k, n, d}, "[K, N, D]", dtype, p.value_strides);
+  p.out = args.Out<float>("out", out, {t, h, d}, "[T, H, D]");
+  p.lse = args.Out<float>("lse", lse, {t, h}, "[T, H]");
+  p.scale = static_cast<float>(scale);
+  p.num_queries = t;
+  p.num_heads = h;
+  p.num_kv_heads = k;
+  p.num_keys = n;
+  p.head_dim = d;
+  p.first_query = first_query.value_or(-1);
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void TailAttention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                   const Tensor& lengths, double scale, Tensor out, Tensor lse) {
+  Args args("tail_attention", Traits<kKernel>::kDevice, query);
+  args.CheckDim("query", query, 3, "[N, H, D]");
+  args.CheckDim("keys", keys, 4, "[N, K, S, D]");
+  const int64_t n = query.size(0), h = query.size(1), d = query.size(2);
+  const int64_t k = keys.size(1), s = keys.size(2);
+  const ScalarType dtype = query.scalar_type();
+
+  TailAttentionParams p{};
+  args.CheckMultiple("query heads", h, "KV heads", k);
+  p.dtype = args.FloatingDtype("query", dtype);
+  p.query = args.In("query", query, {n, h, d}, "[N, H, D]", dtype);
+  p.keys = args.In("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype);
+  p.values = args.In("values", values, {n, k, s, d}, "[N, K, S, D]", dtype);
+  p.lengths = args.In<int32_t>("lengths", lengths, {n}, "[N]");
+  p.out = args.Out<float>("out", out, {n, h, d}, "[N, H, D]");
+  p.lse = args.Out<float>("lse", lse, {n, h}, "[N, H]");
+  p.scale = static_cast<float>(scale);
+  p.num_rows = n;
+  p.num_heads = h;
+  p.num_kv_heads = k;
+  p.page_size = s;
+  p.head_dim = d;
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void MergePartials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse) {
+  Args args("merge_partials", Traits<kKernel>::kDevice, outs);
+  args.CheckDim("outs", outs, 3, "[P, N, D]");
+  const int64_t num_partials = outs.size(0), n = outs.size(1), d = outs.size(2);
+
+  MergePartialsParams p{};
+  p.outs = args.In<float>("outs", outs, {num_partials, n, d}, "[P, N, D]");
+  p.lses = args.In<float>("lses", lses, {num_partials, n}, "[P, N]");
+  p.out = args.Out<float>("out", out, {n, d}, "[N, D]");
+  p.lse = args.Out<float>("lse", lse, {n}, "[N]");
+  p.num_partials = num_partials;
+  p.num_rows = n;
+  p.head_dim = d;
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void PageScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+                int64_t row_bytes, const Tensor& table, const Tensor& counts,
+                ScalarType bounds_dtype, int64_t num_kv_heads, Tensor out) {
+  Args args("page_scores", Traits<kKernel>::kDevice, query);
+  args.CheckDim("query", query, 3, "[R, H, D]");
+  args.CheckDim("table", table, 2, "[R, P]");
+  const int64_t r = query.size(0), h = query.size(1), d = query.size(2);
+  const int64_t k = args.Int32("num_kv_heads", num_kv_heads, 1), width = table.size(1);
+  const ScalarType dtype = query.scalar_type();
+
+  PageScoresParams p{};
+  args.CheckMultiple("query heads", h, "num_kv_heads", k);
+  p.dtype = args.FloatingDtype("query", dtype);
+  p.bounds_dtype = args.FloatingDtype("bounds_dtype", bounds_dtype);
+  const int64_t bounds_bytes = 2 * k * d * (p.bounds_dtype == Dtype::kFloat32 ? 4 : 2);
+  if (row_bytes < bounds_bytes) {
+    args.Fail("summaries must have rows of at least bounds_bytes = ", bounds_bytes, ", got ",
+              row_bytes);
+  }
+  p.summaries = args.SlabsOf(slab_pointers, slab_rows, row_bytes);
+  p.query = args.In("query", query, {r, h, d}, "[R, H, D]", dtype);
+  p.table = args.In<int32_t>("table", table, {r, width}, "[R, P]");
+  p.counts = args.In<int32_t>("counts", counts, {r}, "[R]");
+  p.out = args.Out<float>("out", out, {r, k, width}, "[R, K, P]");
+  p.num_rows = r;
+  p.num_heads = h;
+  p.num_kv_heads = k;
+  p.head_dim = d;
+  p.table_width = width;
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void SelectPages(const Tensor& table, const Tensor& counts, const Tensor& scores,
+                 const Tensor& pinned, const Tensor& budget, Tensor out) {
+  Args args("select_pages", Traits<kKernel>::kDevice, scores);
+  args.CheckDim("scores", scores, 3, "[R, K, P]");
+  const int64_t r = scores.size(0), k = scores.size(1), width = scores.size(2);
+
+  SelectPagesParams p{};
+  p.table = args.In<int32_t>("table", table, {r, width}, "[R, P]");
+  p.counts = args.In<int32_t>("counts", counts, {r}, "[R]");
+  p.scores = args.In<float>("scores", scores, {r, k, width}, "[R, K, P]");
+  p.pinned = args.In<bool>("pinned", pinned, {r, width}, "[R, P]");
+  p.budget = args.In<int32_t>("budget", budget, {r}, "[R]");
+  p.out = args.Out<int32_t>("out", out, {r, k, width}, "[R, K, P]");
+  p.num_rows = r;
+  p.num_kv_heads = k;
+  p.table_width = width;
+  Launch<kKernel>(p, args);
+}
+
+UtilityParams UtilityState(Args& args, const Tensor& mass, const Tensor& last_step,
+                           const Tensor& visits, int64_t step, double decay) {
+  args.CheckDim("mass", mass, 1, "[slots]");
+  UtilityParams p{};
+  p.num_slots = mass.size(0);
+  p.mass = args.Out<float>("mass", mass, {p.num_slots}, "[slots]");
+  p.last_step = args.Out<int32_t>("last_step", last_step, {p.num_slots}, "[slots]");
+  p.visits = args.Out<int32_t>("visits", visits, {p.num_slots}, "[slots]");
+  p.step = args.Int32("step", step, 0);
+  p.decay = static_cast<float>(decay);
+  return p;
+}
+
+template <auto kKernel>
+void UpdateUtility(const Tensor& slots, const Tensor& new_mass, int64_t step, double decay,
+                   Tensor mass, Tensor last_step, Tensor visits) {
+  Args args("update_utility", Traits<kKernel>::kDevice, mass);
+  args.CheckDim("slots", slots, 1, "[N]");
+  const int64_t n = slots.size(0);
+
+  UpdateUtilityParams p{};
+  p.state = UtilityState(args, mass, last_step, visits, step, decay);
+  p.slots = args.In<int32_t>("slots", slots, {n}, "[N]");
+  p.new_mass = args.In<float>("new_mass", new_mass, {n}, "[N]");
+  p.num_pages = n;
+  Launch<kKernel>(p, args);
+}
+
+// The state is only read here, but the params have one type for both ops.
+template <auto kKernel>
+void ChooseVictims(const Tensor& mass, const Tensor& last_step, const Tensor& visits,
+                   const Tensor& evictable, int64_t step, double decay, double mass_weight,
+                   double recency_weight, double frequency_weight, Tensor out,
+                   std::optional<Tensor> scratch) {
+  Args args("choose_victims", Traits<kKernel>::kDevice, mass);
+  args.CheckDim("out", out, 1, "[V]");
+  const int64_t num_victims = out.size(0);
+
+  ChooseVictimsParams p{};
+  p.state = UtilityState(args, mass, last_step, visits, step, decay);
+  p.evictable = args.In<bool>("evictable", evictable, {p.state.num_slots}, "[slots]");
+  p.weights[0] = static_cast<float>(mass_weight);
+  p.weights[1] = static_cast<float>(recency_weight);
+  p.weights[2] = static_cast<float>(frequency_weight);
+  p.out = args.Out<int32_t>("out", out, {num_victims}, "[V]");
+  p.num_victims = num_victims;
+#if defined(PIKV_WITH_CUDA)
+  if constexpr (Traits<kKernel>::kDevice == Device::kCuda) {
+    if (const int64_t bytes = ChooseVictimsScratchBytes(p); bytes > 0) {
+      if (!scratch) args.Fail("scratch must have shape [bytes] = [", bytes, "], got None");
+      p.scratch = args.Out<uint8_t>("scratch", *scratch, {bytes}, "[bytes]");
+    }
+  }
+#endif
+  Launch<kKernel>(p, args);
+}
+
+// The types of the arguments that several ops take: storage, pages in it, attention's result.
+#define PIKV_SLABS "Tensor slab_pointers, int slab_rows, int row_bytes, "
+#define PIKV_LAYOUT "int element, int num_kv_heads, int page_size, "
+#define PIKV_PARTIAL "Tensor(a!) out, Tensor(b!) lse"
 
 STABLE_TORCH_LIBRARY(pikv_ds, m) {
-  m.def("merge_partials(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("seal_pages(Tensor keys, Tensor values, " PIKV_LAYOUT
+        "Tensor(a!) out, Tensor(b!)? bounds, Tensor(c!) nonfinite) -> ()");
+  m.def("gather_pages(" PIKV_SLABS "Tensor slots, Tensor(a!) out) -> ()");
+  m.def("decode_attention(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
+        "float scale, " PIKV_PARTIAL
+        ", Tensor(c!)? page_lse, int num_splits, Tensor(d!)? scratch) -> ()");
+  m.def("key_scores(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
+        "float scale, Tensor(a!) out) -> ()");
+  m.def("prefill_attention(Tensor query, " PIKV_SLABS "Tensor slots, " PIKV_LAYOUT
+        "float scale, " PIKV_PARTIAL ") -> ()");
+  m.def(
+      "context_attention(Tensor query, Tensor keys, Tensor values, float scale, "
+      "int? first_query, " PIKV_PARTIAL ") -> ()");
+  m.def(
+      "tail_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, "
+      "float scale, " PIKV_PARTIAL ") -> ()");
+  m.def("merge_partials(Tensor outs, Tensor lses, " PIKV_PARTIAL ") -> ()");
+  m.def("page_scores(Tensor query, " PIKV_SLABS
+        "Tensor table, Tensor counts, "
+        "ScalarType bounds_dtype, int num_kv_heads, Tensor(a!) out) -> ()");
+  m.def(
+      "select_pages(Tensor table, Tensor counts, Tensor scores, Tensor pinned, Tensor budget, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "update_utility(Tensor slots, Tensor new_mass, int step, float decay, Tensor(a!) mass, "
+      "Tensor(b!) last_step, Tensor(c!) visits) -> ()");
+  m.def(
+      "choose_victims(Tensor mass, Tensor last_step, Tensor visits, Tensor evictable, int step, "
+      "float decay, float mass_weight, float recency_weight, float frequency_weight, "
+      "Tensor(a!) out, Tensor(b!)? scratch) -> ()");
+#if defined(PIKV_WITH_CUDA)
+  m.def("decode_scratch_floats(int num_rows, int num_heads, int head_dim, int num_splits) -> int");
+  m.def("choose_victims_scratch_bytes(int num_slots, int num_victims) -> int");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CPU, m) {
-  m.impl("merge_partials", TORCH_BOX(&MergePartialsCpuOp));
+  m.impl("seal_pages", TORCH_BOX(&SealPages<&SealPagesCpu>));
+  m.impl("gather_pages", TORCH_BOX(&GatherPages<&GatherPagesCpu>));
+  m.impl("decode_attention", TORCH_BOX(&DecodeAttention<&DecodeAttentionCpu>));
+  m.impl("key_scores", TORCH_BOX(&KeyScores<&DecodeAttentionCpu>));
+  m.impl("prefill_attention", TORCH_BOX(&PrefillAttention<&PrefillAttentionCpu>));
+  m.impl("context_attention", TORCH_BOX(&ContextAttention<&ContextAttentionCpu>));
+  m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCpu>));
+  m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCpu>));
+  m.impl("page_scores", TORCH_BOX(&PageScores<&PageScoresCpu>));
+  m.impl("select_pages", TORCH_BOX(&SelectPages<&SelectPagesCpu>));
+  m.impl("update_utility", TORCH_BOX(&UpdateUtility<&UpdateUtilityCpu>));
+  m.impl("choose_victims", TORCH_BOX(&ChooseVictims<&ChooseVictimsCpu>));
 }
+
+#if defined(PIKV_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CUDA, m) {
+  m.impl("seal_pages", TORCH_BOX(&SealPages<&SealPagesCuda>));
+  m.impl("gather_pages", TORCH_BOX(&GatherPages<&GatherPagesCuda>));
+  m.impl("decode_attention", TORCH_BOX(&DecodeAttention<&DecodeAttentionCuda>));
+  m.impl("key_scores", TORCH_BOX(&KeyScores<&DecodeAttentionCuda>));
+  m.impl("prefill_attention", TORCH_BOX(&PrefillAttention<&PrefillAttentionCuda>));
+  m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCuda>));
+  m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCuda>));
+  m.impl("page_scores", TORCH_BOX(&PageScores<&PageScoresCuda>));
+  m.impl("select_pages", TORCH_BOX(&SelectPages<&SelectPagesCuda>));
+  m.impl("update_utility", TORCH_BOX(&UpdateUtility<&UpdateUtilityCuda>));
+  m.impl("choose_victims", TORCH_BOX(&ChooseVictims<&ChooseVictimsCuda>));
+}
+
+// Without tensors there is no device to choose a kernel by.
+STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
+  m.impl("decode_scratch_floats", TORCH_BOX(&DecodeScratch));
+  m.impl("choose_victims_scratch_bytes", TORCH_BOX(&ChooseVictimsScratch));
+}
+#endif
 
 }  // namespace
 }  // namespace pikv_ds

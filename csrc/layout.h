@@ -60,7 +60,9 @@ struct PageLayout {
   int32_t page_size;
   Element element;
 
-  PIKV_HOST_DEVICE static constexpr int64_t Aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+  PIKV_HOST_DEVICE static constexpr int64_t Aligned(int64_t bytes) {
+    return (bytes + 15) / 16 * 16;
+  }
   // Bytes of one token of one KV head.
   PIKV_HOST_DEVICE constexpr int64_t RowBytes() const {
     return int64_t{head_dim} * ElementBits(element) / 8;

@@ -2,16 +2,133 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+import pikv_ds._C  # noqa: F401  (loading it registers the ops)
+from pikv_ds.layout import PageLayout
+from pikv_ds.ops import OPS
+from pikv_ds.ops.state import UtilityState
+from pikv_ds.slabs import Slabs
 
 _C = torch.ops.pikv_ds
 
 
+@cache
 def supported(device_type: str) -> frozenset[str]:
     """Ops that have kernels for a device."""
-    return frozenset({"merge_partials"}) if device_type == "cpu" else frozenset()
+    has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return frozenset(op for op in OPS if key and hasattr(_C, op) and has_kernel(f"pikv_ds::{op}", key))
+
+
+def seal_pages(
+    keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+) -> None:
+    _C.seal_pages(keys, values, *_layout(layout), out, bounds, nonfinite)
+
+
+def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:
+    _C.gather_pages(*_slabs(slabs), slots, out)
+
+
+def decode_attention(
+    query: Tensor,
+    slabs: Slabs,
+    table: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    page_lse: Tensor | None = None,
+) -> None:
+    num_splits, scratch = 1, None
+    if query.is_cuda:
+        num_splits = _num_splits(len(table) * layout.num_kv_heads, table.shape[-1], query.device)
+        floats = _C.decode_scratch_floats(*query.shape, num_splits)
+        scratch = torch.empty(floats, dtype=torch.float32, device=query.device)
+    _C.decode_attention(
+        query, *_slabs(slabs), table, counts, *_layout(layout), scale, out, lse, page_lse, num_splits, scratch
+    )
+
+
+def key_scores(
+    query: Tensor, slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, scale: float, out: Tensor
+) -> None:
+    _C.key_scores(query, *_slabs(slabs), table, counts, *_layout(layout), scale, out)
+
+
+def prefill_attention(
+    query: Tensor, slabs: Slabs, slots: Tensor, layout: PageLayout, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    _C.prefill_attention(query, *_slabs(slabs), slots, *_layout(layout), scale, out, lse)
+
+
+def context_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    first_query: int | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    _C.context_attention(query, keys, values, scale, first_query, out, lse)
+
+
+def tail_attention(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    _C.tail_attention(query, keys, values, lengths, scale, out, lse)
 
 
 def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
     _C.merge_partials(outs, lses, out, lse)
+
+
+def page_scores(
+    query: Tensor, summary_slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, out: Tensor
+) -> None:
+    _C.page_scores(query, *_slabs(summary_slabs), table, counts, layout.dtype, layout.num_kv_heads, out)
+
+
+def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor) -> None:
+    _C.select_pages(table, counts, scores, pinned, budget, out)
+
+
+def update_utility(slots: Tensor, mass: Tensor, step: int, decay: float, state: UtilityState) -> None:
+    _C.update_utility(slots, mass, step, decay, state.mass, state.last_step, state.visits)
+
+
+def choose_victims(
+    state: UtilityState, evictable: Tensor, step: int, decay: float, weights: tuple[float, float, float], out: Tensor
+) -> None:
+    scratch = None
+    if out.is_cuda:
+        num_bytes = _C.choose_victims_scratch_bytes(len(evictable), len(out))
+        scratch = torch.empty(num_bytes, dtype=torch.uint8, device=out.device)
+    _C.choose_victims(state.mass, state.last_step, state.visits, evictable, step, decay, *weights, out, scratch)
+
+
+def _slabs(slabs: Slabs) -> tuple[Tensor, int, int]:
+    return slabs.pointers, slabs.slab_rows, slabs.row_bytes
+
+
+def _layout(layout: PageLayout) -> tuple[int, int, int]:
+    return layout.code, layout.num_kv_heads, layout.page_size
+
+
+def _num_splits(num_sequences: int, num_pages: int, device: torch.device) -> int:
+    """Pieces to attend each sequence of a KV head in, so that a GPU's processors all have two to work on.
+
+    It follows from shapes alone: what a table holds is unknown here, and a captured graph replays it.
+    """
+    wanted = -(-2 * _num_processors(device) // max(1, num_sequences))
+    return max(1, min(wanted, num_pages // 4))  # a split of fewer pages costs more than it saves
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
