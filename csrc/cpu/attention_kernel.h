@@ -1,0 +1,652 @@
+// Online-softmax attention over blocks, written once for all instruction sets.
+//
+// Each instruction set's file includes this header inside its target pragma; everything is in an
+// anonymous namespace, so that no two files share (and the linker mixes) a function's versions.
+//
+// Both products are brought to one form, C[row, place] = sum over k of A[row, k] * B[k, place]:
+//
+//            rows           k                      places
+//   scores   query rows     channels               tokens of the block
+//   output   query rows     tokens (weights in A)  channels
+//
+// A `Simd` has the vectors. An `Operand` decides what A and B are made of: float32, or bytes and
+// bfloat16 for the dot-product instructions, which take 4 or 2 successive k from a 32-bit word.
+// B is packed as [block of kLanes places][k / kGroup][kLanes] words. Scales never touch B: key
+// scales go into the query and value scales into the weights, once per page and not per element;
+// minima turn into one number per query row and page. Where A is narrower than float32, a row of
+// it is split into digits: several rows of A whose products are added up again in C.
+
+#include <cstring>
+#include <type_traits>
+
+#include "attention.h"
+
+namespace pikv_ds {
+namespace {
+
+#define PIKV_INLINE inline __attribute__((always_inline))
+
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// Not std::min and the like: their out-of-line copies would be shared with code for all machines.
+template <typename T>
+PIKV_INLINE T Min(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+PIKV_INLINE T Max(T a, T b) {
+  return a > b ? a : b;
+}
+template <typename T>
+PIKV_INLINE T RoundUp(T x, T multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+template <typename To, typename From>
+PIKV_INLINE To BitCast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename Vector>
+PIKV_INLINE Vector Load(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <typename Vector>
+PIKV_INLINE void Store(void* to, const Vector& vector) {
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// How an element is stored in 32-bit words.
+template <Element kElement>
+struct Codec {
+  static constexpr int kBits = ElementBits(kElement);
+  static constexpr int kPerWord = 32 / kBits;
+  static constexpr int kPieces = kBits < 8 ? 8 / kBits : 1;  // channels that share a byte
+  static constexpr bool kScales = ScaleRows(kElement) > 0;
+  static constexpr bool kMinima = ScaleRows(kElement) > 1;
+
+  static constexpr int RowBytes(int head_dim) { return head_dim * kBits / 8; }
+  static constexpr int RowWords(int head_dim) { return (RowBytes(head_dim) + 3) / 4; }
+
+  // The channel of a word's j-th element, -1 beyond the row's end. A word of nibbles holds its
+  // four low ones first.
+  static PIKV_INLINE int Channel(int head_dim, int word, int j) {
+    if constexpr (kPieces == 1) {
+      const int channel = word * kPerWord + j;
+      return channel < head_dim ? channel : -1;
+    } else {
+      const int byte = 4 * word + j % 4;
+      return byte < RowBytes(head_dim) ? byte + j / 4 * (head_dim / kPieces) : -1;
+    }
+  }
+};
+
+// The j-th elements of words as float; of fp8 the 256th part, which float16 can hold.
+template <class Simd, Element kElement>
+PIKV_INLINE typename Simd::F Expand(typename Simd::U words, int j) {
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  if constexpr (kElement == Element::kFloat32) {
+    return (F)words;
+  } else if constexpr (kElement == Element::kBFloat16) {
+    return (F)(j == 0 ? words << 16 : words & 0xffff0000u);
+  } else if constexpr (kElement == Element::kFloat16) {
+    return Simd::HalfToFloat(j == 0 ? words & 0xffffu : words >> 16);
+  } else if constexpr (kElement == Element::kFp8) {
+    const auto byte = words >> (8 * j);
+    return Simd::HalfToFloat(((byte & 0x80u) << 8) | ((byte & 0x7fu) << 7));
+  } else {
+    constexpr int kBits = Codec<kElement>::kBits;
+    const auto code = (words >> (j % 4 * 8 + j / 4 * kBits)) & ((1u << kBits) - 1);
+    return __builtin_convertvector((I)code, F);
+  }
+}
+
+// 2^x for x <= 0 to 2e-9 and rounding; 0 below 2^-125, NaN for NaN.
+template <class Simd>
+PIKV_INLINE typename Simd::F Exp2(typename Simd::F x) {
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  const F rounder = F{} + 0x1.8p23f;  // pushes the fraction out and leaves the integer lowest
+  const F shifted = x + rounder;
+  const F f = x - (shifted - rounder);
+  F power = f * 0x1.41d332p-13f + 0x1.5f456ap-10f;
+  power = power * f + 0x1.3b2dbcp-7f;
+  power = power * f + 0x1.c6aed4p-5f;
+  power = power * f + 0x1.ebfbdap-3f;
+  power = power * f + 0x1.62e430p-1f;
+  power = power * f + 1.0f;
+  const F result = (F)((I)power + ((I)shifted << 23));
+  return x < F{} - 125.0f ? F{} : result;
+}
+
+// Pointers to kLanes successive tokens; beyond the last one it is repeated, as something readable.
+template <class Simd>
+struct TokenRows {
+  PIKV_INLINE TokenRows(const uint8_t* first, int64_t stride, int num_tokens) {
+    for (int i = 0; i < Simd::kLanes; ++i) row[i] = first + stride * Min(i, num_tokens - 1);
+  }
+  const uint8_t* row[Simd::kLanes];
+};
+
+// Reads kLanes token rows and hands them on as words, transposed: `use(word index, words)`.
+template <class Simd, class Use>
+PIKV_INLINE void ForEachWordOfTokens(const TokenRows<Simd>& tokens, int row_bytes, const Use& use) {
+  typename Simd::U words[4];
+  int at = 0;
+  for (; at + 16 <= row_bytes; at += 16) {
+    Simd::TransposeWords(tokens.row, at, words);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) use(at / 4 + i, words[i]);
+  }
+  if (at == row_bytes) return;
+  alignas(16) uint8_t rest[Simd::kLanes][16] = {};  // a full read might leave the allocation
+  const uint8_t* rest_rows[Simd::kLanes];
+  for (int i = 0; i < Simd::kLanes; ++i) {
+    std::memcpy(rest[i], tokens.row[i] + at, row_bytes - at);
+    rest_rows[i] = rest[i];
+  }
+  Simd::TransposeWords(rest_rows, 0, words);
+  for (int i = 0; at + 4 * i < row_bytes; ++i) use(at / 4 + i, words[i]);
+}
+
+// Asks for the token rows of the next block while those of this one are read: pages are scattered,
+// so the hardware cannot foresee where the next one lies.
+PIKV_INLINE void Prefetch(const uint8_t* begin, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at, 0, 2);
+}
+
+// c[rows, places] = a * b, where each word of A meets kLanes words of B. Works for all operands
+// whose MulAdd takes vectors. The tile of kRows x kBlocks accumulators stays in registers.
+template <class Operand, int kRows, int kBlocks>
+PIKV_INLINE void MultiplyTile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int num_groups,
+                              float* c, int64_t c_stride, bool add) {
+  using Simd = typename Operand::Simd;
+  using Sum = typename Operand::Sum;
+  constexpr int kLanes = Simd::kLanes;
+  Sum sum[kRows][kBlocks];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kBlocks; ++n) {
+      sum[r][n] = add ? Load<Sum>(c + r * c_stride + n * kLanes) : Sum{};
+    }
+  }
+  for (int k = 0; k < num_groups; ++k) {
+    typename Simd::U words[kBlocks];
+#pragma GCC unroll 8
+    for (int n = 0; n < kBlocks; ++n) {
+      words[n] = Load<typename Simd::U>(b + (int64_t{n} * num_groups + k) * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kBlocks; ++n) {
+        sum[r][n] = Operand::MulAdd(a[r * a_stride + k], words[n], sum[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kBlocks; ++n) Store(c + r * c_stride + n * kLanes, sum[r][n]);
+  }
+}
+
+template <class Operand, int kRows>
+void MultiplyRows(const uint32_t* a, int64_t a_stride, const uint32_t* b, int num_groups,
+                  int num_blocks, float* c, int64_t c_stride, bool add) {
+  constexpr int kLanes = Operand::Simd::kLanes;
+  constexpr int kBlocks = Operand::kTileBlocks;
+  int n = 0;
+  const auto at = [&](int block) { return b + int64_t{block} * num_groups * kLanes; };
+  for (; n + kBlocks <= num_blocks; n += kBlocks) {
+    MultiplyTile<Operand, kRows, kBlocks>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride,
+                                          add);
+  }
+  for (; n < num_blocks; ++n) {
+    MultiplyTile<Operand, kRows, 1>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride, add);
+  }
+}
+
+template <class Operand>
+void MultiplyWithVectors(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
+                         int num_groups, int num_blocks, float* c, int64_t c_stride, bool add) {
+  int r = 0;
+  const auto multiply = [&](auto rows) {
+    MultiplyRows<Operand, decltype(rows)::value>(a + r * a_stride, a_stride, b, num_groups,
+                                                 num_blocks, c + r * c_stride, c_stride, add);
+    r += decltype(rows)::value;
+  };
+  while (r + 4 <= num_rows) multiply(Constant<4>{});
+  while (r + 2 <= num_rows) multiply(Constant<2>{});
+  if (r < num_rows) multiply(Constant<1>{});
+}
+
+// A and B in float32, for any element and head size.
+template <class SimdType, Element kElement>
+struct FloatOperand {
+  using Simd = SimdType;
+  using F = typename Simd::F;
+  using U = typename Simd::U;
+  using Sum = F;
+  using Code = Codec<kElement>;
+  static constexpr int kLanes = Simd::kLanes;
+  static constexpr int kGroup = 1;        // k per word
+  static constexpr int kGroupMultiple = 1;  // the words of a row of A are a multiple of this
+  static constexpr int kTileBlocks = Simd::kTileBlocks;
+  static constexpr float kUnit = kElement == Element::kFp8 ? 256.0f : 1.0f;  // see Expand
+
+  static int QueryDigits(Dtype) { return 1; }
+  static int WeightDigits(Dtype) { return 1; }
+  static void Begin(int) {}
+  static void End() {}
+
+  static int NumPlaces(int head_dim) {
+    return RoundUp(Code::RowWords(head_dim), kLanes) * Code::kPerWord;
+  }
+  static int Channel(int head_dim, int place) {
+    const int block = place / kLanes;
+    const int word = block / Code::kPerWord * kLanes + place % kLanes;
+    return Code::Channel(head_dim, word, block % Code::kPerWord);
+  }
+
+  static void PackKeys(const KvBlock& kv, int first, int num, int head_dim, int, uint32_t* b) {
+    const int row_bytes = Code::RowBytes(head_dim);
+    for (int token = 0; token < num; token += kLanes, b += head_dim * kLanes) {
+      const TokenRows<Simd> rows(kv.keys + (first + token) * kv.key_stride, kv.key_stride,
+                                 num - token);
+      ForEachWordOfTokens<Simd>(rows, row_bytes, [&](int word, U words) {
+#pragma GCC unroll 16
+        for (int j = 0; j < Code::kPerWord; ++j) {
+          const int channel = Code::Channel(head_dim, word, j);
+          if (channel >= 0) Store(b + channel * kLanes, Expand<Simd, kElement>(words, j));
+        }
+      });
+    }
+  }
+
+  // Words of a token row side by side, so their j-th elements are channels kPerWord apart.
+  static void PackValues(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
+                         uint32_t* b) {
+    const int row_bytes = Code::RowBytes(head_dim);
+    for (int token = 0; token < num; ++token) {
+      const uint8_t* row = kv.values + (first + token) * kv.value_stride;
+      uint32_t* to = b + token * kLanes;
+      for (int at = 0; at < row_bytes; at += 4 * kLanes) {
+        const U words = Simd::LoadBytes(row + at, row_bytes - at);
+#pragma GCC unroll 16
+        for (int j = 0; j < Code::kPerWord; ++j, to += num_groups * kLanes) {
+          Store(to, Expand<Simd, kElement>(words, j));
+        }
+      }
+    }
+  }
+
+  static PIKV_INLINE F MulAdd(uint32_t a, U b, F sum) { return sum + BitCast<float>(a) * (F)b; }
+
+  static void Multiply(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
+                       int num_groups, int num_blocks, float* c, int64_t c_stride, bool add) {
+    MultiplyWithVectors<FloatOperand>(a, a_stride, num_rows, b, num_groups, num_blocks, c, c_stride,
+                                      add);
+  }
+
+  // Writes x[0, n) as A's digits, rows a_stride words apart; returns the value of one unit of C.
+  static float Split(const float* x, int n, float, int, uint32_t* a, int64_t) {
+    std::memcpy(a, x, n * sizeof(float));
+    return 1.0f;
+  }
+  static PIKV_INLINE F Combine(const float* c, int64_t, int) { return Load<F>(c); }
+};
+
+// Attends one task. Memory for one thread is carved from its scratch at the start.
+template <class Operand>
+class Attention {
+  using Simd = typename Operand::Simd;
+  using F = typename Simd::F;
+  using I = typename Simd::I;
+  using Code = typename Operand::Code;
+  static constexpr int kLanes = Simd::kLanes;
+  static constexpr int kChunk = 64;  // tokens that are packed at a time
+  static constexpr float kLog2E = 1.44269504088896340736f;
+
+ public:
+  static void Attend(const AttendTask& task) { Attention(task).Run(); }
+
+ private:
+  explicit Attention(const AttendTask& task)
+      : task_(task),
+        head_dim_(task.head_dim),
+        num_rows_(task.num_rows),
+        num_heads_(task.end_head - task.first_head),
+        query_digits_(Operand::QueryDigits(task.dtype)),
+        weight_digits_(Operand::WeightDigits(task.dtype)),
+        key_groups_(RoundUp((head_dim_ + Operand::kGroup - 1) / Operand::kGroup,
+                            Operand::kGroupMultiple)),
+        places_(Operand::NumPlaces(head_dim_)),
+        padded_dim_(key_groups_ * Operand::kGroup > RoundUp(head_dim_, kLanes)
+                        ? key_groups_ * Operand::kGroup
+                        : RoundUp(head_dim_, kLanes)),
+        padded_tokens_(RoundUp(task.max_tokens, kChunk)),
+        weight_groups_(padded_tokens_ / Operand::kGroup) {
+    int64_t bytes = 0;
+    Carve(nullptr, &bytes);
+    uint8_t* memory = ThreadScratch(bytes);
+    bytes = 0;
+    Carve(memory, &bytes);
+    std::memset(folded_, 0, padded_dim_ * sizeof(float));  // A's padding must be zero
+  }
+
+  // Sets the pointers into `memory` and counts what they need.
+  void Carve(uint8_t* memory, int64_t* bytes) {
+    const auto take = [&](auto*& pointer, int64_t count) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + *bytes);
+      *bytes += RoundUp<int64_t>(count * sizeof(*pointer), 64);
+    };
+    // The tiles of a matrix instruction reach up to kMaxTileRows - 1 rows beyond the last.
+    const int64_t a_rows = int64_t{num_rows_} * Max(query_digits_, weight_digits_) + 15;
+    take(query_, int64_t{num_heads_} * num_rows_ * padded_dim_);
+    take(query_steps_, int64_t{num_heads_} * num_rows_);
+    take(folded_, padded_dim_);
+    take(key_scales_, padded_dim_);
+    take(key_minima_, padded_dim_);
+    take(value_scales_, padded_tokens_);
+    take(value_minima_, padded_tokens_);
+    take(row_factors_, 2 * num_rows_);
+    take(query_digits_rows_, (Code::kScales ? 1 : num_heads_) * a_rows * key_groups_);
+    take(scores_, int64_t{num_rows_} * padded_tokens_);
+    take(weight_digits_rows_, a_rows * weight_groups_);
+    take(c_, a_rows * Max(padded_tokens_, places_));
+    take(b_, Max(int64_t{kChunk} * key_groups_, int64_t{places_} * (kChunk / Operand::kGroup)));
+  }
+
+  void Run() {
+    Operand::Begin(num_rows_ * Max(query_digits_, weight_digits_));
+    for (int head = 0; head < num_heads_; ++head) StartHead(head);
+    int64_t index = task_.first_block - 1;
+    int head = num_heads_ - 1;
+    KvBlock block, next;
+    // The unit after (index, head) that is no hole; all heads of a page, then the next page.
+    const auto advance = [&](KvBlock* to) {
+      do {
+        if (++head == num_heads_) {
+          head = 0;
+          if (++index == task_.end_block) return false;
+        }
+      } while (!task_.blocks->Get(index, task_.first_head + head, to));
+      return true;
+    };
+    for (bool more = advance(&next); more;) {
+      block = next;
+      const int block_head = head;
+      const int64_t block_index = index;
+      more = advance(&next);
+      AttendBlock(block, more ? &next : nullptr, block_head, block_index);
+    }
+    Operand::End();
+  }
+
+  float* State(int head, int row) {
+    return task_.state + (int64_t{head} * num_rows_ + row) * StateStride(places_);
+  }
+
+  void StartHead(int head) {
+    for (int m = 0; m < num_rows_; ++m) {
+      float* state = State(head, m);
+      std::memset(state, 0, StateStride(places_) * sizeof(float));
+      state[places_ + kPeak] = kMinusInfinity;
+      float* query = query_ + (int64_t{head} * num_rows_ + m) * padded_dim_;
+      LoadQuery(head, m, query);
+      if constexpr (!Code::kScales) {
+        query_steps_[head * num_rows_ + m] = SplitQuery(query, 0, head, m);
+      }
+    }
+  }
+
+  void LoadQuery(int head, int row, float* to) {
+    const int64_t at =
+        row / task_.group * task_.query_stride +
+        ((task_.first_head + head) * int64_t{task_.group} + row % task_.group) *
+            task_.query_head_stride;
+    if (task_.dtype == Dtype::kFloat32) {
+      std::memcpy(to, static_cast<const float*>(task_.query) + at, head_dim_ * sizeof(float));
+    } else {
+      const uint16_t* from = static_cast<const uint16_t*>(task_.query) + at;
+      if (task_.dtype == Dtype::kFloat16) {
+        LoadHalves(from, head_dim_, to);
+      } else {
+        for (int d = 0; d < head_dim_; ++d) to[d] = BitCast<float>(uint32_t{from[d]} << 16);
+      }
+    }
+    for (int d = head_dim_; d < padded_dim_; ++d) to[d] = 0.0f;
+  }
+
+  // n float16 as float; fills up to a multiple of kLanes with zeros.
+  static void LoadHalves(const uint16_t* from, int n, float* to) {
+    for (int i = 0; i < n; i += kLanes) Store(to + i, Simd::LoadHalves(from + i, n - i));
+  }
+
+  uint32_t* QueryDigits(int head, int row) {
+    const int64_t a_rows = int64_t{num_rows_} * Max(query_digits_, weight_digits_) + 15;
+    return query_digits_rows_ + ((Code::kScales ? 0 : head) * a_rows + row * query_digits_) *
+                                    key_groups_;
+  }
+
+  float SplitQuery(const float* query, float peak, int head, int row) {
+    return Operand::Split(query, key_groups_ * Operand::kGroup, peak, query_digits_,
+                          QueryDigits(head, row), key_groups_);
+  }
+
+  void AttendBlock(const KvBlock& kv, const KvBlock* next, int head, int64_t index) {
+    const int visible = Visible(index, num_rows_ - 1);
+    const int num_tokens = Min(kv.num_tokens, visible);
+    if (num_tokens <= 0) return;
+    Scores(kv, next, num_tokens, head);
+    if (!task_.keys_only && Code::kScales) {
+      LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
+      if (Code::kMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
+    }
+    for (int m = 0; m < num_rows_; ++m) {
+      Weights(Min(num_tokens, Visible(index, m)), num_tokens, head, m, index);
+    }
+    if (!task_.keys_only) Accumulate(kv, next, num_tokens, head);
+  }
+
+  // How many of a block's tokens a row sees, at least 0 and possibly more than there are.
+  int Visible(int64_t index, int row) const {
+    if (task_.first_limit < 0) return task_.max_tokens;
+    const int64_t limit = task_.first_limit + row / task_.group - index * task_.max_tokens;
+    return static_cast<int>(Min<int64_t>(Max<int64_t>(limit, 0), task_.max_tokens));
+  }
+
+  // c = the query's products with the keys; row_factors = what turns them into scores (log2).
+  void Scores(const KvBlock& kv, const KvBlock* next, int num_tokens, int head) {
+    const float scale = task_.scale * kLog2E;
+    if (Code::kScales) {
+      LoadHalves(kv.key_scales, head_dim_, key_scales_);
+      if (Code::kMinima) LoadHalves(kv.key_minima, head_dim_, key_minima_);
+    }
+    for (int m = 0; m < num_rows_; ++m) {
+      float* factors = row_factors_ + 2 * m;
+      factors[1] = 0.0f;
+      if (Code::kScales) {
+        factors[0] = FoldQuery(head, m, &factors[1]) * Operand::kUnit * scale;
+        factors[1] *= scale;
+      } else {
+        factors[0] = query_steps_[head * num_rows_ + m] * scale;
+      }
+    }
+    for (int first = 0; first < num_tokens; first += kChunk) {
+      const int num = Min(kChunk, num_tokens - first);
+      if (next != nullptr) {
+        Prefetch(next->keys + first * next->key_stride, num * int64_t{Code::RowBytes(head_dim_)});
+      }
+      Operand::PackKeys(kv, first, num, head_dim_, key_groups_, b_);
+      Operand::Multiply(QueryDigits(head, 0), key_groups_, num_rows_ * query_digits_, b_,
+                        key_groups_, (num + kLanes - 1) / kLanes, c_ + first, padded_tokens_,
+                        false);
+    }
+  }
+
+  // A = query * key scales; *offset = query . key minima. Returns the value of a unit of C.
+  float FoldQuery(int head, int row, float* offset) {
+    const float* query = query_ + (int64_t{head} * num_rows_ + row) * padded_dim_;
+    F sum{}, peak{};
+    for (int d = 0; d < head_dim_; d += kLanes) {
+      const F q = Load<F>(query + d);
+      const F folded = q * Load<F>(key_scales_ + d);
+      Store(folded_ + d, folded);
+      if (Operand::kGroup > 1) peak = Simd::Max(peak, Simd::Abs(folded));
+      if (Code::kMinima) sum = sum + q * Load<F>(key_minima_ + d);
+    }
+    if (Code::kMinima) *offset = Simd::ReduceAdd(sum);
+    return SplitQuery(folded_, Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f, head, row);
+  }
+
+  // Turns a row of products into weights relative to the block's largest score, and notes in
+  // row_factors what the accumulators (0) and the block's contribution (1) must be scaled by.
+  void Weights(int visible, int num_tokens, int head, int row, int64_t index) {
+    float* weights = scores_ + int64_t{row} * padded_tokens_;
+    const float* c = c_ + int64_t{row} * query_digits_ * padded_tokens_;
+    float* factors = row_factors_ + 2 * row;
+    const int end = RoundUp(num_tokens, kChunk);
+    uint32_t* digits = weight_digits_rows_ + int64_t{row} * weight_digits_ * weight_groups_;
+    if (visible <= 0) {
+      std::memset(digits, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
+      factors[0] = 1.0f;
+      factors[1] = 0.0f;
+      return;
+    }
+
+    F peaks = F{} + kMinusInfinity;
+    for (int t = 0; t < visible; t += kLanes) {
+      F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
+      if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
+      Store(weights + t, score);
+      peaks = Simd::Max(peaks, score);
+    }
+    const float peak = Simd::ReduceMax(peaks);
+
+    F sums{}, minima{}, largest{};
+    int t = 0;
+    for (; t < visible; t += kLanes) {
+      F weight = Exp2<Simd>(Load<F>(weights + t) - peak);
+      sums = sums + weight;
+      if (Code::kMinima) minima = minima + weight * Load<F>(value_minima_ + t);
+      if (Code::kScales) weight = weight * Load<F>(value_scales_ + t);
+      if (Code::kScales && Operand::kGroup > 1) largest = Simd::Max(largest, weight);
+      Store(weights + t, weight);
+    }
+    for (; t < end; t += kLanes) Store(weights + t, F{});
+    const float sum = Simd::ReduceAdd(sums);
+
+    if (task_.page_lse != nullptr) {
+      const float lse = (peak + __builtin_log2f(sum)) * (1.0f / kLog2E);
+      task_.page_lse[row / task_.group * task_.page_lse_stride +
+                     ((task_.first_head + head) * task_.group + row % task_.group) *
+                         task_.page_lse_head_stride +
+                     index] = lse;
+    }
+    if (task_.keys_only) return;
+
+    float* state = State(head, row) + places_;
+    const float old_peak = state[kPeak];
+    const bool grew = peak > old_peak;
+    const float ratio = __builtin_exp2f(grew ? old_peak - peak : peak - old_peak);
+    const float keep = grew ? ratio : 1.0f;
+    const float take = grew ? 1.0f : ratio;
+    if (grew) state[kPeak] = peak;
+    state[kSum] = state[kSum] * keep + sum * take;
+    if (Code::kMinima) state[kMinima] = state[kMinima] * keep + Simd::ReduceAdd(minima) * take;
+    const float step =
+        Operand::Split(weights, end, Code::kScales ? Simd::ReduceMax(largest) : 1.0f,
+                       weight_digits_, digits, weight_groups_);
+    factors[0] = keep;
+    factors[1] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
+  }
+
+  void Accumulate(const KvBlock& kv, const KvBlock* next, int num_tokens, int head) {
+    constexpr int kGroups = kChunk / Operand::kGroup;
+    for (int first = 0; first < num_tokens; first += kChunk) {
+      const int num = Min(kChunk, num_tokens - first);
+      if (next != nullptr) {
+        Prefetch(next->values + first * next->value_stride,
+                 num * int64_t{Code::RowBytes(head_dim_)});
+      }
+      const int groups = Operand::kGroupMultiple > 1 ? kGroups : num;
+      Operand::PackValues(kv, first, num, head_dim_, groups, b_);
+      Operand::Multiply(weight_digits_rows_ + first / Operand::kGroup, weight_groups_,
+                        num_rows_ * weight_digits_, b_, groups, places_ / kLanes, c_, places_,
+                        first > 0);
+    }
+    for (int m = 0; m < num_rows_; ++m) {
+      float* state = State(head, m);
+      const float* c = c_ + int64_t{m} * weight_digits_ * places_;
+      const float keep = row_factors_[2 * m], take = row_factors_[2 * m + 1];
+      for (int n = 0; n < places_; n += kLanes) {
+        const F taken = Operand::Combine(c + n, places_, weight_digits_) * take;
+        Store(state + n, Load<F>(state + n) * keep + taken);
+      }
+    }
+  }
+
+  const AttendTask& task_;
+  const int head_dim_, num_rows_, num_heads_, query_digits_, weight_digits_;
+  const int key_groups_;  // words of a row of A, for the scores
+  const int places_, padded_dim_, padded_tokens_;
+  const int weight_groups_;  // words of a row of A, for the output
+
+  float* query_;        // [heads, rows, padded_dim]
+  float* query_steps_;  // [heads, rows], of elements without scales
+  float* folded_;       // [padded_dim]
+  float *key_scales_, *key_minima_;      // [padded_dim]
+  float *value_scales_, *value_minima_;  // [padded_tokens]
+  float* row_factors_;                   // [rows, 2]
+  float* scores_;                        // [rows, padded_tokens]
+  uint32_t* query_digits_rows_;   // A of the scores: [heads or 1, rows * digits, key_groups]
+  uint32_t* weight_digits_rows_;  // A of the output: [rows * digits, weight_groups]
+  uint32_t* b_;
+  float* c_;  // [rows * digits, padded_tokens or places], floats or integers
+};
+
+template <class Operand>
+const AttentionKernel& KernelOf() {
+  static constexpr AttentionKernel kernel = {&Attention<Operand>::Attend, &Operand::NumPlaces,
+                                             &Operand::Channel};
+  return kernel;
+}
+
+// The kernel of an element for operands that take any: `Operand<Simd, element>`.
+template <class Simd>
+const AttentionKernel& FloatKernelOf(Element element) {
+  switch (element) {
+    case Element::kFloat32:
+      return KernelOf<FloatOperand<Simd, Element::kFloat32>>();
+    case Element::kBFloat16:
+      return KernelOf<FloatOperand<Simd, Element::kBFloat16>>();
+    case Element::kFloat16:
+      return KernelOf<FloatOperand<Simd, Element::kFloat16>>();
+    case Element::kFp8:
+      return KernelOf<FloatOperand<Simd, Element::kFp8>>();
+    case Element::kInt8:
+      return KernelOf<FloatOperand<Simd, Element::kInt8>>();
+    case Element::kInt4:
+      return KernelOf<FloatOperand<Simd, Element::kInt4>>();
+    case Element::kInt2:
+      break;
+  }
+  return KernelOf<FloatOperand<Simd, Element::kInt2>>();
+}
+
+}  // namespace
+}  // namespace pikv_ds
