@@ -21,8 +21,9 @@ from pikv_ds.bench.timing import Contender
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # enum ggml_type
 TYPES = {"f16": (F16, 16), "q8_0": (Q8_0, 8.5), "q4_0": (Q4_0, 4.5)}
 """ggml's number of a type, and its bits per element with the scales of its blocks of 32."""
-SPACE = 1 << 20
-"""Bytes for the nodes of a graph; keys and values come on top."""
+SPACE = 64 << 20
+"""Bytes of address space for a graph's nodes and for the work buffer that each computation takes out
+of the same memory and never gives back; keys and values come on top."""
 
 
 class _InitParams(ctypes.Structure):
