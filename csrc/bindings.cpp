@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "cpu/isa.h"
 #include "launch.h"
 
 #if defined(PIKV_WITH_CUDA)
@@ -504,7 +505,14 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
 
 // `import pikv_ds._C` loads this library, and loading it registers the ops above. The Python module
 // itself is empty.
+static PyObject* CpuIsa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(pikv_ds::CpuIsa());
+}
+
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  static PyMethodDef methods[] = {
+      {"cpu_isa", CpuIsa, METH_NOARGS, "Instruction set that the CPU kernels use."},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);
 }

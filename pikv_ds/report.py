@@ -30,9 +30,9 @@ def _cpu_isa() -> str | None:
     """Instruction set that the compiled CPU ops use, None without them."""
     if why_missing("cpp", "cpu"):
         return None
-    from pikv_ds.ops import cpp_ops
+    from pikv_ds import _C
 
-    return cpp_ops.cpu_isa()
+    return _C.cpu_isa()
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
