@@ -56,16 +56,17 @@ def _load_elements(
     x = tl.load(at, mask=mask[:, None] & (column < D // PARTS)[None, :], other=0)
     if BITS >= 16:
         return x.to(DOT)
-    if FP8:
+    elif FP8:
         # Exponent and mantissa moved into a half's places: exact, subnormals included, but for the exponents' biases.
         return (((x.to(tl.int8, bitcast=True).to(tl.int16) << 8) >> 1) & -16385).to(tl.float16, bitcast=True).to(DOT)
-    if BITS == 8:
+    elif BITS == 8:
         return _halves(x, 128).to(DOT)
-    if BITS == 4:
+    elif BITS == 4:
         return tl.interleave(_halves(x & 15, 8), _halves(x >> 4, 8)).to(DOT)
-    even = tl.interleave(_halves(x & 3, 2), _halves((x >> 4) & 3, 2))  # parts 0 and 2
-    odd = tl.interleave(_halves((x >> 2) & 3, 2), _halves(x >> 6, 2))  # parts 1 and 3
-    return tl.interleave(even, odd).to(DOT)
+    else:
+        even = tl.interleave(_halves(x & 3, 2), _halves((x >> 4) & 3, 2))  # parts 0 and 2
+        odd = tl.interleave(_halves((x >> 2) & 3, 2), _halves(x >> 6, 2))  # parts 1 and 3
+        return tl.interleave(even, odd).to(DOT)
 
 
 @triton.jit

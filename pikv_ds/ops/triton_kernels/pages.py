@@ -91,17 +91,18 @@ def _codes_of(x, low, high, BITS: tl.constexpr, FP8: tl.constexpr):
         scaled = tl.div_rn(x, tl.where(scale > 0, scale, 1.0))
         scaled = tl.where(scale > 0, tl.minimum(tl.maximum(scaled, -448.0), 448.0), 0.0)
         return _to_e4m3(scaled), half, half
-    levels: tl.constexpr = 2**BITS - 1
-    half = low.to(tl.float16)
-    half = tl.where(half.to(tl.float32) > low, _next_below(half), half)
-    minimum = half.to(tl.float32)
-    spread = tl.maximum(high - minimum, 0.0)
-    step = tl.div_rn(spread, levels * 1.0).to(tl.float16)
-    scale = step.to(tl.float32)
-    ratio = tl.div_rn(x - minimum, tl.where(scale > 0, scale, 1.0))
-    ratio = tl.where(scale > 0, tl.minimum(tl.maximum(ratio, 0.0), levels), 0.0)
-    # Adding 2^23 rounds to an integer, half to even, and leaves it in the low bits.
-    return (ratio + 8388608.0).to(tl.uint32, bitcast=True) & 0xFF, step, half
+    else:
+        levels: tl.constexpr = 2**BITS - 1
+        half = low.to(tl.float16)
+        half = tl.where(half.to(tl.float32) > low, _next_below(half), half)
+        minimum = half.to(tl.float32)
+        spread = tl.maximum(high - minimum, 0.0)
+        step = tl.div_rn(spread, levels * 1.0).to(tl.float16)
+        scale = step.to(tl.float32)
+        ratio = tl.div_rn(x - minimum, tl.where(scale > 0, scale, 1.0))
+        ratio = tl.where(scale > 0, tl.minimum(tl.maximum(ratio, 0.0), levels), 0.0)
+        # Adding 2^23 rounds to an integer, half to even, and leaves it in the low bits.
+        return (ratio + 8388608.0).to(tl.uint32, bitcast=True) & 0xFF, step, half
 
 
 @triton.jit
