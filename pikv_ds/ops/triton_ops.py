@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pikv_ds.layout import PLAIN, PageLayout
+from pikv_ds.ops.state import UtilityState
 from pikv_ds.ops.triton_kernels.attention import (
     compact_kernel,
     merge_kernel,
@@ -25,6 +26,13 @@ from pikv_ds.ops.triton_kernels.attention import (
     plain_attention_kernel,
 )
 from pikv_ds.ops.triton_kernels.pages import gather_kernel, seal_kernel
+from pikv_ds.ops.triton_kernels.scheduling import (
+    NOBODY,
+    page_scores_kernel,
+    select_kernel,
+    update_kernel,
+    utility_kernel,
+)
 from pikv_ds.slabs import Slabs
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -47,6 +55,10 @@ def supported(device_type: str) -> frozenset[str]:
             "context_attention",
             "tail_attention",
             "merge_partials",
+            "page_scores",
+            "select_pages",
+            "update_utility",
+            "choose_victims",
         )
     )
 
@@ -171,10 +183,8 @@ def _attend_pages(
         table, counts = slots, filled
 
     dot = _dot_type(query.dtype, layout)
-    block_d = max(16, triton.next_power_of_2(d))
-    # 64 rows and more go to Hopper's larger matrix instruction; the accumulator takes BLOCK_M * BLOCK_D registers.
-    block_m = min(max(16, triton.next_power_of_2(queries * group)), 128 if block_d <= 128 else 64)
-    tile = min(max(16, layout.page_size), 64 if block_d <= 128 and dot != tl.float32 else 32)
+    block_m, block_d, tile, options = _blocks(queries * group, d, dot, scaled=layout.scale_rows > 0)
+    tile = min(max(16, layout.page_size), tile)  # a matrix product takes 16 and more
     blocks = triton.cdiv(queries * group, block_m)
     min_pages = triton.cdiv(_MIN_SPLIT_TOKENS, layout.page_size)
     splits = 1
@@ -213,8 +223,7 @@ def _attend_pages(
         BLOCK_D=block_d,
         TILE=tile,
         MIN_PAGES=min_pages,
-        STAGES=2 if dot == tl.float32 else 3,
-        num_warps=8 if block_m * block_d > 8192 else 4,
+        **options,
     )
     if outs is not out:
         assert out is not None
@@ -267,8 +276,7 @@ def _attend_plain(
     batch, k, n, _ = keys.shape
     group, queries = num_heads // k, rows // batch
     dot = _product_type(query.dtype) if query.dtype == keys.dtype == values.dtype else tl.float32
-    block_d = max(16, triton.next_power_of_2(d))
-    block_m = min(max(16, triton.next_power_of_2(queries * group)), 128 if block_d <= 128 else 64)
+    block_m, block_d, tile, options = _blocks(queries * group, d, dot, scaled=False)
     plain_attention_kernel[(triton.cdiv(queries * group, block_m), k, batch)](
         query,
         keys,
@@ -290,9 +298,8 @@ def _attend_plain(
         DOT=dot,
         BLOCK_M=block_m,
         BLOCK_D=block_d,
-        TILE=64 if block_d <= 128 and dot != tl.float32 else 32,
-        STAGES=2 if dot == tl.float32 else 3,
-        num_warps=8 if block_m * block_d > 8192 else 4,
+        TILE=tile,
+        **options,
     )
 
 
@@ -318,6 +325,78 @@ def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None
     )
 
 
+def page_scores(
+    query: Tensor, summary_slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, out: Tensor
+) -> None:
+    if out.numel() == 0:
+        return
+    assert query.is_contiguous()
+    assert table.is_contiguous()
+    assert out.is_contiguous()
+    rows, num_heads, d = query.shape
+    k, width = layout.num_kv_heads, table.shape[1]
+    block_d = max(16, triton.next_power_of_2(d))
+    pages = 32 if block_d <= 128 else 16
+    page_scores_kernel[(triton.cdiv(width, pages), k, rows)](
+        query,
+        summary_slabs.pointers,
+        table,
+        counts,
+        out,
+        summary_slabs.slab_rows,
+        width,
+        ROW_BYTES=summary_slabs.row_bytes,
+        K=k,
+        GROUP=num_heads // k,
+        D=d,
+        STORED=_TYPES[layout.dtype],
+        DOT=_product_type(query.dtype) if query.dtype == layout.dtype else tl.float32,
+        BLOCK_G=max(16, triton.next_power_of_2(num_heads // k)),
+        BLOCK_D=block_d,
+        PAGES=pages,
+    )
+
+
+def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor) -> None:
+    if out.numel() == 0:
+        return
+    assert all(x.is_contiguous() for x in (table, scores, pinned, out))
+    rows, k, width = scores.shape
+    block = min(4096, max(16, triton.next_power_of_2(width)))
+    select_kernel[(rows * k,)](
+        table, counts, scores, pinned, budget, out, width, K=k, BLOCK=block, num_warps=8 if block > 1024 else 4
+    )
+
+
+def update_utility(slots: Tensor, mass: Tensor, step: int, decay: float, state: UtilityState) -> None:
+    n, block = len(slots), 256
+    if n == 0:
+        return
+    update_kernel[(triton.cdiv(n, block),)](
+        slots, mass, state.mass, state.last_step, state.visits, n, step, decay, _log2(decay), BLOCK=block
+    )
+
+
+def choose_victims(
+    state: UtilityState, evictable: Tensor, step: int, decay: float, weights: tuple[float, float, float], out: Tensor
+) -> None:
+    n, block = len(evictable), 256
+    out.zero_()
+    if n == 0 or len(out) == 0:
+        return
+    keys = torch.empty(n, dtype=torch.int64, device=evictable.device)
+    utility_kernel[(triton.cdiv(n, block),)](
+        state.mass, state.last_step, state.visits, evictable, keys, n, step, _log2(decay), *weights, BLOCK=block
+    )
+    lowest = keys.topk(min(n, len(out)), largest=False, sorted=True).values  # no two keys are equal: no ties
+    slots = torch.where(lowest == NOBODY.value, 0, lowest & 0xFFFFFFFF)
+    out[: len(slots)] = slots.to(out.dtype)
+
+
+def _log2(decay: float) -> float:
+    return math.log2(decay) if decay > 0 else -math.inf
+
+
 def _parts(layout: PageLayout) -> tuple[int, int]:
     """Channels that share a byte, and how far they are apart."""
     parts = max(1, 8 // layout.bits)
@@ -335,6 +414,20 @@ def _page_constants(layout: PageLayout) -> dict[str, Any]:
         "VALUE_SCALES": layout.value_scale_offset,
         "PAGE_BYTES": layout.page_bytes,
     }
+
+
+def _blocks(num_rows: int, head_dim: int, dot: tl.dtype, scaled: bool) -> tuple[int, int, int, dict[str, int]]:
+    """Rows, channels and tokens of an attention kernel's tiles, its stages and warps.
+
+    64 rows and more go to the larger matrix instructions of Hopper and Blackwell. Queries that take in
+    scales are kept in float32 beside the accumulator, so they get half the rows.
+    """
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    most = (128 if block_d <= 128 else 64) // (2 if scaled or dot == tl.float32 else 1)
+    block_m = min(max(16, triton.next_power_of_2(num_rows)), most)
+    tile = 64 if block_d <= 128 and dot != tl.float32 else 32
+    wide = block_m * block_d > (4096 if scaled else 8192)
+    return block_m, block_d, tile, {"STAGES": 2 if dot == tl.float32 else 3, "num_warps": 8 if wide else 4}
 
 
 def _dot_type(query: torch.dtype, layout: PageLayout) -> tl.dtype:

@@ -363,6 +363,7 @@ def merge_kernel(
         p = start + tl.arange(0, BLOCK_P)
         at = p.to(tl.int64) * num_rows + row
         weights = tl.exp(tl.load(lses + at, mask=p < num_partials, other=float("-inf")) - peak)
+        weights = tl.where(p < num_partials, weights, 0.0)
         read = weights != 0  # a partial of no weight is not read; NaN is: it has to show
         part = tl.load(outs + at[:, None] * D + d[None, :], mask=read[:, None] & (d < D)[None, :], other=0.0)
         total += tl.sum(part * weights[:, None], 0)
