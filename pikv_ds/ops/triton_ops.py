@@ -420,14 +420,17 @@ def _blocks(num_rows: int, head_dim: int, dot: tl.dtype, scaled: bool) -> tuple[
     """Rows, channels and tokens of an attention kernel's tiles, its stages and warps.
 
     64 rows and more go to the larger matrix instructions of Hopper and Blackwell. Queries that take in
-    scales are kept in float32 beside the accumulator, so they get half the rows.
+    scales stay in float32 beside the accumulator, so those blocks are smaller, and have more warps.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
-    most = (128 if block_d <= 128 else 64) // (2 if scaled or dot == tl.float32 else 1)
-    block_m = min(max(16, triton.next_power_of_2(num_rows)), most)
-    tile = 64 if block_d <= 128 and dot != tl.float32 else 32
-    wide = block_m * block_d > (4096 if scaled else 8192)
-    return block_m, block_d, tile, {"STAGES": 2 if dot == tl.float32 else 3, "num_warps": 8 if wide else 4}
+    block_m = max(16, triton.next_power_of_2(num_rows))
+    if dot == tl.float32:  # no tensor cores: everything lies in registers
+        return min(block_m, 32), block_d, 16, {"STAGES": 2, "num_warps": 8}
+    block_m = min(block_m, (64 if scaled else 128) // (1 if block_d <= 128 else 2))
+    large = block_m * block_d > 8192
+    tile = 64 if block_d <= 128 and not (scaled and block_m > 32) else 32
+    warps = 8 if large or (scaled and block_m * block_d > 2048) else 4
+    return block_m, block_d, tile, {"STAGES": 2 if large else 3, "num_warps": warps}
 
 
 def _dot_type(query: torch.dtype, layout: PageLayout) -> tl.dtype:

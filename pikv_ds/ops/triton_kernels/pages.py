@@ -175,7 +175,7 @@ def seal_kernel(
             stored = tl.load(source + token[:, None, None] * key_stride_s + channel[None], mask=mask, other=0.0)
             x = stored.to(tl.float32)
             bad = tl.maximum(bad, tl.max(_is_bad(x)))
-            low, high = tl.min(x, 0), tl.max(x, 0)
+            low, high = tl.min(x, 0) + 0.0, tl.max(x, 0) + 0.0  # which of -0 and 0 is smaller is nobody's business
             if bounds is not None:
                 edge = bounds + n * bounds_stride + k * D + channel
                 tl.store(edge, low.to(stored.dtype), mask=inside)
@@ -208,8 +208,8 @@ def seal_kernel(
                 at = section.to(tl.pointer_type(stored.dtype)) + token[:, None, None] * D + channel[None]
                 tl.store(at, stored, mask=mask)
             else:
-                low = tl.min(tl.min(tl.where(mask, x, float("inf")), 2), 1)[:, None, None]
-                high = tl.max(tl.max(tl.where(mask, x, float("-inf")), 2), 1)[:, None, None]
+                low = tl.min(tl.min(tl.where(mask, x, float("inf")), 2), 1)[:, None, None] + 0.0
+                high = tl.max(tl.max(tl.where(mask, x, float("-inf")), 2), 1)[:, None, None] + 0.0
                 codes, scale, minimum = _codes_of(x, low, high, BITS, FP8)
                 _store_codes(section, codes, token, column, column[None, :] < PART, ROW, BITS, PARTS)
                 bad = tl.maximum(bad, tl.max(_is_bad(scale)))

@@ -112,17 +112,16 @@ def select_kernel(
     digit = tl.arange(0, 256)
     worst = tl.zeros((), tl.uint32)  # rank of the last page kept, from the highest bits down
     wanted = keep  # of the pages that agree with it
-    for step in tl.static_range(4):
-        SHIFT: tl.constexpr = 24 - 8 * step
+    for shift in tl.static_range(24, -1, -8):
         histogram = tl.zeros((256,), tl.int32)
         for start in range(0, count, BLOCK):
             rank, there = _rank(scores, pinned, start + tl.arange(0, BLOCK), count)
-            if step > 0:
-                there &= (rank >> (SHIFT + 8)) == (worst >> (SHIFT + 8))
-            histogram += tl.histogram(((rank >> SHIFT) & 255).to(tl.int32), 256, mask=there)
+            if shift < 24:
+                there &= (rank >> (shift + 8)) == (worst >> (shift + 8))
+            histogram += tl.histogram(((rank >> shift) & 255).to(tl.int32), 256, mask=there)
         above = tl.sum(histogram) - tl.cumsum(histogram, 0)  # pages of larger digits
         here = (above < wanted) & (above + histogram >= wanted)  # one digit, or none where none is wanted
-        worst |= tl.sum(tl.where(here, digit, 0)).to(tl.uint32) << SHIFT
+        worst |= tl.sum(tl.where(here, digit, 0)).to(tl.uint32) << shift
         wanted -= tl.sum(tl.where(here, above, 0))
 
     equal = 0  # pages of the worst rank so far
