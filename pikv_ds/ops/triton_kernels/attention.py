@@ -151,7 +151,8 @@ def paged_attention_kernel(
     # Half of an integer's range, which _load_elements takes off; what fp8 is divided by there.
     CENTER: tl.constexpr = 2 ** (BITS - 1) if SCALE_ROWS == 2 else 0
     UNIT: tl.constexpr = 256.0 if FP8 else 1.0
-    # Largest weight in a product: weights below 2^-14 would be subnormal in float16.
+    # float16 has the bits for scaled queries and weights, but not the range: they are taken relative to the
+    # largest scale, and up to this number, so that what is lost to underflow is below 2^-38 of it.
     TOP: tl.constexpr = 16384.0
 
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -164,12 +165,11 @@ def paged_attention_kernel(
     q = tl.load(q_at, mask=row_there[:, None] & (column < D)[None, :], other=0.0)
     row_scale = tl.full((BLOCK_M,), scale_log2, tl.float32)
     if SCALE_ROWS > 0:
-        # Queries times scales are rounded to float16, which has the bits but not the range: |q| <= 1 here.
-        q = q.to(tl.float32)
-        largest = tl.max(tl.abs(q), 1)
-        largest = tl.where(largest == 0, 1.0, largest)
-        q = q / largest[:, None]
-        row_scale *= largest
+        q = q.to(tl.float32)  # and divided by the largest of a row, for the same reason
+        norm = tl.max(tl.abs(q), 1)
+        norm = tl.where(norm == 0, 1.0, norm)
+        q = q / norm[:, None]
+        row_scale *= norm
     else:
         q = q.to(DOT)
 
@@ -201,7 +201,9 @@ def paged_attention_kernel(
             scales = (page + KEY_SCALES).to(tl.pointer_type(tl.float16)) + k * D + channel
             scale_there = (column < D) & (slot > 0)
             factor = tl.load(scales, mask=scale_there, other=0.0).to(tl.float32)
-            scores = tl.dot((q * factor[None, :]).to(DOT), tl.trans(x), input_precision="ieee") * UNIT
+            largest = tl.maximum(tl.max(factor), LEAST_HALF)
+            scores = tl.dot((q * (factor * (TOP / largest))[None, :]).to(DOT), tl.trans(x), input_precision="ieee")
+            scores *= largest * (UNIT / TOP)
             if SCALE_ROWS == 2:
                 middle = tl.load(scales + K * D, mask=scale_there, other=0.0).to(tl.float32) + CENTER * factor
                 scores += tl.sum(q * middle[None, :], 1)[:, None]
