@@ -41,6 +41,7 @@ HUGE = 2**30  # a table entry that nobody may follow
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the ops run on the GPU itself")
 def test_the_ops_interpreted() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
@@ -234,8 +235,10 @@ def check(case: Case, ops: Ops) -> None:
 
 
 @runs
-@pytest.mark.parametrize("element", ELEMENTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("element", "dtype"),
+    [(e, d) for e in ELEMENTS for d in DTYPES if d != torch.bfloat16 or e in ("none", "int4")],  # interpreting is slow
+)
 def test_decode_attention_of_every_element(ops: Ops, element: str, dtype: torch.dtype) -> None:
     check(Case.random(element, dtype, 2, 3, 64, 32, queries=2), ops)  # 12 pages of 32 tokens: several splits
 
@@ -389,7 +392,7 @@ def test_page_scores(ops: Ops, dtype: torch.dtype, kv_heads: int, group: int, he
 
 
 @runs
-@pytest.mark.parametrize("width", [*range(1, 20), 70, 5000])
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 16, 70, 5000])
 def test_select_pages_chooses_as_the_reference_does(ops: Ops, width: int) -> None:
     rng, rows, heads = generator(width), 3, 2
     scores = torch.randint(-3, 4, (rows, heads, width), generator=rng).float()  # many ties
@@ -499,11 +502,12 @@ DECODE = [
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_decode_attention_compiles_without_spilling(compiled: list[Compiled], arch: int) -> None:
     from pikv_ds.ops import triton_ops as ops
 
-    for element, group, head_dim, page_size in DECODE if arch == 90 else DECODE[::4]:
+    for element, group, head_dim, page_size in DECODE if arch == 90 else DECODE[6:7]:
         compiled.clear()
         case = Case.random(element, torch.bfloat16, 2, group, head_dim, page_size)
         out, lse = torch.empty(case.query.shape), torch.empty(case.query.shape[:2])
@@ -516,6 +520,7 @@ def test_decode_attention_compiles_without_spilling(compiled: list[Compiled], ar
 
 
 @compiles
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_everything_else_compiles(compiled: list[Compiled], arch: int) -> None:
     from pikv_ds.ops import triton_ops as ops

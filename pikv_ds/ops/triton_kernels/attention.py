@@ -44,15 +44,12 @@ def _load_elements(
     POINTEE: tl.constexpr = STORED if BITS >= 16 else tl.uint8
     COLUMNS: tl.constexpr = BLOCK_D // PARTS
     column = tl.arange(0, COLUMNS)
-    # Sections start at multiples of 16 bytes and rows where the head size says; an address made from an
-    # integer shows the compiler neither, and it would load element by element.
-    if D * BITS % 128 == 0:
-        rows = tl.multiple_of(section + token * (D * BITS // 8), 16)
-    else:
-        rows = section + token * (D * BITS // 8)
-    at = rows[:, None].to(tl.pointer_type(POINTEE)) + column[None, :]
-    if D * BITS % 128 == 0:
-        at = tl.max_contiguous(tl.multiple_of(at, (1, 16)), (1, COLUMNS))
+    # Sections start at multiples of 16 bytes, rows where the head size lets them. An address made from an
+    # integer shows the compiler nothing of this: without hints it loads element by element.
+    ROW: tl.constexpr = D * BITS // 8
+    ALIGNED: tl.constexpr = 16 if ROW % 16 == 0 else ROW & -ROW
+    at = (section + token * ROW)[:, None].to(tl.pointer_type(POINTEE)) + column[None, :]
+    at = tl.max_contiguous(tl.multiple_of(at, (1, ALIGNED)), (1, COLUMNS))
     x = tl.load(at, mask=mask[:, None] & (column < D // PARTS)[None, :], other=0)
     if BITS >= 16:
         return x.to(DOT)

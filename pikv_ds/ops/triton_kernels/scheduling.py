@@ -55,9 +55,10 @@ def page_scores_kernel(
     slot = tl.load(table + r * width + place, mask=place < tl.load(counts + r), other=0)
     there = slot > 0
     rows = row_address(pointers, slot, slab_rows, ROW_BYTES)
-    if ROW_BYTES % 16 == 0:
-        rows = tl.multiple_of(rows, 16)
     low_at = rows[:, None].to(tl.pointer_type(STORED)) + (k * D + d)[None, :]
+    HEAD_BYTES: tl.constexpr = D * STORED.primitive_bitwidth // 8
+    if HEAD_BYTES % 16 == 0:  # an address from an integer has no known alignment
+        low_at = tl.max_contiguous(tl.multiple_of(low_at, (1, 16)), (1, BLOCK_D))
     mask = there[:, None] & (d < D)[None, :]
     low = tl.load(low_at, mask=mask, other=0.0).to(DOT)
     high = tl.load(low_at + K * D, mask=mask, other=0.0).to(DOT)
