@@ -1,0 +1,1 @@
+"""Triton kernels, one file per family of ops; `pikv_ds.ops.triton_ops` launches them."""
