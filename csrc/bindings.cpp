@@ -504,7 +504,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
 }  // namespace pikv_ds
 
 // `import pikv_ds._C` loads this library, and loading it registers the ops above. The Python module
-// itself is empty.
+// itself only tells the instruction set.
 static PyObject* CpuIsa(PyObject*, PyObject*) {
   return PyUnicode_FromString(pikv_ds::CpuIsa());
 }

@@ -7,19 +7,19 @@
 // would take the plain copy.)
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+
+#include "isa.h"
 
 #define PIKV_INLINE inline __attribute__((always_inline))
 // Vectors never cross a function that is not inlined, so how they would be passed does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#if defined(__x86_64__) && !defined(__clang__)
+#if defined(PIKV_X86_KERNELS)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 headers
 #include <immintrin.h>
 #pragma GCC diagnostic pop
-#define PIKV_X86 1
 #endif
 
 namespace pikv_ds {
@@ -40,7 +40,7 @@ namespace plain {
 }  // namespace plain
 #undef PIKV_LANES
 
-#if PIKV_X86
+#if defined(PIKV_X86_KERNELS)
 #define PIKV_LANES 8
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -64,33 +64,30 @@ namespace avx512 {
 
 }  // namespace
 
-// PIKV_CPU_LANES=1, 4, 8 or 16 forbids wider vectors, so that one machine can test every copy.
+// Lanes of the widest vectors of the instruction set in use (isa.h).
 inline int WidestLanes() {
-  int lanes = 4;
-#if PIKV_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    lanes = 8;
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      lanes = 16;
-    }
+  switch (CpuIsaInUse()) {
+    case CpuIsaLevel::kPlain:
+      return 4;
+    case CpuIsaLevel::kAvx2:
+      return 8;
+    case CpuIsaLevel::kAvx512:
+    case CpuIsaLevel::kAmx:
+      return 16;
   }
-#endif
-  const char* limit = std::getenv("PIKV_CPU_LANES");
-  return limit == nullptr ? lanes : std::min(lanes, std::atoi(limit));
+  return 4;
 }
 
 // Lanes of the widest copy that the machine runs and that a row of `width` elements fills.
 inline int BestLanes(int64_t width) {
-  static const int widest = WidestLanes();
+  const int widest = WidestLanes();
   for (const int lanes : {16, 8, 4}) {
     if (lanes <= widest && lanes <= width) return lanes;
   }
   return 1;
 }
 
-#if PIKV_X86
+#if defined(PIKV_X86_KERNELS)
 #define PIKV_BEST(lanes, function)   \
   ((lanes) == 16  ? avx512::function \
    : (lanes) == 8 ? avx2::function   \

@@ -64,8 +64,8 @@ class Ops:
     def __init__(self, backend: str = "auto", device_type: str = "cpu") -> None:
         self.backend, self.device_type = backend, device_type
         self._owners: dict[str, str] = {}
-        wanted = ("cpp", "triton") if backend == "auto" else (backend,) if backend != "reference" else ()
-        for name in wanted:
+        fastest_first = ("cpp", "triton") if device_type == "cuda" else ("cpp",)  # nobody wants Triton interpreted
+        for name in {"auto": fastest_first, "reference": ()}.get(backend, (backend,)):
             missing = why_missing(name, device_type)
             if missing is None:
                 self._take(name, importlib.import_module(f"pikv_ds.ops.{name}_ops"))
