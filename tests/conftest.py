@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -14,10 +16,15 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20260)
 
 
-@pytest.fixture(params=["reference", "cpp"])
+BACKENDS = ["reference", "cpp"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    BACKENDS.append("triton")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of the ops that this machine can run."""
-    if request.param == "cpp" and (missing := why_missing("cpp", "cpu")):
+    if request.param != "reference" and (missing := why_missing(request.param, "cpu")):
         pytest.skip(missing)
     return request.param
 

@@ -17,6 +17,9 @@ from pikv_ds.layout import PageLayout
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.slabs import Slabs
 
+ZERO = 0.0
+"""Added to extremes: of 0.0 and -0.0 either may be found, and the sum with either is 0.0."""
+
 
 def seal_pages(
     keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
@@ -32,7 +35,6 @@ def seal_pages(
         nonfinite: int32 ``[1]``, set to 1 if there is a NaN or infinity in the input, or a scale
             or minimum beyond float16; such a page's bytes are undefined.
     """
-    n = keys.shape[0]
     out.zero_()  # padding between sections: pages are compared and logged byte by byte
     bad = ~(keys.isfinite().all() & values.isfinite().all())
     # keys per channel: over the page's tokens; values per token: over the channels
@@ -41,12 +43,12 @@ def seal_pages(
         (values, 3, layout.value_offset, layout.value_scale_offset),
     ):
         codes, scales = _encode(x, layout, dim)
-        _put(out, offset, codes.reshape(n, -1))
+        _put(out, offset, codes.flatten(1))
         if scales is not None:
             bad |= ~scales.isfinite().all()
-            _put(out, scale_offset, scales.reshape(n, -1))
+            _put(out, scale_offset, scales.flatten(1))
     if bounds is not None:
-        _put(bounds, 0, torch.stack([keys.amin(2), keys.amax(2)], dim=1).reshape(n, -1))
+        _put(bounds, 0, torch.stack([keys.amin(2), keys.amax(2)], dim=1).add(ZERO).flatten(1))
     nonfinite |= bad.to(nonfinite.dtype)
 
 
@@ -383,7 +385,7 @@ def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     is rounded down: rounded up, it would cut off the elements below it (0.25 at an offset of 1000).
     """
     levels = 2**bits - 1
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    low, high = x.amin(dim, keepdim=True) + ZERO, x.amax(dim, keepdim=True) + ZERO
     half = low.half()
     below = torch.nextafter(half, half.new_full((), -torch.inf))
     minimum = torch.where(half.float() > low, below, half).float()

@@ -1,0 +1,87 @@
+#include <algorithm>
+#include <cstring>
+
+#include "../launch.h"
+#include "aligned_floats.h"
+
+namespace pikv_ds {
+
+// Scaling of the channels (keys) or the tokens (values) of a block. Whole vectors may be read and
+// written at any channel or token.
+struct Scaling {
+  float* low;
+  float* high;
+  float* minimum;
+  float* scale;
+  float* inverse;       // 1 / scale, 0 where the scale is 0
+  uint16_t* stored[2];  // scale and minimum as float16
+};
+
+class Scratch {
+ public:
+  // A vector may begin at the last element.
+  explicit Scratch(const PageLayout& layout)
+      : stride_(AlignedFloats::Padded(std::max(layout.head_dim, layout.page_size) + kMaxLanes)),
+        floats_(7 * stride_) {}
+
+  Scaling scaling() {
+    const auto array = [this](int i) { return floats_.data() + i * stride_; };
+    const auto halves = [&](int i) { return reinterpret_cast<uint16_t*>(array(i)); };
+    return {array(0), array(1), array(2), array(3), array(4), {halves(5), halves(6)}};
+  }
+
+ private:
+  int64_t stride_;
+  AlignedFloats floats_;
+};
+
+// Seals one KV head of one page; false where something is not finite.
+using SealHeadFunction = bool(const SealPagesParams&, const Scaling&, int64_t page, int64_t head);
+
+}  // namespace pikv_ds
+
+#define PIKV_KERNEL "seal_pages_kernel.h"
+#include "foreach_isa.h"
+
+namespace pikv_ds {
+namespace {
+
+// Fewer elements than this are sealed faster by one thread than others are woken.
+constexpr int64_t kParallelElements = int64_t{1} << 16;
+
+void ZeroPadding(const PageLayout& layout, uint8_t* page) {
+  const int64_t scale_bytes = int64_t{2} * ScaleRows(layout.element) * layout.num_kv_heads;
+  const auto zero = [page](int64_t begin, int64_t end) {
+    std::memset(page + begin, 0, end - begin);
+  };
+  zero(layout.DataBytes(), layout.KeyScaleOffset());
+  zero(layout.KeyScaleOffset() + scale_bytes * layout.head_dim, layout.ValueOffset());
+  zero(layout.ValueOffset() + layout.DataBytes(), layout.ValueScaleOffset());
+  zero(layout.ValueScaleOffset() + scale_bytes * layout.page_size, layout.PageBytes());
+}
+
+}  // namespace
+
+void SealPagesCpu(const SealPagesParams& params) {
+  const PageLayout& layout = params.layout;
+  // A vector must fit into each of the parts of a row that share bytes.
+  const int lanes = BestLanes(layout.head_dim / std::max(1, 8 / ElementBits(layout.element)));
+  SealHeadFunction* const seal_head = PIKV_BEST(lanes, SealHeadOf(layout.element, params.dtype));
+
+  const int64_t heads = layout.num_kv_heads, num_blocks = params.num_pages * heads;
+  const int64_t num_elements = num_blocks * layout.page_size * layout.head_dim;
+  bool finite = true;
+#pragma omp parallel if (num_elements >= kParallelElements) reduction(&& : finite)
+  {
+    Scratch scratch(layout);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t page = block / heads, head = block % heads;
+      if (head == 0) ZeroPadding(layout, params.out + page * params.out_stride);
+      finite = seal_head(params, scratch.scaling(), page, head) && finite;
+    }
+  }
+  if (!finite) *params.nonfinite = 1;
+}
+
+}  // namespace pikv_ds
