@@ -7,6 +7,8 @@
 namespace pikv_ds {
 namespace {
 
+// Fewer elements than this are merged faster by one thread than others are woken.
+constexpr int64_t kParallelElements = int64_t{1} << 17;
 constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();
 
 // The largest lse of a row, the shift that keeps exp() in range. A NaN compares false and is left
@@ -21,7 +23,7 @@ float MaxLse(const MergePartialsParams& p, int64_t row) {
 }
 
 void MergeRow(const MergePartialsParams& p, int64_t row) {
-  float* out = p.out + row * p.head_dim;
+  float* __restrict__ out = p.out + row * p.head_dim;
   std::fill_n(out, p.head_dim, 0.0f);
 
   const float max_lse = MaxLse(p, row);
@@ -34,7 +36,7 @@ void MergeRow(const MergePartialsParams& p, int64_t row) {
     if (lse == kEmptyLse) continue;
     const float weight = std::exp(lse - max_lse);
     weight_sum += weight;
-    const float* partial_out = p.outs + (partial * p.num_rows + row) * p.head_dim;
+    const float* __restrict__ partial_out = p.outs + (partial * p.num_rows + row) * p.head_dim;
     for (int64_t d = 0; d < p.head_dim; ++d) out[d] += weight * partial_out[d];
   }
 
@@ -51,6 +53,8 @@ void MergeRow(const MergePartialsParams& p, int64_t row) {
 }  // namespace
 
 void MergePartialsCpu(const MergePartialsParams& params) {
+  const int64_t num_elements = params.num_partials * params.num_rows * params.head_dim;
+#pragma omp parallel for schedule(static) if (num_elements >= kParallelElements)
   for (int64_t row = 0; row < params.num_rows; ++row) MergeRow(params, row);
 }
 
