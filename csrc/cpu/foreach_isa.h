@@ -22,44 +22,47 @@
 #define PIKV_X86 1
 #endif
 
+namespace pikv_ds {
+namespace {
+
 #define PIKV_LANES 1
-namespace pikv_ds::scalar {
+namespace scalar {
 #include "vec.h"
 #include PIKV_KERNEL
-}  // namespace pikv_ds::scalar
+}  // namespace scalar
 #undef PIKV_LANES
 
 // What every machine of the architecture has: SSE2 or NEON.
 #define PIKV_LANES 4
-namespace pikv_ds::plain {
+namespace plain {
 #include "vec.h"
 #include PIKV_KERNEL
-}  // namespace pikv_ds::plain
+}  // namespace plain
 #undef PIKV_LANES
 
 #if PIKV_X86
 #define PIKV_LANES 8
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-namespace pikv_ds::avx2 {
+namespace avx2 {
 #include "vec.h"
 #include PIKV_KERNEL
-}  // namespace pikv_ds::avx2
+}  // namespace avx2
 #pragma GCC pop_options
 #undef PIKV_LANES
 
 #define PIKV_LANES 16
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
-namespace pikv_ds::avx512 {
+namespace avx512 {
 #include "vec.h"
 #include PIKV_KERNEL
-}  // namespace pikv_ds::avx512
+}  // namespace avx512
 #pragma GCC pop_options
 #undef PIKV_LANES
 #endif
 
-namespace pikv_ds {
+}  // namespace
 
 // PIKV_CPU_LANES=1, 4, 8 or 16 forbids wider vectors, so that one machine can test every copy.
 inline int WidestLanes() {

@@ -5,12 +5,19 @@
 #include "aligned_floats.h"
 
 namespace pikv_ds {
+namespace {
 
-// Scores pages [first, last) of a table row for all KV heads. `split` is memory for the query's
-// parts: 2 * num_heads rows of head_dim, rounded up to whole vectors.
+// Pages that are scored with one split of the query.
+constexpr int64_t kBlock = 64;
+// Score of what is not there.
+constexpr float kMissing = -std::numeric_limits<float>::infinity();
+
+// Scores pages [first, last) of a table row, at most kBlock, for all KV heads. `split` is memory
+// for the query's parts: 2 * num_heads rows of head_dim, rounded up to whole vectors.
 using ScoreBlockFunction = void(const PageScoresParams&, int64_t row, int64_t first, int64_t last,
                                 float* split);
 
+}  // namespace
 }  // namespace pikv_ds
 
 #define PIKV_KERNEL "page_scores_kernel.h"
@@ -19,8 +26,6 @@ using ScoreBlockFunction = void(const PageScoresParams&, int64_t row, int64_t fi
 namespace pikv_ds {
 namespace {
 
-// Pages that are scored with one split of the query.
-constexpr int64_t kBlock = 64;
 // Fewer than this are scored faster by one thread than others are woken.
 constexpr int64_t kParallelElements = int64_t{1} << 17;
 

@@ -39,64 +39,94 @@ inline void SplitQuery(const PageScoresParams& p, int64_t row, float* split) {
   }
 }
 
-// The largest bound of kHeads query heads.
+// Pages that are scored together, as many as there are registers for: they share what is loaded of
+// the query, which for all heads is more than the L1 cache holds.
+inline constexpr int kPages = kLanes == 16 ? 4 : 2;
+
+// Raises each page's bound to the largest one of kHeads query heads.
 template <int kHeads, typename B>
-PIKV_INLINE float Bound(const float* split, const B* low, const B* high, int64_t head_dim) {
+PIKV_INLINE void RaiseBounds(const float* split, const B* const (&lows)[kPages], int64_t high,
+                             int64_t head_dim, float (&bounds)[kPages]) {
   const int64_t num_chunks = NumChunks(head_dim);
-  Floats sums[kHeads] = {};
+  Floats sums[kHeads][kPages] = {};
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const int64_t begin = ChunkBegin(chunk, head_dim);
-    const Floats l = Load(low + begin), h = Load(high + begin);
-    for (int i = 0; i < kHeads; ++i) {
-      const float* parts = split + (i * num_chunks + chunk) * 2 * kLanes;
-      sums[i] = MultiplyAdd(LoadBits<Floats>(parts), l, sums[i]);
-      sums[i] = MultiplyAdd(LoadBits<Floats>(parts + kLanes), h, sums[i]);
+    Floats low[kPages], upper[kPages];
+    for (int page = 0; page < kPages; ++page) {
+      low[page] = Load(lows[page] + begin);
+      upper[page] = Load(lows[page] + high + begin);
+    }
+    for (int head = 0; head < kHeads; ++head) {
+      const float* parts = split + (head * num_chunks + chunk) * 2 * kLanes;
+      const Floats negative = LoadBits<Floats>(parts), positive = LoadBits<Floats>(parts + kLanes);
+      for (int page = 0; page < kPages; ++page) {
+        sums[head][page] = MultiplyAdd(negative, low[page], sums[head][page]);
+        sums[head][page] = MultiplyAdd(positive, upper[page], sums[head][page]);
+      }
     }
   }
   const auto add = [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; };
-  float bound = Reduce(sums[0], add)[0];
-  for (int i = 1; i < kHeads; ++i) bound = std::max(bound, Reduce(sums[i], add)[0]);
-  return bound;
+  for (int page = 0; page < kPages; ++page) {
+    for (int head = 0; head < kHeads; ++head) {
+      bounds[page] = std::max(bounds[page], Reduce(sums[head][page], add)[0]);
+    }
+  }
 }
 
+// Bounds of a KV head's query heads; the high ends lie `high` elements after the low ones.
 template <typename B>
-float GroupBound(const float* split, int64_t group, const B* low, const B* high, int64_t head_dim) {
+void GroupBounds(const float* split, int64_t group, const B* const (&lows)[kPages], int64_t high,
+                 int64_t head_dim, float (&bounds)[kPages]) {
   const int64_t head_floats = NumChunks(head_dim) * 2 * kLanes;
-  float bound = -std::numeric_limits<float>::infinity();
+  std::fill_n(bounds, kPages, kMissing);
   for (; group >= 4; group -= 4, split += 4 * head_floats) {
-    bound = std::max(bound, Bound<4>(split, low, high, head_dim));
+    RaiseBounds<4>(split, lows, high, head_dim, bounds);
   }
   for (; group > 0; --group, split += head_floats) {
-    bound = std::max(bound, Bound<1>(split, low, high, head_dim));
+    RaiseBounds<1>(split, lows, high, head_dim, bounds);
   }
-  return bound;
 }
 
 template <typename B>
 void ScoreBlock(const PageScoresParams& p, int64_t row, int64_t first, int64_t last, float* split) {
-  constexpr float kMissing = -std::numeric_limits<float>::infinity();
   const int64_t heads = p.num_kv_heads, group = p.num_heads / heads, d = p.head_dim;
   const int64_t group_floats = group * NumChunks(d) * 2 * kLanes;
   const int32_t* table = p.table + row * p.table_width;
   float* out = p.out + row * heads * p.table_width;
-  const int64_t count = std::clamp<int64_t>(p.counts[row], first, last);
 
-  if (first < count) SplitQuery(p, row, split);
-  for (int64_t page = first; page < last; ++page) {
-    if (page >= count || table[page] <= 0) {
-      for (int64_t head = 0; head < heads; ++head) out[head * p.table_width + page] = kMissing;
-      continue;
+  int64_t places[kBlock];
+  int64_t num_pages = 0;
+  for (int64_t place = first; place < last; ++place) {
+    if (place < p.counts[row] && table[place] > 0) {
+      places[num_pages++] = place;
+    } else {
+      for (int64_t head = 0; head < heads; ++head) out[head * p.table_width + place] = kMissing;
     }
-    const B* low = reinterpret_cast<const B*>(p.summaries.Row(table[page]));
-    // The next page lies anywhere: ask for a share of it with each head, early enough and not more
-    // at once than the processor keeps track of.
-    const bool more = page + 1 < count && table[page + 1] > 0;
-    const uint8_t* next = more ? p.summaries.Row(table[page + 1]) : nullptr;
-    const int64_t share = more ? 2 * d * int64_t{sizeof(B)} : 0;
-    for (int64_t head = 0; head < heads; ++head, low += d, next += share) {
-      for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next + i);
-      out[head * p.table_width + page] =
-          GroupBound(split + head * group_floats, group, low, low + heads * d, d);
+  }
+  if (num_pages > 0) SplitQuery(p, row, split);
+
+  for (int64_t begin = 0; begin < num_pages; begin += kPages) {
+    const B* lows[kPages];
+    const uint8_t* next[kPages];
+    for (int64_t i = 0; i < kPages; ++i) {
+      // At the end the last page stands in for those that are missing.
+      const auto slot = [&](int64_t page) { return table[places[std::min(page, num_pages - 1)]]; };
+      lows[i] = reinterpret_cast<const B*>(p.summaries.Row(slot(begin + i)));
+      next[i] = p.summaries.Row(slot(begin + kPages + i));
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+      // The next pages lie anywhere: ask for a share of them with each head, early enough and not
+      // more at once than the processor keeps track of.
+      const int64_t share = 2 * d * int64_t{sizeof(B)};
+      for (const uint8_t* page : next) {
+        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(page + head * share + i);
+      }
+      float bounds[kPages];
+      GroupBounds(split + head * group_floats, group, lows, heads * d, d, bounds);
+      for (int64_t i = 0; i < kPages; ++i) {
+        if (begin + i < num_pages) out[head * p.table_width + places[begin + i]] = bounds[i];
+        lows[i] += d;
+      }
     }
   }
 }

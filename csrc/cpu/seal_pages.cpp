@@ -5,6 +5,7 @@
 #include "aligned_floats.h"
 
 namespace pikv_ds {
+namespace {
 
 // Scaling of the channels (keys) or the tokens (values) of a block. Whole vectors may be read and
 // written at any channel or token.
@@ -38,6 +39,7 @@ class Scratch {
 // Seals one KV head of one page; false where something is not finite.
 using SealHeadFunction = bool(const SealPagesParams&, const Scaling&, int64_t page, int64_t head);
 
+}  // namespace
 }  // namespace pikv_ds
 
 #define PIKV_KERNEL "seal_pages_kernel.h"
