@@ -147,14 +147,15 @@ DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor
   p.num_rows = r;
   p.num_table_rows = b;
   p.num_heads = h;
-  p.num_splits = 1;
   return p;
 }
 
 #if defined(PIKV_WITH_CUDA)
 // Floats that decode_attention's scratch must have.
 int64_t DecodeScratch(int64_t num_rows, int64_t num_heads, int64_t head_dim, int64_t num_splits) {
+  float any;  // tells it from key_scores, which has no outputs to keep apart
   DecodeAttentionParams p{};
+  p.out = &any;
   p.layout.head_dim = static_cast<int32_t>(head_dim);
   p.num_rows = num_rows;
   p.num_heads = num_heads;
@@ -186,9 +187,9 @@ void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t s
   if (page_lse) {
     p.page_lse = args.Out<float>("page_lse", *page_lse, {r, h, p.table_width}, "[R, H, P]");
   }
+  p.num_splits = args.Int32("num_splits", num_splits, 1);
 #if defined(PIKV_WITH_CUDA)
   if constexpr (Traits<kKernel>::kDevice == Device::kCuda) {
-    p.num_splits = args.Int32("num_splits", num_splits, 1);
     if (const int64_t floats = DecodeScratchFloats(p); floats > 0) {
       if (!scratch) args.Fail("scratch must have shape [floats] = [", floats, "], got None");
       p.scratch = args.Out<float>("scratch", *scratch, {floats}, "[floats]");
@@ -201,10 +202,12 @@ void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t s
 template <auto kKernel>
 void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
                int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
-               int64_t num_kv_heads, int64_t page_size, double scale, Tensor out) {
+               int64_t num_kv_heads, int64_t page_size, double scale, Tensor out,
+               int64_t num_splits) {
   Args args("key_scores", Traits<kKernel>::kDevice, query);
   DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
                                          counts, element, num_kv_heads, page_size, scale);
+  p.num_splits = args.Int32("num_splits", num_splits, 1);
   p.page_lse = args.Out<float>("out", out, {p.num_rows, p.num_heads, p.table_width}, "[R, H, P]");
   Launch<kKernel>(p, args);
 }
@@ -434,7 +437,7 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
         "float scale, " PIKV_PARTIAL
         ", Tensor(c!)? page_lse, int num_splits, Tensor(d!)? scratch) -> ()");
   m.def("key_scores(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
-        "float scale, Tensor(a!) out) -> ()");
+        "float scale, Tensor(a!) out, int num_splits) -> ()");
   m.def("prefill_attention(Tensor query, " PIKV_SLABS "Tensor slots, " PIKV_LAYOUT
         "float scale, " PIKV_PARTIAL ") -> ()");
   m.def(

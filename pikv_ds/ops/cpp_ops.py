@@ -44,9 +44,8 @@ def decode_attention(
     lse: Tensor,
     page_lse: Tensor | None = None,
 ) -> None:
-    num_splits, scratch = 1, None
+    num_splits, scratch = _num_splits(table, layout), None
     if query.is_cuda:
-        num_splits = _num_splits(len(table) * layout.num_kv_heads, table.shape[-1], query.device)
         floats = _C.decode_scratch_floats(*query.shape, num_splits)
         scratch = torch.empty(floats, dtype=torch.float32, device=query.device)
     _C.decode_attention(
@@ -57,7 +56,8 @@ def decode_attention(
 def key_scores(
     query: Tensor, slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, scale: float, out: Tensor
 ) -> None:
-    _C.key_scores(query, *_slabs(slabs), table, counts, *_layout(layout), scale, out)
+    num_splits = _num_splits(table, layout)
+    _C.key_scores(query, *_slabs(slabs), table, counts, *_layout(layout), scale, out, num_splits)
 
 
 def prefill_attention(
@@ -120,13 +120,15 @@ def _layout(layout: PageLayout) -> tuple[int, int, int]:
     return layout.code, layout.num_kv_heads, layout.page_size
 
 
-def _num_splits(num_sequences: int, num_pages: int, device: torch.device) -> int:
+def _num_splits(table: Tensor, layout: PageLayout) -> int:
     """Pieces to attend each sequence of a KV head in, so that a GPU's processors all have two to work on.
 
     It follows from shapes alone: what a table holds is unknown here, and a captured graph replays it.
     """
-    wanted = -(-2 * _num_processors(device) // max(1, num_sequences))
-    return max(1, min(wanted, num_pages // 4))  # a split of fewer pages costs more than it saves
+    if not table.is_cuda:
+        return 1
+    wanted = -(-2 * _num_processors(table.device) // max(1, len(table) * layout.num_kv_heads))
+    return max(1, min(wanted, table.shape[-1] // 4))  # a split of fewer pages costs more than it saves
 
 
 @cache
