@@ -94,30 +94,23 @@ struct ByteOperand {
     return Code::kPieces == 1 ? words : words >> (piece * Code::kBits) & kMask;
   }
 
-  static void PackKeys(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                       uint32_t* b) {
+  static void PackKeys(const TokenRows<Simd>& rows, int head_dim, int, uint32_t* b) {
     const int row_bytes = Code::RowBytes(head_dim);
-    for (int token = 0; token < num; token += kLanes, b += num_groups * kLanes) {
-      const TokenRows<Simd> rows(kv.keys + (first + token) * kv.key_stride, kv.key_stride,
-                                 num - token);
-      ForEachWordOfTokens<Simd>(rows, row_bytes, [&](int word, U words) {
+    ForEachWordOfTokens<Simd>(rows, row_bytes, [&](int word, U words) {
 #pragma GCC unroll 4
-        for (int piece = 0; piece < Code::kPieces; ++piece) {
-          Store(b + (piece * row_bytes / 4 + word) * kLanes, Piece(words, piece));
-        }
-      });
-    }
+      for (int piece = 0; piece < Code::kPieces; ++piece) {
+        Store(b + (piece * row_bytes / 4 + word) * kLanes, Piece(words, piece));
+      }
+    });
   }
 
   // Interleaves four tokens' rows byte by byte. What lies beyond the tokens meets zeros in A.
-  static void PackValues(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                         uint32_t* b) {
+  static void PackValues(const uint8_t* values, int64_t stride, int num, int head_dim,
+                         int num_groups, uint32_t* b) {
     const int row_bytes = Code::RowBytes(head_dim);
     for (int token = 0; token < num; token += 4) {
       const uint8_t* row[4];
-      for (int i = 0; i < 4; ++i) {
-        row[i] = kv.values + (first + Min(token + i, num - 1)) * kv.value_stride;
-      }
+      for (int i = 0; i < 4; ++i) row[i] = values + Min(token + i, num - 1) * stride;
       uint32_t* to = b + token / 4 * kLanes;
       for (int at = 0; at < row_bytes; at += 64) {
         __m512i r[4], pair[4], quad[4];
