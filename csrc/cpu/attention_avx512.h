@@ -135,21 +135,39 @@ struct ByteOperand {
     }
   }
 
+  // 64 numbers in four vectors as bytes, of which the lowest is kept.
+  static PIKV_INLINE __m512i LowBytes(const __m512i* x) {
+    const __m512i mask = _mm512_set1_epi32(0xff);
+    const auto words = [&](int i) {
+      return _mm512_packus_epi32(_mm512_and_si512(x[i], mask), _mm512_and_si512(x[i + 1], mask));
+    };
+    // Packing goes lane by lane, so its 32-bit words end up transposed.
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words(0), words(2)));
+  }
+
   static float Split(const float* x, int n, float peak, int num_digits, uint32_t* a,
                      int64_t a_stride) {
     const float limit = num_digits == 2 ? 127.0f * 256 : 127.0f * 256 * 256;
-    const float step = peak / limit;
     const float inverse = peak > 0.0f ? limit / peak : 0.0f;
-    for (int i = 0; i < n; i += kLanes) {
-      __m512i rest = _mm512_cvtps_epi32(Load<F>(x + i) * inverse);
-      for (int digit = num_digits - 1; digit > 0; --digit) {
-        Store(a + digit * a_stride + i / 4, _mm512_cvtepi32_epi8(rest));
-        // The digit is signed: what is left is rounded up where the digit was negative.
-        rest = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+    for (int i = 0; i < n; i += 64) {
+      __m512i rest[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        rest[j] = _mm512_cvtps_epi32(Load<F>(x + i + j * kLanes) * inverse);
       }
-      Store(a + i / 4, _mm512_cvtepi32_epi8(rest));
+      for (int digit = num_digits - 1; digit > 0; --digit) {
+        Store(a + digit * a_stride + i / 4, LowBytes(rest));
+        // Digits are signed: a negative one leaves more to the next.
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          rest[j] = _mm512_srai_epi32(_mm512_add_epi32(rest[j], _mm512_set1_epi32(128)), 8);
+        }
+      }
+      Store(a + i / 4, LowBytes(rest));
     }
-    return step;
+    return peak / limit;
   }
 
   // The number whose digits stand in successive rows of C.

@@ -168,24 +168,26 @@ class Prefetcher {
   void Clear() { num_ranges_ = num_lines_ = asked_ = range_ = 0; }
 
   void Add(const void* begin, int64_t bytes) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(begin) / kLine;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + bytes + kLine - 1) / kLine;
-    ranges_[num_ranges_++] = {first, end};
-    num_lines_ += static_cast<int>(end - first);
+    const uint8_t* first = static_cast<const uint8_t*>(begin);
+    ranges_[num_ranges_++] = {first, first + bytes};
+    num_lines_ += static_cast<int>((bytes + kLine - 1) / kLine);
   }
 
-  // Asks until a share of all lines has been asked for.
+  // Asks until about a share of all lines has been asked for.
   PIKV_INLINE void Until(float share) {
-    for (const int goal = static_cast<int>(num_lines_ * share); asked_ < goal; ++asked_) {
-      while (ranges_[range_].line == ranges_[range_].end) ++range_;
-      __builtin_prefetch(reinterpret_cast<const void*>(ranges_[range_].line++ * kLine), 0, 2);
+    const int goal = static_cast<int>(num_lines_ * share);
+    while (asked_ < goal && range_ < num_ranges_) {
+      Range& range = ranges_[range_];
+      const uint8_t* end = Min(range.end, range.next + (goal - asked_) * kLine);
+      for (; range.next < end; range.next += kLine, ++asked_) __builtin_prefetch(range.next, 0, 2);
+      if (range.next >= range.end) ++range_;
     }
   }
 
  private:
-  static constexpr uintptr_t kLine = 64;
+  static constexpr int64_t kLine = 64;
   struct Range {
-    uintptr_t line, end;  // addresses / kLine
+    const uint8_t *next, *end;
   };
   Range ranges_[6];
   int num_ranges_ = 0, num_lines_ = 0, asked_ = 0, range_ = 0;
@@ -389,6 +391,7 @@ class Attention {
     take(value_scales_, padded_tokens_);
     take(value_minima_, padded_tokens_);
     take(row_factors_, 2 * num_rows_);
+    take(row_peaks_, num_rows_);
     take(query_digits_rows_, (Code::kScales ? 1 : num_heads_) * a_rows * key_groups_);
     take(scores_, int64_t{num_rows_} * padded_tokens_);
     take(weight_digits_rows_, a_rows * weight_groups_);
@@ -495,8 +498,10 @@ class Attention {
       LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
       if (Code::kMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
     }
+    // In two passes, so that the work on one row fills the waits for reductions of another.
+    for (int m = 0; m < num_rows_; ++m) RowScores(Min(num_tokens, Visible(index, m)), m);
     for (int m = 0; m < num_rows_; ++m) {
-      Weights(Min(num_tokens, Visible(index, m)), num_tokens, head, m, index);
+      RowWeights(Min(num_tokens, Visible(index, m)), num_tokens, head, m, index);
       prefetcher_.Until(Between(kAfterPackKeys, kAfterWeights, m + 1, num_rows_));
     }
     if (!task_.keys_only) Accumulate(kv, num_tokens, head);
@@ -561,30 +566,36 @@ class Attention {
     return SplitQuery(folded_, Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f, head, row);
   }
 
-  // Turns a row of products into weights relative to the block's largest score, and notes in
-  // row_factors what the accumulators (0) and the block's contribution (1) must be scaled by.
-  void Weights(int visible, int num_tokens, int head, int row, int64_t index) {
-    float* weights = scores_ + int64_t{row} * padded_tokens_;
+  // Turns a row of products into scores (log2) and notes the largest in row_peaks.
+  void RowScores(int visible, int row) {
+    float* scores = scores_ + int64_t{row} * padded_tokens_;
     const float* c = c_ + int64_t{row} * query_digits_ * padded_tokens_;
+    const float* factors = row_factors_ + 2 * row;
+    F peaks = F{} + kMinusInfinity;
+    for (int t = 0; t < visible; t += kLanes) {
+      F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
+      if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
+      Store(scores + t, score);
+      peaks = Simd::Max(peaks, score);
+    }
+    row_peaks_[row] = Simd::ReduceMax(peaks);
+  }
+
+  // Turns a row of scores into weights relative to the largest one, and notes in row_factors what
+  // the accumulators (0) and the block's contribution (1) must be scaled by.
+  void RowWeights(int visible, int num_tokens, int head, int row, int64_t index) {
+    float* weights = scores_ + int64_t{row} * padded_tokens_;
     float* factors = row_factors_ + 2 * row;
     const int end = RoundUp(num_tokens, kChunk);
     uint32_t* digits = weight_digits_rows_ + int64_t{row} * weight_digits_ * weight_groups_;
-    if (visible <= 0) {
+    if (visible == 0) {
       std::memset(digits, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
       factors[0] = 1.0f;
       factors[1] = 0.0f;
       return;
     }
 
-    F peaks = F{} + kMinusInfinity;
-    for (int t = 0; t < visible; t += kLanes) {
-      F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
-      if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
-      Store(weights + t, score);
-      peaks = Simd::Max(peaks, score);
-    }
-    const float peak = Simd::ReduceMax(peaks);
-
+    const float peak = row_peaks_[row];
     F sums{}, minima{}, largest{};
     int t = 0;
     for (; t < visible; t += kLanes) {
@@ -599,18 +610,17 @@ class Attention {
     const float sum = Simd::ReduceAdd(sums);
 
     if (task_.page_lse != nullptr) {
-      const float lse = (peak + __builtin_log2f(sum)) * (1.0f / kLog2E);
+      const int64_t query_head = (task_.first_head + head) * task_.group + row % task_.group;
       task_.page_lse[row / task_.group * task_.page_lse_stride +
-                     ((task_.first_head + head) * task_.group + row % task_.group) *
-                         task_.page_lse_head_stride +
-                     index] = lse;
+                     query_head * task_.page_lse_head_stride + index] =
+          (peak + __builtin_log2f(sum)) * (1.0f / kLog2E);
     }
     if (task_.keys_only) return;
 
     float* state = State(head, row) + places_;
     const float old_peak = state[kPeak];
     const bool grew = peak > old_peak;
-    const float ratio = __builtin_exp2f(grew ? old_peak - peak : peak - old_peak);
+    const float ratio = Exp2<Simd>(F{} + (grew ? old_peak - peak : peak - old_peak))[0];
     const float keep = grew ? ratio : 1.0f;
     const float take = grew ? 1.0f : ratio;
     if (grew) state[kPeak] = peak;
@@ -624,10 +634,10 @@ class Attention {
   }
 
   void Accumulate(const KvBlock& kv, int num_tokens, int head) {
-    constexpr int kGroups = kChunk / Operand::kGroup;
     for (int first = 0; first < num_tokens; first += kChunk) {
       const int num = Min(kChunk, num_tokens - first);
-      const int groups = Operand::kGroupMultiple > 1 ? kGroups : num;
+      const int groups =
+          RoundUp((num + Operand::kGroup - 1) / Operand::kGroup, Operand::kGroupMultiple);
       for (int token = 0; token < groups * Operand::kGroup; token += 16) {
         Operand::PackValues(kv.values + (first + token) * kv.value_stride, kv.value_stride,
                             Min(16, num - token), head_dim_, groups,
@@ -662,6 +672,7 @@ class Attention {
   float *key_scales_, *key_minima_;      // [padded_dim]
   float *value_scales_, *value_minima_;  // [padded_tokens]
   float* row_factors_;                   // [rows, 2]
+  float* row_peaks_;                     // [rows]
   float* scores_;                        // [rows, padded_tokens]
   uint32_t* query_digits_rows_;   // A of the scores: [heads or 1, rows * digits, key_groups]
   uint32_t* weight_digits_rows_;  // A of the output: [rows * digits, weight_groups]
