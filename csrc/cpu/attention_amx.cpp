@@ -169,26 +169,21 @@ struct Bfloat16Operand {
                                                     _mm512_set1_epi16(static_cast<short>(0x8000))));
   }
 
-  static void PackKeys(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                       uint32_t* b) {
+  static void PackKeys(const TokenRows<Simd>& rows, int head_dim, int num_groups, uint32_t* b) {
     const int groups = (head_dim + 1) / 2;
-    for (int token = 0; token < num; token += kLanes, b += num_groups * kLanes) {
-      const TokenRows<Simd> rows(kv.keys + (first + token) * kv.key_stride, kv.key_stride,
-                                 num - token);
-      ForEachWordOfTokens<Simd>(rows, Code::RowBytes(head_dim), [&](int word, U words) {
-        if constexpr (kElement == Element::kBFloat16) {
-          Store(b + word * kLanes, words);
-        } else {
-          uint32_t* to = b + 2 * word * kLanes;
-          const U low = (words & 0xffu) | (words << 8 & 0xff0000u);
-          const U high = (words >> 16 & 0xffu) | (words >> 8 & 0xff0000u);
-          Store(to, Fp8ToBfloat16((__m512i)low));
-          if (2 * word + 1 < groups) Store(to + kLanes, Fp8ToBfloat16((__m512i)high));
-        }
-      });
-      // Zeros in A don't help against a NaN in B.
-      std::memset(b + groups * kLanes, 0, (num_groups - groups) * kLanes * sizeof(uint32_t));
-    }
+    ForEachWordOfTokens<Simd>(rows, Code::RowBytes(head_dim), [&](int word, U words) {
+      if constexpr (kElement == Element::kBFloat16) {
+        Store(b + word * kLanes, words);
+      } else {
+        uint32_t* to = b + 2 * word * kLanes;
+        const U low = (words & 0xffu) | (words << 8 & 0xff0000u);
+        const U high = (words >> 16 & 0xffu) | (words >> 8 & 0xff0000u);
+        Store(to, Fp8ToBfloat16((__m512i)low));
+        if (2 * word + 1 < groups) Store(to + kLanes, Fp8ToBfloat16((__m512i)high));
+      }
+    });
+    // Zeros in A don't help against a NaN in B.
+    std::memset(b + groups * kLanes, 0, (num_groups - groups) * kLanes * sizeof(uint32_t));
   }
 
   // 32 channels from a byte of a row on; zeros beyond its end.
@@ -202,16 +197,16 @@ struct Bfloat16Operand {
   }
 
   // Interleaves two tokens' rows, and zeros beyond the tokens.
-  static void PackValues(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                         uint32_t* b) {
+  static void PackValues(const uint8_t* values, int64_t stride, int num, int head_dim,
+                         int num_groups, uint32_t* b) {
     const int row_bytes = Code::RowBytes(head_dim);
-    for (int token = 0; token < 2 * num_groups; token += 2) {
-      const uint8_t* row = kv.values + (first + token) * kv.value_stride;
+    for (int token = 0; token < 16; token += 2) {
+      const uint8_t* row = values + token * stride;
       uint32_t* to = b + token / 2 * kLanes;
       for (int at = 0; at < row_bytes; at += kStep, to += 2 * num_groups * kLanes) {
         __m512i even{}, odd{};
         if (token < num) even = LoadChannels(row, at, row_bytes);
-        if (token + 1 < num) odd = LoadChannels(row + kv.value_stride, at, row_bytes);
+        if (token + 1 < num) odd = LoadChannels(row + stride, at, row_bytes);
         Store(to, _mm512_unpacklo_epi16(even, odd));
         Store(to + num_groups * kLanes, _mm512_unpackhi_epi16(even, odd));
       }

@@ -94,30 +94,23 @@ struct ByteOperand {
     return Code::kPieces == 1 ? words : words >> (piece * Code::kBits) & kMask;
   }
 
-  static void PackKeys(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                       uint32_t* b) {
+  static void PackKeys(const TokenRows<Simd>& rows, int head_dim, int, uint32_t* b) {
     const int row_bytes = Code::RowBytes(head_dim);
-    for (int token = 0; token < num; token += kLanes, b += num_groups * kLanes) {
-      const TokenRows<Simd> rows(kv.keys + (first + token) * kv.key_stride, kv.key_stride,
-                                 num - token);
-      ForEachWordOfTokens<Simd>(rows, row_bytes, [&](int word, U words) {
+    ForEachWordOfTokens<Simd>(rows, row_bytes, [&](int word, U words) {
 #pragma GCC unroll 4
-        for (int piece = 0; piece < Code::kPieces; ++piece) {
-          Store(b + (piece * row_bytes / 4 + word) * kLanes, Piece(words, piece));
-        }
-      });
-    }
+      for (int piece = 0; piece < Code::kPieces; ++piece) {
+        Store(b + (piece * row_bytes / 4 + word) * kLanes, Piece(words, piece));
+      }
+    });
   }
 
   // Interleaves four tokens' rows byte by byte. What lies beyond the tokens meets zeros in A.
-  static void PackValues(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                         uint32_t* b) {
+  static void PackValues(const uint8_t* values, int64_t stride, int num, int head_dim,
+                         int num_groups, uint32_t* b) {
     const int row_bytes = Code::RowBytes(head_dim);
     for (int token = 0; token < num; token += 4) {
       const uint8_t* row[4];
-      for (int i = 0; i < 4; ++i) {
-        row[i] = kv.values + (first + Min(token + i, num - 1)) * kv.value_stride;
-      }
+      for (int i = 0; i < 4; ++i) row[i] = values + Min(token + i, num - 1) * stride;
       uint32_t* to = b + token / 4 * kLanes;
       for (int at = 0; at < row_bytes; at += 64) {
         __m512i r[4], pair[4], quad[4];
@@ -142,21 +135,39 @@ struct ByteOperand {
     }
   }
 
+  // 64 numbers in four vectors as bytes, of which the lowest is kept.
+  static PIKV_INLINE __m512i LowBytes(const __m512i* x) {
+    const __m512i mask = _mm512_set1_epi32(0xff);
+    const auto words = [&](int i) {
+      return _mm512_packus_epi32(_mm512_and_si512(x[i], mask), _mm512_and_si512(x[i + 1], mask));
+    };
+    // Packing goes lane by lane, so its 32-bit words end up transposed.
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words(0), words(2)));
+  }
+
   static float Split(const float* x, int n, float peak, int num_digits, uint32_t* a,
                      int64_t a_stride) {
     const float limit = num_digits == 2 ? 127.0f * 256 : 127.0f * 256 * 256;
-    const float step = peak / limit;
     const float inverse = peak > 0.0f ? limit / peak : 0.0f;
-    for (int i = 0; i < n; i += kLanes) {
-      __m512i rest = _mm512_cvtps_epi32(Load<F>(x + i) * inverse);
-      for (int digit = num_digits - 1; digit > 0; --digit) {
-        Store(a + digit * a_stride + i / 4, _mm512_cvtepi32_epi8(rest));
-        // The digit is signed: what is left is rounded up where the digit was negative.
-        rest = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+    for (int i = 0; i < n; i += 64) {
+      __m512i rest[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        rest[j] = _mm512_cvtps_epi32(Load<F>(x + i + j * kLanes) * inverse);
       }
-      Store(a + i / 4, _mm512_cvtepi32_epi8(rest));
+      for (int digit = num_digits - 1; digit > 0; --digit) {
+        Store(a + digit * a_stride + i / 4, LowBytes(rest));
+        // Digits are signed: a negative one leaves more to the next.
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          rest[j] = _mm512_srai_epi32(_mm512_add_epi32(rest[j], _mm512_set1_epi32(128)), 8);
+        }
+      }
+      Store(a + i / 4, LowBytes(rest));
     }
-    return step;
+    return peak / limit;
   }
 
   // The number whose digits stand in successive rows of C.

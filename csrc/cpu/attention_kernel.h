@@ -160,11 +160,42 @@ PIKV_INLINE void ForEachWordOfTokens(const TokenRows<Simd>& tokens, int row_byte
   for (int i = 0; at + 4 * i < row_bytes; ++i) use(at / 4 + i, words[i]);
 }
 
-// Asks for the token rows of the next block while those of this one are read: pages are scattered,
-// so the hardware cannot foresee where the next one lies.
-PIKV_INLINE void Prefetch(const uint8_t* begin, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(begin + at, 0, 2);
-}
+// Asks for the next block's memory while this one is attended. Pages are scattered, so the hardware
+// cannot foresee where the next one lies; and a core can have only some 16 lines under way, so they
+// are asked for a few at a time: a burst would stall it.
+class Prefetcher {
+ public:
+  void Clear() { num_ranges_ = num_lines_ = asked_ = range_ = 0; }
+
+  void Add(const void* begin, int64_t bytes) {
+    const uint8_t* first = static_cast<const uint8_t*>(begin);
+    ranges_[num_ranges_++] = {first, first + bytes};
+    num_lines_ += static_cast<int>((bytes + kLine - 1) / kLine);
+  }
+
+  // Asks until about a share of all lines has been asked for.
+  PIKV_INLINE void Until(float share) {
+    const int goal = static_cast<int>(num_lines_ * share);
+    while (asked_ < goal && range_ < num_ranges_) {
+      Range& range = ranges_[range_];
+      const uint8_t* end = Min(range.end, range.next + (goal - asked_) * kLine);
+      for (; range.next < end; range.next += kLine, ++asked_) __builtin_prefetch(range.next, 0, 2);
+      if (range.next >= range.end) ++range_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Range {
+    const uint8_t *next, *end;
+  };
+  Range ranges_[6];
+  int num_ranges_ = 0, num_lines_ = 0, asked_ = 0, range_ = 0;
+};
+
+// Shares of the next block that are asked for by the end of a phase; about the phases' times.
+constexpr float kAfterFold = 0.2f, kAfterPackKeys = 0.4f, kAfterWeights = 0.7f;
+constexpr float kAfterPackValues = 0.85f;
 
 // c[rows, places] = a * b, where each word of A meets kLanes words of B. Works for all operands
 // whose MulAdd takes vectors. The tile of kRows x kBlocks accumulators stays in registers.
@@ -261,27 +292,24 @@ struct FloatOperand {
     return Code::Channel(head_dim, word, block % Code::kPerWord);
   }
 
-  static void PackKeys(const KvBlock& kv, int first, int num, int head_dim, int, uint32_t* b) {
-    const int row_bytes = Code::RowBytes(head_dim);
-    for (int token = 0; token < num; token += kLanes, b += head_dim * kLanes) {
-      const TokenRows<Simd> rows(kv.keys + (first + token) * kv.key_stride, kv.key_stride,
-                                 num - token);
-      ForEachWordOfTokens<Simd>(rows, row_bytes, [&](int word, U words) {
+  // Packs a block of kLanes places.
+  static void PackKeys(const TokenRows<Simd>& rows, int head_dim, int, uint32_t* b) {
+    ForEachWordOfTokens<Simd>(rows, Code::RowBytes(head_dim), [&](int word, U words) {
 #pragma GCC unroll 16
-        for (int j = 0; j < Code::kPerWord; ++j) {
-          const int channel = Code::Channel(head_dim, word, j);
-          if (channel >= 0) Store(b + channel * kLanes, Expand<Simd, kElement>(words, j));
-        }
-      });
-    }
+      for (int j = 0; j < Code::kPerWord; ++j) {
+        const int channel = Code::Channel(head_dim, word, j);
+        if (channel >= 0) Store(b + channel * kLanes, Expand<Simd, kElement>(words, j));
+      }
+    });
   }
 
-  // Words of a token row side by side, so their j-th elements are channels kPerWord apart.
-  static void PackValues(const KvBlock& kv, int first, int num, int head_dim, int num_groups,
-                         uint32_t* b) {
+  // Packs up to 16 tokens; `num_groups` is that of all of B. Words of a token row lie side by side,
+  // so their j-th elements are channels kPerWord apart.
+  static void PackValues(const uint8_t* values, int64_t stride, int num, int head_dim,
+                         int num_groups, uint32_t* b) {
     const int row_bytes = Code::RowBytes(head_dim);
     for (int token = 0; token < num; ++token) {
-      const uint8_t* row = kv.values + (first + token) * kv.value_stride;
+      const uint8_t* row = values + token * stride;
       uint32_t* to = b + token * kLanes;
       for (int at = 0; at < row_bytes; at += 4 * kLanes) {
         const U words = Simd::LoadBytes(row + at, row_bytes - at);
@@ -363,6 +391,7 @@ class Attention {
     take(value_scales_, padded_tokens_);
     take(value_minima_, padded_tokens_);
     take(row_factors_, 2 * num_rows_);
+    take(row_peaks_, num_rows_);
     take(query_digits_rows_, (Code::kScales ? 1 : num_heads_) * a_rows * key_groups_);
     take(scores_, int64_t{num_rows_} * padded_tokens_);
     take(weight_digits_rows_, a_rows * weight_groups_);
@@ -391,9 +420,22 @@ class Attention {
       const int block_head = head;
       const int64_t block_index = index;
       more = advance(&next);
-      AttendBlock(block, more ? &next : nullptr, block_head, block_index);
+      prefetcher_.Clear();
+      if (more) PlanPrefetch(next);
+      AttendBlock(block, block_head, block_index);
     }
     Operand::End();
+  }
+
+  void PlanPrefetch(const KvBlock& kv) {
+    const int row_bytes = Code::RowBytes(head_dim_);
+    if (Code::kScales) prefetcher_.Add(kv.key_scales, 2 * head_dim_);
+    if (Code::kMinima) prefetcher_.Add(kv.key_minima, 2 * head_dim_);
+    if (kv.key_stride == row_bytes) prefetcher_.Add(kv.keys, kv.num_tokens * kv.key_stride);
+    if (task_.keys_only) return;
+    if (Code::kScales) prefetcher_.Add(kv.value_scales, 2 * kv.num_tokens);
+    if (Code::kMinima) prefetcher_.Add(kv.value_minima, 2 * kv.num_tokens);
+    if (kv.value_stride == row_bytes) prefetcher_.Add(kv.values, kv.num_tokens * kv.value_stride);
   }
 
   float* State(int head, int row) {
@@ -447,19 +489,27 @@ class Attention {
                           QueryDigits(head, row), key_groups_);
   }
 
-  void AttendBlock(const KvBlock& kv, const KvBlock* next, int head, int64_t index) {
+  void AttendBlock(const KvBlock& kv, int head, int64_t index) {
     const int visible = Visible(index, num_rows_ - 1);
     const int num_tokens = Min(kv.num_tokens, visible);
     if (num_tokens <= 0) return;
-    Scores(kv, next, num_tokens, head);
+    Scores(kv, num_tokens, head);
     if (!task_.keys_only && Code::kScales) {
       LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
       if (Code::kMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
     }
+    // In two passes, so that the work on one row fills the waits for reductions of another.
+    for (int m = 0; m < num_rows_; ++m) RowScores(Min(num_tokens, Visible(index, m)), m);
     for (int m = 0; m < num_rows_; ++m) {
-      Weights(Min(num_tokens, Visible(index, m)), num_tokens, head, m, index);
+      RowWeights(Min(num_tokens, Visible(index, m)), num_tokens, head, m, index);
+      prefetcher_.Until(Between(kAfterPackKeys, kAfterWeights, m + 1, num_rows_));
     }
-    if (!task_.keys_only) Accumulate(kv, next, num_tokens, head);
+    if (!task_.keys_only) Accumulate(kv, num_tokens, head);
+    prefetcher_.Until(1.0f);
+  }
+
+  static PIKV_INLINE float Between(float begin, float end, int done, int all) {
+    return begin + (end - begin) * static_cast<float>(done) / static_cast<float>(all);
   }
 
   // How many of a block's tokens a row sees, at least 0 and possibly more than there are.
@@ -470,7 +520,7 @@ class Attention {
   }
 
   // c = the query's products with the keys; row_factors = what turns them into scores (log2).
-  void Scores(const KvBlock& kv, const KvBlock* next, int num_tokens, int head) {
+  void Scores(const KvBlock& kv, int num_tokens, int head) {
     const float scale = task_.scale * kLog2E;
     if (Code::kScales) {
       LoadHalves(kv.key_scales, head_dim_, key_scales_);
@@ -485,13 +535,16 @@ class Attention {
       } else {
         factors[0] = query_steps_[head * num_rows_ + m] * scale;
       }
+      prefetcher_.Until(Between(0.0f, kAfterFold, m + 1, num_rows_));
     }
     for (int first = 0; first < num_tokens; first += kChunk) {
       const int num = Min(kChunk, num_tokens - first);
-      if (next != nullptr) {
-        Prefetch(next->keys + first * next->key_stride, num * int64_t{Code::RowBytes(head_dim_)});
+      for (int token = 0; token < num; token += kLanes) {
+        const uint8_t* keys = kv.keys + (first + token) * kv.key_stride;
+        Operand::PackKeys(TokenRows<Simd>(keys, kv.key_stride, num - token), head_dim_, key_groups_,
+                          b_ + token * key_groups_);
+        prefetcher_.Until(Between(kAfterFold, kAfterPackKeys, first + token + kLanes, num_tokens));
       }
-      Operand::PackKeys(kv, first, num, head_dim_, key_groups_, b_);
       Operand::Multiply(QueryDigits(head, 0), key_groups_, num_rows_ * query_digits_, b_,
                         key_groups_, (num + kLanes - 1) / kLanes, c_ + first, padded_tokens_,
                         false);
@@ -513,30 +566,36 @@ class Attention {
     return SplitQuery(folded_, Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f, head, row);
   }
 
-  // Turns a row of products into weights relative to the block's largest score, and notes in
-  // row_factors what the accumulators (0) and the block's contribution (1) must be scaled by.
-  void Weights(int visible, int num_tokens, int head, int row, int64_t index) {
-    float* weights = scores_ + int64_t{row} * padded_tokens_;
+  // Turns a row of products into scores (log2) and notes the largest in row_peaks.
+  void RowScores(int visible, int row) {
+    float* scores = scores_ + int64_t{row} * padded_tokens_;
     const float* c = c_ + int64_t{row} * query_digits_ * padded_tokens_;
+    const float* factors = row_factors_ + 2 * row;
+    F peaks = F{} + kMinusInfinity;
+    for (int t = 0; t < visible; t += kLanes) {
+      F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
+      if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
+      Store(scores + t, score);
+      peaks = Simd::Max(peaks, score);
+    }
+    row_peaks_[row] = Simd::ReduceMax(peaks);
+  }
+
+  // Turns a row of scores into weights relative to the largest one, and notes in row_factors what
+  // the accumulators (0) and the block's contribution (1) must be scaled by.
+  void RowWeights(int visible, int num_tokens, int head, int row, int64_t index) {
+    float* weights = scores_ + int64_t{row} * padded_tokens_;
     float* factors = row_factors_ + 2 * row;
     const int end = RoundUp(num_tokens, kChunk);
     uint32_t* digits = weight_digits_rows_ + int64_t{row} * weight_digits_ * weight_groups_;
-    if (visible <= 0) {
+    if (visible == 0) {
       std::memset(digits, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
       factors[0] = 1.0f;
       factors[1] = 0.0f;
       return;
     }
 
-    F peaks = F{} + kMinusInfinity;
-    for (int t = 0; t < visible; t += kLanes) {
-      F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
-      if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
-      Store(weights + t, score);
-      peaks = Simd::Max(peaks, score);
-    }
-    const float peak = Simd::ReduceMax(peaks);
-
+    const float peak = row_peaks_[row];
     F sums{}, minima{}, largest{};
     int t = 0;
     for (; t < visible; t += kLanes) {
@@ -551,18 +610,17 @@ class Attention {
     const float sum = Simd::ReduceAdd(sums);
 
     if (task_.page_lse != nullptr) {
-      const float lse = (peak + __builtin_log2f(sum)) * (1.0f / kLog2E);
+      const int64_t query_head = (task_.first_head + head) * task_.group + row % task_.group;
       task_.page_lse[row / task_.group * task_.page_lse_stride +
-                     ((task_.first_head + head) * task_.group + row % task_.group) *
-                         task_.page_lse_head_stride +
-                     index] = lse;
+                     query_head * task_.page_lse_head_stride + index] =
+          (peak + __builtin_log2f(sum)) * (1.0f / kLog2E);
     }
     if (task_.keys_only) return;
 
     float* state = State(head, row) + places_;
     const float old_peak = state[kPeak];
     const bool grew = peak > old_peak;
-    const float ratio = __builtin_exp2f(grew ? old_peak - peak : peak - old_peak);
+    const float ratio = Exp2<Simd>(F{} + (grew ? old_peak - peak : peak - old_peak))[0];
     const float keep = grew ? ratio : 1.0f;
     const float take = grew ? 1.0f : ratio;
     if (grew) state[kPeak] = peak;
@@ -575,16 +633,17 @@ class Attention {
     factors[1] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
   }
 
-  void Accumulate(const KvBlock& kv, const KvBlock* next, int num_tokens, int head) {
-    constexpr int kGroups = kChunk / Operand::kGroup;
+  void Accumulate(const KvBlock& kv, int num_tokens, int head) {
     for (int first = 0; first < num_tokens; first += kChunk) {
       const int num = Min(kChunk, num_tokens - first);
-      if (next != nullptr) {
-        Prefetch(next->values + first * next->value_stride,
-                 num * int64_t{Code::RowBytes(head_dim_)});
+      const int groups =
+          RoundUp((num + Operand::kGroup - 1) / Operand::kGroup, Operand::kGroupMultiple);
+      for (int token = 0; token < groups * Operand::kGroup; token += 16) {
+        Operand::PackValues(kv.values + (first + token) * kv.value_stride, kv.value_stride,
+                            Min(16, num - token), head_dim_, groups,
+                            b_ + token / Operand::kGroup * kLanes);
+        prefetcher_.Until(Between(kAfterWeights, kAfterPackValues, first + token, num_tokens));
       }
-      const int groups = Operand::kGroupMultiple > 1 ? kGroups : num;
-      Operand::PackValues(kv, first, num, head_dim_, groups, b_);
       Operand::Multiply(weight_digits_rows_ + first / Operand::kGroup, weight_groups_,
                         num_rows_ * weight_digits_, b_, groups, places_ / kLanes, c_, places_,
                         first > 0);
@@ -606,12 +665,14 @@ class Attention {
   const int places_, padded_dim_, padded_tokens_;
   const int weight_groups_;  // words of a row of A, for the output
 
+  Prefetcher prefetcher_;
   float* query_;        // [heads, rows, padded_dim]
   float* query_steps_;  // [heads, rows], of elements without scales
   float* folded_;       // [padded_dim]
   float *key_scales_, *key_minima_;      // [padded_dim]
   float *value_scales_, *value_minima_;  // [padded_tokens]
   float* row_factors_;                   // [rows, 2]
+  float* row_peaks_;                     // [rows]
   float* scores_;                        // [rows, padded_tokens]
   uint32_t* query_digits_rows_;   // A of the scores: [heads or 1, rows * digits, key_groups]
   uint32_t* weight_digits_rows_;  // A of the output: [rows * digits, weight_groups]
