@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from pikv_ds.ops import Ops, why_missing
 
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    """A generator with the same numbers in every run."""
-    return torch.Generator().manual_seed(20260)
-
-
-BACKENDS = ["reference", "cpp"]
+BACKENDS = ["reference-cpu", "cpp-cpu"]
+"""Backends and devices on which this machine can test the ops."""
 if os.environ.get("TRITON_INTERPRET") == "1":
-    BACKENDS.append("triton")
+    BACKENDS.append("triton-cpu")
+if torch.cuda.is_available():
+    BACKENDS += ["reference-cuda", "cpp-cuda", "triton-cuda"]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend of the ops that this machine can run."""
-    if request.param != "reference" and (missing := why_missing(request.param, "cpu")):
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend; tensors are made on its device."""
+    name, device = request.param.split("-")
+    if name != "reference" and (missing := why_missing(name, device)):
         pytest.skip(missing)
-    return request.param
+    with torch.device(device):
+        yield name
 
 
 @pytest.fixture
 def ops(backend: str) -> Ops:
     """The ops of each backend."""
-    return Ops(backend)
+    return Ops(backend, torch.get_default_device().type)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator with the same numbers in every run."""
+    if "backend" in request.fixturenames:
+        request.getfixturevalue("backend")  # its device comes first
+    return torch.Generator(torch.get_default_device()).manual_seed(20260)

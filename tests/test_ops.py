@@ -183,7 +183,7 @@ def test_int4_refuses_an_odd_head_size() -> None:
 
 
 def test_gather_pages_is_bitwise(ops: Ops, rng) -> None:
-    slabs = Slabs(4, 48)
+    slabs = Slabs(4, 48, torch.get_default_device())
     for slab in range(5):
         slabs.put(slab, torch.randint(256, (4, 48), generator=rng).to(torch.uint8))
     everything = torch.cat([s for s in slabs.tensors if s is not None])
@@ -222,7 +222,8 @@ def make_pages(n: int, kv_heads: int, head_dim: int, page_size: int, codec: str,
     layout = CODECS[codec].layout(kv_heads, head_dim, page_size, dtype)
     pages, bounds = (torch.zeros(n, size, dtype=torch.uint8) for size in (layout.page_bytes, layout.bounds_bytes))
     REFERENCE.seal_pages(keys, values, layout, pages, bounds, torch.zeros(1, dtype=torch.int32))
-    pool = PagePool(layout.page_bytes, bounds.shape[1], slab_pages=4, poison=True)
+    device = torch.get_default_device()
+    pool = PagePool(layout.page_bytes, bounds.shape[1], slab_pages=4, device=device, poison=True)
     slots = pool.allocate(2 * n)
     pool.free(slots[1::2])  # poisoned slots between the live ones
     slots = slots[::2]
@@ -549,7 +550,7 @@ def test_splitting_a_softmax_and_merging_gives_the_whole(spread: float, data: st
         data.draw(st.sampled_from([20, 64])),
     )
     cuts = sorted(data.draw(st.lists(st.integers(0, keys), max_size=6)))  # equal cuts: empty partials
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rng = torch.Generator(torch.get_default_device()).manual_seed(data.draw(st.integers(0, 2**31)))
     scores = torch.randn(n, keys, generator=rng) * spread
     values = torch.randn(keys, head_dim, generator=rng)
     outs, lses = split_softmax(scores, values, cuts)
@@ -701,7 +702,7 @@ def test_select_pages_keeps_the_best_within_the_budget(data: st.DataObject) -> N
     rows, heads, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     counts = data.draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows))
     budget = data.draw(st.lists(st.integers(0, width + 2), min_size=rows, max_size=rows))
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rng = torch.Generator(torch.get_default_device()).manual_seed(data.draw(st.integers(0, 2**31)))
     scores = torch.randint(4, (rows, heads, width), generator=rng).float()  # many ties
     pinned = torch.rand(rows, width, generator=rng) < 0.25
     kept = select(REFERENCE, counts, scores, pinned, budget)

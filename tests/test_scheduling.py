@@ -38,7 +38,7 @@ def int32(values: list) -> Tensor:
 
 
 def random_slabs(num_slabs: int, slab_rows: int, row_bytes: int, rng: torch.Generator) -> tuple[Slabs, Tensor]:
-    slabs = Slabs(slab_rows, row_bytes)
+    slabs = Slabs(slab_rows, row_bytes, torch.get_default_device())
     for i in range(num_slabs):
         slabs.put(i, torch.randint(256, (slab_rows, row_bytes), generator=rng).to(torch.uint8))
     return slabs, torch.cat([t for t in slabs.tensors if t is not None])
@@ -126,7 +126,7 @@ def test_select_pages_keeps_the_best(name: str, data: st.DataObject) -> None:
     rows, heads, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 9))
     counts = data.draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows))
     budget = data.draw(st.lists(st.integers(0, width + 2), min_size=rows, max_size=rows))
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rng = torch.Generator(torch.get_default_device()).manual_seed(data.draw(st.integers(0, 2**31)))
     levels = torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf])  # many ties
     scores = levels[torch.randint(len(levels), (rows, heads, width), generator=rng)]
     pinned = torch.rand(rows, width, generator=rng) < 0.25
@@ -245,7 +245,7 @@ class Choice:
 @given(data=st.data())
 def test_choose_victims(name: str, data: st.DataObject) -> None:
     num_slots = data.draw(st.integers(1, 40))
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rng = torch.Generator(torch.get_default_device()).manual_seed(data.draw(st.integers(0, 2**31)))
     state = random_state(num_slots, 40, rng)
     if data.draw(st.booleans()):  # ties
         state.mass.mul_(4).round_()
@@ -282,7 +282,7 @@ def test_random_shapes(ops: Ops) -> None:
     choose = random.Random(3)
     end = time.monotonic() + 2.0
     while time.monotonic() < end:
-        rng = torch.Generator().manual_seed(choose.getrandbits(30))
+        rng = torch.Generator(torch.get_default_device()).manual_seed(choose.getrandbits(30))
         rows, heads, width = choose.randint(1, 5), choose.randint(1, 4), choose.randint(1, 300)
         counts = [choose.randint(0, width) for _ in range(rows)]
         budget = [choose.randint(0, width) for _ in range(rows)]

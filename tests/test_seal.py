@@ -192,7 +192,7 @@ def compare_random_shapes(ops: Ops, seconds: float, seed: int) -> int:
     while time.monotonic() < end:
         codec, dtype = choose.choice(list(CODECS)), choose.choice(DTYPES)
         shape = (choose.randint(1, 9), choose.randint(1, 4), choose.randint(1, 70), 4 * choose.randint(1, 40))
-        rng = torch.Generator().manual_seed(choose.getrandbits(30))
+        rng = torch.Generator(torch.get_default_device()).manual_seed(choose.getrandbits(30))
         keys, values = (difficult(shape, dtype, rng) for _ in range(2))
         layout = layout_of(keys, codec)
         assert seal(ops, keys, values, layout) == seal(None, keys, values, layout), (codec, dtype, shape)

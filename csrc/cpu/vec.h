@@ -13,11 +13,11 @@ typedef uint8_t Bytes __attribute__((vector_size(PIKV_LANES)));
 // x86's name of an operation on such vectors. Intrinsics stand where GCC 12 makes several
 // instructions of what is one.
 #undef PIKV_MM
-#if PIKV_X86 && PIKV_LANES == 16
+#if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
 #define PIKV_MM(operation) _mm512_##operation
-#elif PIKV_X86 && PIKV_LANES == 8
+#elif defined(PIKV_X86_KERNELS) && PIKV_LANES == 8
 #define PIKV_MM(operation) _mm256_##operation
-#elif PIKV_X86 && PIKV_LANES == 4
+#elif defined(PIKV_X86_KERNELS) && PIKV_LANES == 4
 #define PIKV_MM(operation) _mm_##operation
 #endif
 
@@ -60,7 +60,7 @@ PIKV_INLINE Floats Max(Floats x, Floats y) {
 }
 
 // x * y + z, rounded once where kFused.
-#if PIKV_X86 && PIKV_LANES >= 8
+#if defined(PIKV_X86_KERNELS) && PIKV_LANES >= 8
 inline constexpr bool kFused = true;
 PIKV_INLINE Floats MultiplyAdd(Floats x, Floats y, Floats z) { return PIKV_MM(fmadd_ps)(x, y, z); }
 #else
@@ -69,9 +69,9 @@ PIKV_INLINE Floats MultiplyAdd(Floats x, Floats y, Floats z) { return x * y + z;
 #endif
 
 PIKV_INLINE Ints Widen(Shorts x) {
-#if PIKV_X86 && PIKV_LANES == 16
+#if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
   return (Ints)_mm512_cvtepu16_epi32((__m256i)x);
-#elif PIKV_X86 && PIKV_LANES == 8
+#elif defined(PIKV_X86_KERNELS) && PIKV_LANES == 8
   return (Ints)_mm256_cvtepu16_epi32((__m128i)x);
 #else
   return __builtin_convertvector(x, Ints);
@@ -80,7 +80,7 @@ PIKV_INLINE Ints Widen(Shorts x) {
 
 // The low half of each lane.
 PIKV_INLINE Shorts Narrow(Ints x) {
-#if PIKV_X86 && PIKV_LANES == 16
+#if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
   return (Shorts)_mm512_cvtepi32_epi16((__m512i)x);
 #else
   return __builtin_convertvector(x, Shorts);
@@ -113,9 +113,9 @@ PIKV_INLINE Floats Load(const BFloat16* from) {
 }
 PIKV_INLINE Floats Load(const Float16* from) {
   const Shorts half = LoadBits<Shorts>(from);
-#if PIKV_X86 && PIKV_LANES == 16
+#if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
   return _mm512_cvtph_ps((__m256i)half);
-#elif PIKV_X86 && PIKV_LANES == 8
+#elif defined(PIKV_X86_KERNELS) && PIKV_LANES == 8
   return _mm256_cvtph_ps((__m128i)half);
 #else
   return FromHalf(Widen(half));
@@ -129,7 +129,7 @@ PIKV_INLINE void StoreExact(Float16* to, Floats x) { StoreBits(to, Narrow(ToHalf
 
 // The low byte of each lane.
 PIKV_INLINE void StoreLowBytes(uint8_t* to, Ints x) {
-#if PIKV_X86 && PIKV_LANES == 16
+#if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
   StoreBits(to, _mm512_cvtepi32_epi8((__m512i)x));
 #elif defined(PIKV_MM)
   const __m128i* quads = reinterpret_cast<const __m128i*>(&(x &= 0xff));
