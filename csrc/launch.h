@@ -73,7 +73,7 @@ struct DecodeAttentionParams {
 struct PrefillAttentionParams {
   const void* query;  // [T, H, D] of dtype
   Slabs slabs;
-  const int32_t* slots;  // [P]
+  const int32_t* slots;  // [P], 0 is a hole
   float* out;            // [T, H, D]
   float* lse;            // [T, H]
   PageLayout layout;

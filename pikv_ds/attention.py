@@ -82,7 +82,7 @@ class ShardedAttention:
         for row, row_pages in zip(fetching, pages, strict=True):
             stacked = self._queries(batch, query, [row])
             out, lse = self._empty(stacked)
-            slots = torch.arange(len(row_pages), dtype=torch.int32, device=row_pages.device)
+            slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
             self._attend_pages(stacked, Slabs.of(row_pages), slots, scale, out, lse)
             self._merge(batch, [row], [out], [lse], local, local_lse)
         return local.to(query.dtype)
@@ -125,7 +125,8 @@ class ShardedAttention:
         return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
 
     def _fetch(self, plan: StepPlan, batch: SequenceBatch, layer: int, rows: list[int]) -> list[Tensor]:
-        """Brings all pages of some sequences here, each uint8 ``[P, page_bytes]`` in rank order."""
+        """Brings all pages of some sequences here, in rank order, each uint8 ``[1 + P, page_bytes]`` with the null
+        page first."""
         if not any(plan.fetches):
             return []
         rank, size = self.exchange.rank, self.exchange.size
@@ -141,7 +142,8 @@ class ShardedAttention:
         pieces = list(received.split([n for per_rank in loads for n in per_rank]))
         by_rank = [pieces[r * len(rows) : (r + 1) * len(rows)] for r in range(size)]
         by_rank[rank] = local[rank]
-        return [torch.cat([by_rank[r][i] for r in range(size)]) for i in range(len(rows))]
+        null = payload.new_empty(1, payload.shape[1])  # slot 0 is a hole to the ops
+        return [torch.cat([null, *(by_rank[r][i] for r in range(size))]) for i in range(len(rows))]
 
     def _local_pages(self, layer: int, sequence: tuple[int, int]) -> Tensor:
         """Encoded pages of a sequence that lie here, uint8 ``[P, page_bytes]``."""

@@ -447,7 +447,7 @@ def test_prefill_attention(ops: Ops, shape: Shape, codec: str, rng) -> None:
     scale = shape.head_dim**-0.5
     for slots in (list(pages.keys)[::-1], list(pages.keys)[:1], []):
         out, lse = torch.full(query.shape, torch.nan), torch.full(query.shape[:2], torch.nan)
-        chosen = torch.tensor(slots, dtype=torch.int32)
+        chosen = torch.tensor([0, *slots, 0], dtype=torch.int32)  # 0 is a hole
         ops.prefill_attention(query, pages.pool.slabs, chosen, pages.layout, scale, out, lse)
         size = (shape.kv_heads, 0, shape.head_dim)
         keys, values = (torch.cat([torch.empty(size), *(x[s] for s in slots)], 1) for x in (pages.keys, pages.values))

@@ -167,9 +167,10 @@ def prefill_attention(
 
     Args:
         query: ``[T, H, D]``.
-        slots: int32 ``[P]``, all valid; the pages of one sequence.
+        slots: int32 ``[P]``, the pages of one sequence; 0 is a hole.
         out, lse: float32 ``[T, H, D]``, ``[T, H]``.
     """
+    slots = slots[slots > 0]
     pages = torch.empty(len(slots), layout.page_bytes, dtype=torch.uint8, device=slots.device)
     gather_pages(slabs, slots, pages)
     keys, values = (x.transpose(0, 1).flatten(1, 2) for x in unseal_pages(pages, layout))
