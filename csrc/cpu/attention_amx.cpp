@@ -226,7 +226,8 @@ struct Bfloat16Operand {
   }
   static PIKV_INLINE F Combine(const float* c, int64_t c_stride, int num_digits) {
     F value = Load<F>(c);
-    for (int digit = 1; digit < num_digits; ++digit) value = value + Load<F>(c + digit * c_stride);
+    if (num_digits > 1) value = value + Load<F>(c + c_stride);
+    if (num_digits > 2) value = value + Load<F>(c + 2 * c_stride);
     return value;
   }
 

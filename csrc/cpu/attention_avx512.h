@@ -172,11 +172,9 @@ struct ByteOperand {
 
   // The number whose digits stand in successive rows of C.
   static PIKV_INLINE F Combine(const float* c, int64_t c_stride, int num_digits) {
-    F value = __builtin_convertvector(Load<I>(c), F);
-    for (int digit = 1; digit < num_digits; ++digit) {
-      value = value * 256.0f + __builtin_convertvector(Load<I>(c + digit * c_stride), F);
-    }
-    return value;
+    const auto digit = [&](int i) { return __builtin_convertvector(Load<I>(c + i * c_stride), F); };
+    const F value = digit(0) * 256.0f + digit(1);
+    return num_digits == 2 ? value : value * 256.0f + digit(2);
   }
 };
 

@@ -162,35 +162,36 @@ PIKV_INLINE void ForEachWordOfTokens(const TokenRows<Simd>& tokens, int row_byte
 
 // Asks for the next block's memory while this one is attended. Pages are scattered, so the hardware
 // cannot foresee where the next one lies; and a core can have only some 16 lines under way, so they
-// are asked for a few at a time: a burst would stall it.
+// are asked for a few at a time: a burst would stall it. Keys and values take turns, as two streams
+// come in faster than one.
 class Prefetcher {
  public:
-  void Clear() { num_ranges_ = num_lines_ = asked_ = range_ = 0; }
-
-  void Add(const void* begin, int64_t bytes) {
-    const uint8_t* first = static_cast<const uint8_t*>(begin);
-    ranges_[num_ranges_++] = {first, first + bytes};
-    num_lines_ += static_cast<int>((bytes + kLine - 1) / kLine);
+  void Start(const uint8_t* keys, const uint8_t* values, int64_t bytes) {
+    keys_ = keys;
+    values_ = values;
+    bytes_ = bytes;
+    asked_ = 0;
   }
 
-  // Asks until about a share of all lines has been asked for.
+  // Asks until a share of the bytes has been asked for.
   PIKV_INLINE void Until(float share) {
-    const int goal = static_cast<int>(num_lines_ * share);
-    while (asked_ < goal && range_ < num_ranges_) {
-      Range& range = ranges_[range_];
-      const uint8_t* end = Min(range.end, range.next + (goal - asked_) * kLine);
-      for (; range.next < end; range.next += kLine, ++asked_) __builtin_prefetch(range.next, 0, 2);
-      if (range.next >= range.end) ++range_;
+    const int64_t goal = static_cast<int>(static_cast<float>(bytes_) * share);
+    for (; asked_ < goal; asked_ += kLine) {
+      __builtin_prefetch(keys_ + asked_, 0, 2);
+      __builtin_prefetch(values_ + asked_, 0, 2);
     }
+  }
+
+  // Asks for something small at once.
+  static void Now(const void* begin, int64_t bytes) {
+    const uint8_t* from = static_cast<const uint8_t*>(begin);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
   }
 
  private:
   static constexpr int64_t kLine = 64;
-  struct Range {
-    const uint8_t *next, *end;
-  };
-  Range ranges_[6];
-  int num_ranges_ = 0, num_lines_ = 0, asked_ = 0, range_ = 0;
+  const uint8_t *keys_ = nullptr, *values_ = nullptr;
+  int64_t bytes_ = 0, asked_ = 0;
 };
 
 // Shares of the next block that are asked for by the end of a phase; about the phases' times.
@@ -420,22 +421,25 @@ class Attention {
       const int block_head = head;
       const int64_t block_index = index;
       more = advance(&next);
-      prefetcher_.Clear();
-      if (more) PlanPrefetch(next);
+      if (more) {
+        StartPrefetch(next);
+      } else {
+        prefetcher_.Start(nullptr, nullptr, 0);
+      }
       AttendBlock(block, block_head, block_index);
     }
     Operand::End();
   }
 
-  void PlanPrefetch(const KvBlock& kv) {
+  void StartPrefetch(const KvBlock& kv) {
+    if (Code::kScales) Prefetcher::Now(kv.key_scales, 2 * head_dim_);
+    if (Code::kMinima) Prefetcher::Now(kv.key_minima, 2 * head_dim_);
+    if (Code::kScales && !task_.keys_only) Prefetcher::Now(kv.value_scales, 2 * kv.num_tokens);
+    if (Code::kMinima && !task_.keys_only) Prefetcher::Now(kv.value_minima, 2 * kv.num_tokens);
     const int row_bytes = Code::RowBytes(head_dim_);
-    if (Code::kScales) prefetcher_.Add(kv.key_scales, 2 * head_dim_);
-    if (Code::kMinima) prefetcher_.Add(kv.key_minima, 2 * head_dim_);
-    if (kv.key_stride == row_bytes) prefetcher_.Add(kv.keys, kv.num_tokens * kv.key_stride);
-    if (task_.keys_only) return;
-    if (Code::kScales) prefetcher_.Add(kv.value_scales, 2 * kv.num_tokens);
-    if (Code::kMinima) prefetcher_.Add(kv.value_minima, 2 * kv.num_tokens);
-    if (kv.value_stride == row_bytes) prefetcher_.Add(kv.values, kv.num_tokens * kv.value_stride);
+    const bool contiguous = kv.key_stride == row_bytes && kv.value_stride == row_bytes;
+    prefetcher_.Start(kv.keys, task_.keys_only ? kv.keys : kv.values,
+                      contiguous ? int64_t{kv.num_tokens} * row_bytes : 0);
   }
 
   float* State(int head, int row) {
