@@ -8,7 +8,7 @@
 #include "../launch.h"
 
 #if defined(PIKV_EMULATOR)
-#include "emulator.h"  // tests/cuda: device.cuh's names in plain C++
+#include "emulator.h"  // tests/cuda_emulator: device.cuh's names in plain C++
 #else
 #include "device.cuh"
 #endif

@@ -11,8 +11,10 @@
 //            the minima as each of 16 tokens, and starts the accumulators.
 //   output   sum of p (code * scale + minimum) = sum of (p * scale) code + sum of p * minimum,
 //            the last a number per query.
-// For float16's range, q is scaled by a power of two to at most 1 in magnitude (exactly), so
-// q' cannot exceed 65504; the scores' factor takes it back.
+// Powers of two keep both within float16's range and precision, exactly: q is scaled to less than
+// 1, so q' cannot exceed 65504, and the scores' factor takes it back; values' scales are divided by
+// the power above the largest so far, so p * scale <= 1, and the output is rescaled where that
+// grows, as it is where the softmax's maximum does.
 #pragma once
 
 #include "decode.cuh"
@@ -264,6 +266,31 @@ __device__ __forceinline__ float SumOverTokens(float x) {
   return x;
 }
 
+// The least e with |x| < 2^e, for x not subnormal, and 2^e; |e| < 127.
+__device__ __forceinline__ int ExponentAbove(float x) {
+  return static_cast<int>(FloatBits(x) >> 23 & 0xff) - 126;
+}
+__device__ __forceinline__ float PowerOfTwo(int e) {
+  return BitsFloat(static_cast<uint32_t>(e + 127) << 23);
+}
+
+// The power of two, 0 to 15, that brings the largest of kCount float16 scales to about 1.
+template <int kCount>
+__device__ __forceinline__ int ScaleUp(const uint8_t* scales) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t words[4] = {};
+  if (lane < kCount / 8) LoadWords<16>(scales + 16 * lane, words);
+  uint32_t largest = MaxHalf2(MaxHalf2(words[0], words[1]), MaxHalf2(words[2], words[3]));
+  largest = MaxHalf2(largest, largest >> 16);
+#pragma unroll
+  for (int mask = 1; mask < kCount / 8; mask *= 2) {
+    largest = MaxHalf2(largest, ShuffleXor(largest, mask));
+  }
+  // float16's exponent is biased by 15. Lanes beyond kCount / 8 have not seen all scales.
+  const int exponent = static_cast<int>(Shuffle(largest, 0) >> 10 & 0x1f);
+  return min(max(14 - exponent, 0), 15);
+}
+
 // Puts the queries into shared memory in the order of fragments. Coded elements: as float16, times
 // a power of two per column. Then the factors by which score fragments must be multiplied, which
 // make them scores in units of log 2.
@@ -287,12 +314,11 @@ __device__ __forceinline__ void StageQueries(const DecodeAttentionParams& p,
         for (int d = lane; d < kHeadDim; d += kWarpSize) max = fmaxf(max, fabsf(load(column, d)));
       }
       max = WarpMax(max);
-      // max < 2^exponent; kept within what 2^-exponent can be as a float.
-      if (max > 0.0f) exponent = min(static_cast<int>(FloatBits(max) >> 23) - 126, 126);
+      if (max > 0.0f) exponent = min(ExponentAbove(max), 126);
     }
     if (lane == 0) {
-      query_factors[column] = ldexpf(1.0f, -exponent);
-      score_factors[column] = p.scale * kLog2e * kDecodeFactor<kElement> * ldexpf(1.0f, exponent);
+      query_factors[column] = PowerOfTwo(-exponent);
+      score_factors[column] = p.scale * kLog2e * kDecodeFactor<kElement> * PowerOfTwo(exponent);
     }
   }
   __syncthreads();
@@ -338,10 +364,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
   __syncthreads();
 
   // This lane's columns are 8 * tile + 2c and + 1, index [tile][0 and 1].
-  float factor[kTiles][2], max[kTiles][2], sum[kTiles][2], minimum_sum[kTiles][2];
+  float factor[kTiles][2], running_max[kTiles][2], sum[kTiles][2], minimum_sum[kTiles][2];
   float page_max[kTiles][2], page_sum[kTiles][2];
-  float base[kTiles][2];  // q . minimum of the page, or 0
-  float out[kSteps][kTiles][4];
+  float page_factor[kTiles][2];  // of the page's scores
+  float base[kTiles][2];         // q . minimum of the page, or 0, in units of 1 / page_factor
+  float out[kSteps][kTiles][4];  // in units of 2^value_exponent
+  int value_exponent = -24;      // 2^-24 is the smallest float16
   uint32_t query[kSteps][kTiles][2];
   const uint64_t* query_fragments = reinterpret_cast<const uint64_t*>(shared);
 #pragma unroll
@@ -350,7 +378,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
     for (int j = 0; j < 2; ++j) {
       factor[tile][j] = reinterpret_cast<const float*>(
           shared + Shared::kFactorsAt)[kColumns + tile * 8 + 2 * c + j];
-      max[tile][j] = page_max[tile][j] = NegativeInfinity();
+      page_factor[tile][j] = factor[tile][j];
+      running_max[tile][j] = page_max[tile][j] = NegativeInfinity();
       sum[tile][j] = minimum_sum[tile][j] = page_sum[tile][j] = base[tile][j] = 0.0f;
     }
 #pragma unroll
@@ -390,6 +419,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
       if constexpr (Shape::kScaleRows > 0) {
         // q' = q * scale, and q . minimum with the minima as every row of `a`.
         const uint8_t* scales = stage + Shape::kKeyScalesAt;
+        const int scale_up = ScaleUp<kHeadDim>(scales);
+        const uint32_t scale_factor =
+            static_cast<uint32_t>(15 + scale_up) << 10 | static_cast<uint32_t>(15 + scale_up) << 26;
         float dot[kTiles][4] = {};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -403,6 +435,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
           };
           uint32_t even, odd;
           load(scales, &even, &odd);
+          even = MulHalf2(even, scale_factor);
+          odd = MulHalf2(odd, scale_factor);
           uint32_t minima[4] = {};
           if constexpr (Shape::kScaleRows > 1) {
             load(scales + 2 * kHeadDim, &minima[0], &minima[2]);
@@ -420,8 +454,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
         }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          base[tile][0] = dot[tile][0];
-          base[tile][1] = dot[tile][1];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            base[tile][j] = dot[tile][j] * PowerOfTwo(scale_up);
+            page_factor[tile][j] = factor[tile][j] * PowerOfTwo(-scale_up);
+          }
         }
       }
     }
@@ -448,7 +485,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
         for (int i = 0; i < 4; ++i) {
           const int token = t * 16 + g + 8 * (i / 2);
           scores[t][tile][i] =
-              token < tokens ? scores[t][tile][i] * factor[tile][i % 2] : NegativeInfinity();
+              token < tokens ? scores[t][tile][i] * page_factor[tile][i % 2] : NegativeInfinity();
           chunk_max[tile][i % 2] = fmaxf(chunk_max[tile][i % 2], scores[t][tile][i]);
         }
       }
@@ -486,27 +523,51 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
     }
     if (p.out == nullptr) continue;
 
+    // Scales and minima of tokens g and g + 8 of each tile.
+    float scale[Shape::kChunkTiles][2], minimum[Shape::kChunkTiles][2];
+    int exponent = value_exponent;
+    if constexpr (Shape::kScaleRows > 0) {
+      const auto* scales = reinterpret_cast<const uint16_t*>(stage + Shape::kValueScalesAt);
+      float largest = 0.0f;
+#pragma unroll
+      for (int t = 0; t < Shape::kChunkTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int token = t * 16 + g + 8 * i;
+          const bool there = token < tokens;
+          scale[t][i] = there ? HalfToFloat(scales[token]) : 0.0f;
+          minimum[t][i] = Shape::kScaleRows > 1 && there
+                              ? HalfToFloat(scales[Shape::kChunkTokens + token])
+                              : 0.0f;
+          largest = fmaxf(largest, scale[t][i]);
+        }
+      }
+      exponent = max(exponent, ExponentAbove(MaxOverTokens(largest)));
+    }
+
     // Online softmax. After the first pages the maximum rarely moves, and nothing is rescaled.
-    bool moved = false;
+    bool moved = exponent > value_exponent;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) moved |= chunk_max[tile][j] > max[tile][j];
+      for (int j = 0; j < 2; ++j) moved |= chunk_max[tile][j] > running_max[tile][j];
     }
     if (AnyLane(moved)) {
+      const float unit = PowerOfTwo(value_exponent - exponent);
+      value_exponent = exponent;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float new_max = fmaxf(max[tile][j], chunk_max[tile][j]);
-          const float decay = Exp2(max[tile][j] - new_max);  // 2^-inf = 0 at first
-          max[tile][j] = new_max;
+          const float new_max = fmaxf(running_max[tile][j], chunk_max[tile][j]);
+          const float decay = Exp2(running_max[tile][j] - new_max);  // 2^-inf = 0 at first
+          running_max[tile][j] = new_max;
           sum[tile][j] *= decay;
           minimum_sum[tile][j] *= decay;
 #pragma unroll
           for (int m_tile = 0; m_tile < kSteps; ++m_tile) {
-            out[m_tile][tile][j] *= decay;
-            out[m_tile][tile][j + 2] *= decay;
+            out[m_tile][tile][j] *= decay * unit;
+            out[m_tile][tile][j + 2] *= decay * unit;
           }
         }
       }
@@ -515,15 +576,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
 #pragma unroll
     for (int t = 0; t < Shape::kChunkTiles; ++t) {
       if (t * 16 >= tokens) break;
-      float scale[2] = {1.0f, 1.0f}, minimum[2] = {0.0f, 0.0f};  // of tokens g and g + 8
-      if constexpr (Shape::kScaleRows > 0) {
-        const uint16_t* scales =
-            reinterpret_cast<const uint16_t*>(stage + Shape::kValueScalesAt) + t * 16 + g;
+      float factors[2];  // of the weights of tokens g and g + 8
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          scale[i] = HalfToFloat(scales[8 * i]);
-          if (Shape::kScaleRows > 1) minimum[i] = HalfToFloat(scales[Shape::kChunkTokens + 8 * i]);
-        }
+      for (int i = 0; i < 2; ++i) {
+        factors[i] = Shape::kScaleRows > 0 ? scale[t][i] * PowerOfTwo(-value_exponent) : 1.0f;
       }
       uint32_t weights[kTiles][2];
 #pragma unroll
@@ -531,15 +587,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
         float weight[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          weight[i] = Exp2(scores[t][tile][i] - max[tile][i % 2]);
+          weight[i] = Exp2(scores[t][tile][i] - running_max[tile][i % 2]);
           sum[tile][i % 2] += weight[i];
-          if (Shape::kScaleRows > 1) minimum_sum[tile][i % 2] += weight[i] * minimum[i / 2];
+          if (Shape::kScaleRows > 1) minimum_sum[tile][i % 2] += weight[i] * minimum[t][i / 2];
         }
         // From tokens in rows to tokens in k.
         weights[tile][0] =
-            TransposeMatrix(Pack<kElement>(weight[0] * scale[0], weight[1] * scale[0]));
+            TransposeMatrix(Pack<kElement>(weight[0] * factors[0], weight[1] * factors[0]));
         weights[tile][1] =
-            TransposeMatrix(Pack<kElement>(weight[2] * scale[1], weight[3] * scale[1]));
+            TransposeMatrix(Pack<kElement>(weight[2] * factors[1], weight[3] * factors[1]));
       }
       AttendTile<kElement, kHeadDim, kTiles>(stage + Shape::kValuesAt + t * 16 * Shape::kValuePitch,
                                              weights, out);
@@ -548,6 +604,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
   if (p.out == nullptr) return;
 
   __syncthreads();  // all warps are done with their rings
+  const float unit =
+      kDecodeFactor<kElement> * (Shape::kScaleRows > 0 ? PowerOfTwo(value_exponent) : 1.0f);
   const WarpPartials partials(shared + Shared::kRingAt, kDecodeWarps, kColumns, kHeadDim);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
@@ -560,11 +618,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
           partials.out[at * kHeadDim + Shape::ValueChannel(m_tile, g, upper)] =
-              out[m_tile][tile][j + 2 * upper] * kDecodeFactor<kElement> + shift;
+              out[m_tile][tile][j + 2 * upper] * unit + shift;
         }
       }
       if (g == 0) {
-        partials.max[at] = max[tile][j] * kLn2;
+        partials.max[at] = running_max[tile][j] * kLn2;
         partials.sum[at] = total;
       }
     }

@@ -3,7 +3,8 @@
 //
 // Everything with an intrinsic or inline PTX is here, on raw bits, for two reasons: torch's build
 // defines __CUDA_NO_HALF_CONVERSIONS__ and the like, so the half types are awkward outside; and
-// tests/cuda/emulator.h has the same names in plain C++, which runs the kernels where no GPU is.
+// tests/cuda_emulator/emulator.h has the same names in plain C++, which runs the kernels where no
+// GPU is.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -59,6 +60,11 @@ __device__ __forceinline__ uint32_t AddHalf2(uint32_t a, uint32_t b) {
 __device__ __forceinline__ uint32_t MulHalf2(uint32_t a, uint32_t b) {
   uint32_t out;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+__device__ __forceinline__ uint32_t MaxHalf2(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
   return out;
 }
 __device__ __forceinline__ uint32_t FmaHalf2(uint32_t a, uint32_t b, uint32_t c) {

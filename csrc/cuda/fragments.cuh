@@ -1,5 +1,6 @@
 // Which channel and token a lane holds where: the arithmetic between a page's bytes and the
-// fragments of mma.m16n8k16 (device.cuh). Everything is constexpr, and tests check it on the host.
+// fragments of mma.m16n8k16 (device.cuh). Everything is constexpr; tests/cuda_emulator/banks.cpp
+// checks it while compiling.
 //
 // Scores are computed transposed, S^T[token, query] = K[token, channel] Q^T[channel, query], and so
 // is the output, O^T[channel, query] = V^T[channel, token] P^T[token, query]. So the decoded
@@ -78,7 +79,7 @@ struct Fragments {
 
   // Bytes between rows in shared memory, chosen so that a warp's loads hit each bank once. ldmatrix
   // and the values' loads want an odd multiple of 16; the keys' loads are contiguous already unless
-  // a lane's run is 32 bytes. tests/test_cuda_emulated.py counts the conflicts.
+  // a lane's run is 32 bytes. tests/cuda_emulator/banks.cpp counts the conflicts.
   static constexpr int kKeyPitch = kRowBytes + (!kCoded || kKeyRun == 32 ? 16 : 0);
   static constexpr int kValuePitch = kRowBytes + (kRowBytes % 32 == 0 ? 16 : 0);
 };

@@ -1,4 +1,4 @@
-// A stable device-wide sort of pairs, by CUB; tests/cuda/emulator.h has it in plain C++.
+// A stable device-wide sort of pairs, by CUB; tests/cuda_emulator/emulator.h has it in plain C++.
 #pragma once
 
 #include <cub/device/device_radix_sort.cuh>
