@@ -56,6 +56,7 @@ def test_seal_pages(cuda: EmulatedOps, element: str, dtype: torch.dtype, kv_head
     keys, values = kv(rng, 3, layout)
     keys[0, :, :, 0], keys[1, :, :, 1], values[0, 0, 0] = 0.0, 3.14159, -1.5  # constant channels and tokens
     keys[2] *= 1000
+    keys[1, :, :, 2], keys[1, :, 1, 2], values[1, 0, 1], values[1, 0, 1, 1] = 0.0, -0.0, -0.0, 0.0
     padded = torch.full((3, layout.page_bytes + 48), 0xAB, dtype=torch.uint8)
     bounds = torch.full((3, layout.bounds_bytes + 1), 0xAB, dtype=torch.uint8)  # misaligned rows
     expected, expected_bounds = padded.clone(), bounds.clone()

@@ -64,6 +64,25 @@ __device__ __forceinline__ float LoadFloat(const void* base, int64_t index, Dtyp
   return dtype == Dtype::kBFloat16 ? BFloat16ToFloat(bits) : HalfToFloat(bits);
 }
 
+// ---- fp8: e4m3, in bits because sm_80 has no instructions for it ----
+
+// seee emmm as float16 is s0ee eemm m000 0000, whose exponent is biased by 8 more: 1/256 of it.
+__device__ __forceinline__ float E4M3ToFloat(uint8_t bits) {
+  return HalfToFloat(static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7f) << 7)) * 256.0f;
+}
+
+// Rounds to nearest even and saturates at 448, the largest. x is finite.
+__device__ __forceinline__ uint8_t FloatToE4M3(float x) {
+  const uint32_t sign = FloatBits(x) >> 24 & 0x80;
+  const float magnitude = fminf(fabsf(x), 448.0f);
+  // Below 2^-6 codes are multiples of 2^-9; the eighth is 2^-6 itself.
+  if (magnitude < 0.015625f) return sign | static_cast<uint32_t>(rintf(magnitude * 512.0f));
+  // Round to 3 bits of mantissa (carrying into the exponent), then rebias it from 127 to 7.
+  const uint32_t bits = FloatBits(magnitude);
+  const uint32_t rounded = (bits + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  return sign | (rounded - ((127 - 7) << 3));
+}
+
 // ---- reductions; every lane gets the result ----
 
 __device__ __forceinline__ float WarpSum(float x) {

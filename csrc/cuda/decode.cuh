@@ -23,6 +23,7 @@ struct DecodeBlock {
   int64_t table_row;
   int kv_head;
   int group;         // query heads per KV head
+  int row_queries;   // query rows per table row
   int num_columns;   // of all tiles
   int first_column;  // of this tile
   int split;
@@ -34,11 +35,13 @@ struct DecodeBlock {
     table_row = blockIdx.z;
     kv_head = blockIdx.y;
     group = static_cast<int>(p.num_heads) / num_kv_heads;
-    num_columns = group * static_cast<int>(p.num_rows / p.num_table_rows);
+    row_queries = static_cast<int>(p.num_rows) / static_cast<int>(p.num_table_rows);
+    num_columns = group * row_queries;
     // Tiles of one split are neighbours: they read the same pages at about the same time, from L2.
-    const int num_tiles = static_cast<int>(CeilDiv(num_columns, columns_per_tile));
-    split = blockIdx.x / num_tiles;
-    first_column = (blockIdx.x - split * num_tiles) * columns_per_tile;
+    const int num_tiles = (num_columns + columns_per_tile - 1) / columns_per_tile;
+    const int x = static_cast<int>(blockIdx.x);
+    split = x / num_tiles;
+    first_column = (x - split * num_tiles) * columns_per_tile;
     table = p.table +
             (p.table_per_head ? table_row * num_kv_heads + kv_head : table_row) * p.table_width;
     const int64_t count = p.counts == nullptr ? p.table_width : p.counts[table_row];
@@ -55,7 +58,7 @@ struct DecodeBlock {
   // Index into [R, H] of a column, which counts from the tile's first.
   __device__ int64_t RowAndHead(const DecodeAttentionParams& p, int column) const {
     const int j = first_column + column;
-    const int64_t row = table_row * (p.num_rows / p.num_table_rows) + j / group;
+    const int64_t row = table_row * row_queries + j / group;
     return row * p.num_heads + int64_t{kv_head} * group + j % group;
   }
   // Columns of this tile.

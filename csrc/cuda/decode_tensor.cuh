@@ -81,11 +81,25 @@ __device__ __forceinline__ void LoadWords(const uint8_t* from, uint32_t* out) {
 }
 
 // A warp's side of the ring that fills it.
-template <typename Shape>
+template <Element kElement, int kHeadDim>
 class ChunkSource {
  public:
-  __device__ ChunkSource(const DecodeBlock& block, int warp)
-      : queue_(block, warp), index_(0), page_(nullptr) {}
+  using Shape = TensorShape<kElement, kHeadDim>;
+
+  __device__ ChunkSource(const DecodeAttentionParams& p, const DecodeBlock& block, int warp)
+      : queue_(block, warp), page_(nullptr), index_(0), page_size_(p.layout.page_size) {
+    // Constants for the compiler, which then folds the layout's arithmetic.
+    PageLayout layout = p.layout;
+    layout.element = kElement;
+    layout.head_dim = kHeadDim;
+    const int head_bytes = page_size_ * Shape::kRowBytes;
+    keys_at_ = block.kv_head * head_bytes;
+    values_at_ = static_cast<int>(layout.ValueOffset()) + block.kv_head * head_bytes;
+    key_scales_at_ = static_cast<int>(layout.KeyScaleOffset()) + 2 * block.kv_head * kHeadDim;
+    key_scale_stride_ = 2 * layout.num_kv_heads * kHeadDim;
+    value_scales_at_ = static_cast<int>(layout.ValueScaleOffset()) + 2 * block.kv_head * page_size_;
+    value_scale_stride_ = 2 * layout.num_kv_heads * page_size_;
+  }
 
   // Starts copying the next chunk into a stage, and notes in *chunk which it is.
   __device__ __forceinline__ void Issue(const DecodeAttentionParams& p, const DecodeBlock& block,
@@ -99,33 +113,25 @@ class ChunkSource {
     }
     if (lane == 0) *chunk = {position_, index_};
 
-    const PageLayout& layout = p.layout;
-    const int page_size = layout.page_size;
     const int first = index_ * Shape::kChunkTokens;
-    const int count = min(Shape::kChunkTokens, page_size - first);
-    const int64_t row = int64_t{block.kv_head} * page_size + first;  // of [K * S]
-    CopyRows<Shape::kKeyPitch>(stage, page_ + row * Shape::kRowBytes, count);
-    if constexpr (Shape::kScaleRows > 0) {
-      if (index_ == 0) {
-        const uint8_t* scales =
-            page_ + layout.KeyScaleOffset() + 2 * block.kv_head * layout.head_dim;
-        CopyScales(stage + Shape::kKeyScalesAt, 2 * layout.head_dim, scales,
-                   int64_t{2} * layout.num_kv_heads * layout.head_dim, 2 * layout.head_dim);
-      }
+    const int count = min(Shape::kChunkTokens, page_size_ - first);
+    CopyRows<Shape::kKeyPitch>(stage, page_ + keys_at_ + first * Shape::kRowBytes, count);
+    if (Shape::kScaleRows > 0 && index_ == 0) {
+      CopyScales(stage + Shape::kKeyScalesAt, 2 * kHeadDim, page_ + key_scales_at_,
+                 key_scale_stride_, 2 * kHeadDim);
     }
     if (p.out != nullptr) {
       CopyRows<Shape::kValuePitch>(stage + Shape::kValuesAt,
-                                   page_ + layout.ValueOffset() + row * Shape::kRowBytes, count);
-      if constexpr (Shape::kScaleRows > 0) {
+                                   page_ + values_at_ + first * Shape::kRowBytes, count);
+      if (Shape::kScaleRows > 0) {
         CopyScales(stage + Shape::kValueScalesAt, 2 * Shape::kChunkTokens,
-                   page_ + layout.ValueScaleOffset() + 2 * row,
-                   int64_t{2} * layout.num_kv_heads * page_size, 2 * count);
+                   page_ + value_scales_at_ + 2 * first, value_scale_stride_, 2 * count);
       }
     }
     CopyAsyncCommit();
 
     ++index_;
-    if (index_ * Shape::kChunkTokens >= page_size) {
+    if (index_ * Shape::kChunkTokens >= page_size_) {
       index_ = 0;
       page_ = nullptr;
     }
@@ -136,17 +142,32 @@ class ChunkSource {
   template <int kPitch>
   __device__ static __forceinline__ void CopyRows(uint8_t* to, const uint8_t* from, int count) {
     constexpr int kVectors = Shape::kRowBytes / 16;  // per row
+    constexpr int kCopies = (Shape::kChunkTokens * kVectors + kWarpSize - 1) / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
+    if constexpr (kWarpSize % kVectors == 0) {
+      // A lane stays in its column: both addresses advance by constants.
+      constexpr int kRows = kWarpSize / kVectors;
+      const int row = lane / kVectors;
+      to += row * kPitch + lane % kVectors * 16;
+      from += lane * 16;
 #pragma unroll
-    for (int i = 0; i < (Shape::kChunkTokens * kVectors + kWarpSize - 1) / kWarpSize; ++i) {
-      const int at = i * kWarpSize + lane;
-      const int row = at / kVectors;
-      if (row < count) CopyAsync16(to + row * kPitch + (at - row * kVectors) * 16, from + at * 16);
+      for (int i = 0; i < kCopies; ++i) {
+        if (row + i * kRows < count)
+          CopyAsync16(to + i * kRows * kPitch, from + i * kWarpSize * 16);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int at = i * kWarpSize + lane;
+        const int row = at / kVectors;
+        if (row < count)
+          CopyAsync16(to + row * kPitch + (at - row * kVectors) * 16, from + at * 16);
+      }
     }
   }
   // kScaleRows rows of `bytes` bytes, a multiple of 16.
   __device__ static __forceinline__ void CopyScales(uint8_t* to, int to_stride, const uint8_t* from,
-                                                    int64_t from_stride, int bytes) {
+                                                    int from_stride, int bytes) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int row = 0; row < Shape::kScaleRows; ++row) {
@@ -156,9 +177,13 @@ class ChunkSource {
   }
 
   PageQueue queue_;
-  int index_;            // of the next chunk in its page
-  int position_;         // of the page in the table
   const uint8_t* page_;  // null: the queue's next
+  int position_;         // of the page in the table
+  int index_;            // of the next chunk in its page
+  int page_size_;
+  // Bytes from a page's beginning to this KV head's sections, and between scales and minima.
+  int keys_at_, values_at_, key_scales_at_, value_scales_at_;
+  int key_scale_stride_, value_scale_stride_;
 };
 
 // Scores of 16 tokens, keys in shared memory.
@@ -180,16 +205,16 @@ __device__ __forceinline__ void ScoreTile(const uint8_t* keys,
       LoadWords<kLoad>(from + 8 * F::kKeyPitch, upper);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-#pragma unroll
-        for (int code = 0; code < F::kCodes; ++code) {
+        ForEachCode<F::kCodes>([&](auto constant) {
+          constexpr int kCode = decltype(constant)::value;
           const uint32_t a[4] = {
-              DecodePair<kElement>(lower[i], 0, code), DecodePair<kElement>(upper[i], 0, code),
-              DecodePair<kElement>(lower[i], 1, code), DecodePair<kElement>(upper[i], 1, code)};
-          const int step = (first + i) * F::kCodes + code;
+              DecodePair<kElement, 0, kCode>(lower[i]), DecodePair<kElement, 0, kCode>(upper[i]),
+              DecodePair<kElement, 1, kCode>(lower[i]), DecodePair<kElement, 1, kCode>(upper[i])};
+          const int step = (first + i) * F::kCodes + kCode;
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile)
             Mma<kElement>(scores[tile], a, query[step][tile]);
-        }
+        });
       }
     }
   } else {
@@ -229,16 +254,16 @@ __device__ __forceinline__ void AttendTile(const uint8_t* values,
         const uint32_t selector = unit % 2 == 0 ? 0x5410 : 0x7632;  // low or high halves of both
         const uint32_t early = BytePermute(loaded[0][unit / 2], loaded[1][unit / 2], selector);
         const uint32_t late = BytePermute(loaded[2][unit / 2], loaded[3][unit / 2], selector);
-#pragma unroll
-        for (int code = 0; code < F::kCodes; ++code) {
+        ForEachCode<F::kCodes>([&](auto constant) {
+          constexpr int kCode = decltype(constant)::value;
           const uint32_t a[4] = {
-              DecodePair<kElement>(early, 0, code), DecodePair<kElement>(early, 1, code),
-              DecodePair<kElement>(late, 0, code), DecodePair<kElement>(late, 1, code)};
-          const int m_tile = (first + unit) * F::kCodes + code;
+              DecodePair<kElement, 0, kCode>(early), DecodePair<kElement, 1, kCode>(early),
+              DecodePair<kElement, 0, kCode>(late), DecodePair<kElement, 1, kCode>(late)};
+          const int m_tile = (first + unit) * F::kCodes + kCode;
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile)
             Mma<kElement>(out[m_tile][tile], a, weights[tile]);
-        }
+        });
       }
     }
   } else {
@@ -392,10 +417,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
     }
   }
 
-  ChunkSource<Shape> source(block, warp);
-#pragma unroll
-  for (int i = 0; i < Shape::kStages - 1; ++i)
+  ChunkSource<kElement, kHeadDim> source(p, block, warp);
+#pragma unroll 1
+  for (int i = 0; i < Shape::kStages - 1; ++i) {
     source.Issue(p, block, ring + i * Shape::kStageBytes, chunks + i);
+  }
 
   for (int current = 0;; current = current + 1 == Shape::kStages ? 0 : current + 1) {
     CopyAsyncWait<Shape::kStages - 2>();

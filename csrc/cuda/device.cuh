@@ -9,7 +9,6 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -31,13 +30,6 @@ __device__ __forceinline__ float BFloat16ToFloat(uint16_t bits) {
 }
 __device__ __forceinline__ uint16_t FloatToBFloat16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-// Saturates at 448, the largest e4m3.
-__device__ __forceinline__ uint8_t FloatToE4M3(float x) {
-  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
-}
-__device__ __forceinline__ float E4M3ToFloat(uint8_t bits) {
-  return __half2float(__half(__nv_cvt_fp8_to_halfraw(bits, __NV_E4M3)));
 }
 
 // ---- pairs of float16 or bfloat16 in a register, `low` in the low half ----
@@ -78,6 +70,14 @@ __device__ __forceinline__ uint32_t FmaHalf2(uint32_t a, uint32_t b, uint32_t c)
 // Byte i of the result is byte `selector >> 4i & 7` of {high, low}.
 __device__ __forceinline__ uint32_t BytePermute(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
+}
+// (x & kMask) | kBits in one instruction; written out, the compiler makes two of it, since only one
+// of two constants can be an immediate.
+template <uint32_t kMask, uint32_t kBits>
+__device__ __forceinline__ uint32_t MaskOr(uint32_t x) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "n"(kMask), "n"(kBits));
+  return out;
 }
 __device__ __forceinline__ uint32_t FloatBits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float BitsFloat(uint32_t x) { return __uint_as_float(x); }

@@ -90,27 +90,41 @@ struct Fragments {
 // Integers: 0x6400 is 1024, whose last mantissa bit is worth 1, so putting a code there makes 1024
 // + code. Codes higher in the byte need no shift: they make 1024 + 2^k code, and an FMA scales
 // that. Both are exact.
-template <Element kElement>
-__device__ __forceinline__ uint32_t DecodePair(uint32_t word, int byte, int code) {
+template <Element kElement, int kByte, int kCode>
+__device__ __forceinline__ uint32_t DecodePair(uint32_t word) {
   constexpr uint32_t k1024 = 0x64006400;
   constexpr uint32_t kMinus1024 = 0xe400e400;
   if constexpr (kElement == Element::kFp8) {
     // seee emmm -> s0ee eemm m000 0000
-    return byte == 0 ? (word << 8 & 0x80008000) | (word << 7 & 0x3f803f80)
-                     : (word & 0x80008000) | (word >> 1 & 0x3f803f80);
+    const uint32_t sign = kByte == 0 ? word << 8 : word;
+    const uint32_t magnitude = kByte == 0 ? word << 7 : word >> 1;
+    return (sign & 0x80008000) | (magnitude & 0x3f803f80);
   } else if constexpr (kElement == Element::kInt8) {
-    return AddHalf2(BytePermute(word, k1024, byte == 0 ? 0x7250 : 0x7351), kMinus1024);
+    return AddHalf2(BytePermute(word, k1024, kByte == 0 ? 0x7250 : 0x7351), kMinus1024);
   } else {
-    constexpr int kBits = ElementBits(kElement);
-    const uint32_t shifted = byte == 0 ? word : word >> 8;
-    const uint32_t mask = ((1u << kBits) - 1) * 0x00010001u << (kBits * code);
-    const uint32_t biased = (shifted & mask) | k1024;
-    if (code == 0) return AddHalf2(biased, kMinus1024);
-    // 2^-k and -1024 * 2^-k, k = kBits * code: float16 exponents 15 - k and 25 - k.
-    const uint32_t factor = static_cast<uint32_t>(15 - kBits * code) << 10;
-    const uint32_t offset = static_cast<uint32_t>(25 - kBits * code) << 10 | 0x8000;
-    return FmaHalf2(biased, factor * 0x00010001u, offset * 0x00010001u);
+    constexpr int kBits = ElementBits(kElement), kShift = kBits * kCode;
+    constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x00010001u << kShift;
+    const uint32_t biased = MaskOr<kMask, k1024>(kByte == 0 ? word : word >> 8);
+    if constexpr (kCode == 0) {
+      return AddHalf2(biased, kMinus1024);
+    } else {
+      // 2^-kShift and -1024 * 2^-kShift: float16 exponents 15 - kShift and 25 - kShift.
+      constexpr uint32_t kFactor = static_cast<uint32_t>(15 - kShift) << 10;
+      constexpr uint32_t kOffset = static_cast<uint32_t>(25 - kShift) << 10 | 0x8000;
+      return FmaHalf2(biased, kFactor * 0x00010001u, kOffset * 0x00010001u);
+    }
   }
+}
+
+// Calls visit(constant) for each code of a byte, as an integral constant.
+template <int kCode>
+struct CodeConstant {
+  static constexpr int value = kCode;
+};
+template <int kCodes, int kCode = 0, typename Visit>
+__device__ __forceinline__ void ForEachCode(const Visit& visit) {
+  visit(CodeConstant<kCode>{});
+  if constexpr (kCode + 1 < kCodes) ForEachCode<kCodes, kCode + 1>(visit);
 }
 
 // What DecodePair's result must be multiplied by.

@@ -108,14 +108,15 @@ __host__ __device__ constexpr int ScaleBytes(const PageLayout& layout) {
 
 // kElement is an element with codes, or kFloat32 for any that is stored as it comes.
 template <Dtype kDtype, Element kElement>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     SealPagesKernel(const SealPagesParams p, const SealLaunch launch) {
   using T = typename Stored<kDtype>::Type;
   constexpr bool kCoded = ScaleRows(kElement) > 0;
   const int64_t page = blockIdx.x;
   const int head = blockIdx.y;
   const bool is_keys = blockIdx.z == 0;
-  const PageLayout& layout = p.layout;
+  PageLayout layout = p.layout;
+  if (kCoded) layout.element = kElement;  // a constant, for the compiler
   const int num_tokens = layout.page_size, num_channels = layout.head_dim;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
 
-  // Statistics: keys per channel over the page's tokens, values per token over the channels.
+  // Statistics: keys per channel over the page's tokens, values per token over the channels. Of 0.0
+  // and -0.0 either may be found as an extreme; its sum with 0.0 is 0.0.
   bool bad = false;
   const auto take = [&](float x, float* low, float* high) {
     *low = fminf(*low, x);
@@ -160,6 +162,8 @@ __global__ void __launch_bounds__(kThreads)
       float low = -NegativeInfinity(), high = NegativeInfinity();
       for (int s = 0; s < num_tokens; ++s)
         take(ToFloat<kDtype>(input[s * stride + d]), &low, &high);
+      low = Add(low, 0.0f);
+      high = Add(high, 0.0f);
       put_scale(d, num_channels, low, high);
       if (p.bounds != nullptr) {
         // Minima and maxima are elements of the input: converting them back loses nothing.
@@ -182,8 +186,8 @@ __global__ void __launch_bounds__(kThreads)
       float low = -NegativeInfinity(), high = NegativeInfinity();
       for (int d = lane; d < num_channels; d += kWarpSize)
         take(ToFloat<kDtype>(input[s * stride + d]), &low, &high);
-      low = WarpMin(low);
-      high = WarpMax(high);
+      low = Add(WarpMin(low), 0.0f);
+      high = Add(WarpMax(high), 0.0f);
       if (lane == 0) put_scale(s, num_tokens, low, high);
     }
   }

@@ -49,7 +49,7 @@ __host__ __device__ constexpr int PaddedDim(int64_t head_dim) {
 }
 
 template <Dtype kDtype>
-__global__ void __launch_bounds__(kThreads) TailAttentionKernel(const TailAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAttentionParams p) {
   using T = typename Stored<kDtype>::Type;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t n = blockIdx.x, kv_head = blockIdx.y;

@@ -224,26 +224,6 @@ inline uint16_t FloatToBFloat16(float x) {
   if (std::isnan(x)) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline float E4M3ToFloat(uint8_t bits) {
-  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-  float x = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-  if ((bits & 0x7f) == 0x7f) x = NAN;
-  return bits & 0x80 ? -x : x;
-}
-inline uint8_t FloatToE4M3(float x) {
-  if (std::isnan(x)) return 0x7f;
-  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
-  const float magnitude = std::min(std::fabs(x), 448.0f);
-  // The codes 0 to 0x7e ascend in value; ties go to the even code.
-  uint8_t best = 0;
-  for (uint8_t code = 1; code <= 0x7e; ++code) {
-    const float here = std::fabs(E4M3ToFloat(code) - magnitude),
-                there = std::fabs(E4M3ToFloat(best) - magnitude);
-    if (here < there || (here == there && code % 2 == 0)) best = code;
-  }
-  return sign | best;
-}
-
 inline uint32_t PackHalf2(float low, float high) {
   return emulator::Pair(FloatToHalf(low), FloatToHalf(high));
 }
@@ -280,6 +260,10 @@ inline uint32_t BytePermute(uint32_t low, uint32_t high, uint32_t selector) {
   for (int i = 0; i < 4; ++i)
     out |= static_cast<uint32_t>(both >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
   return out;
+}
+template <uint32_t kMask, uint32_t kBits>
+uint32_t MaskOr(uint32_t x) {
+  return (x & kMask) | kBits;
 }
 inline float Exp2(float x) { return std::exp2(x); }
 inline float Add(float a, float b) { return a + b; }
