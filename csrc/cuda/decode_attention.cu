@@ -1,0 +1,75 @@
+// Picks the kernel of decode_attention and key scores, and merges the splits.
+#include "decode.cuh"
+#include "fragments.cuh"
+
+namespace pikv_ds {
+namespace {
+
+// Queries and plain pages must be of one type for the tensor cores. float32 queries want float32
+// accuracy, which those do not have.
+bool UsesTensorCores(const DecodeAttentionParams& p) {
+  if (p.dtype == Dtype::kFloat32 || !TensorLayoutSupported(p.layout.element, p.layout.head_dim))
+    return false;
+  if (p.layout.element == Element::kBFloat16) return p.dtype == Dtype::kBFloat16;
+  if (p.layout.element == Element::kFloat16) return p.dtype == Dtype::kFloat16;
+  return true;
+}
+
+int64_t OutFloats(const DecodeAttentionParams& p) {
+  return p.num_rows * p.num_heads * p.layout.head_dim;
+}
+
+}  // namespace
+
+void LaunchDecode(const char* op, const DecodeLaunch& launch, cudaStream_t stream) {
+  const DecodeAttentionParams& p = launch.params;
+  if (p.layout.head_dim > kMaxHeadDim) {
+    throw std::runtime_error(std::string(op) + ": head_dim " + std::to_string(p.layout.head_dim) +
+                             " has no CUDA kernel; the largest is " + std::to_string(kMaxHeadDim));
+  }
+  if (!UsesTensorCores(p)) return LaunchDecodeGeneric(launch, stream);
+  switch (p.layout.element) {
+    case Element::kBFloat16:
+      return LaunchDecodeBFloat16(launch, stream);
+    case Element::kFloat16:
+      return LaunchDecodeFloat16(launch, stream);
+    case Element::kFp8:
+      return LaunchDecodeFp8(launch, stream);
+    case Element::kInt8:
+      return LaunchDecodeInt8(launch, stream);
+    case Element::kInt4:
+      return LaunchDecodeInt4(launch, stream);
+    case Element::kInt2:
+      return LaunchDecodeInt2(launch, stream);
+    case Element::kFloat32:
+      break;  // not UsesTensorCores
+  }
+}
+
+int64_t DecodeScratchFloats(const DecodeAttentionParams& params) {
+  if (params.out == nullptr || params.num_splits == 1) return 0;
+  return params.num_splits * (OutFloats(params) + params.num_rows * params.num_heads);
+}
+
+void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t stream) {
+  if (params.num_rows == 0) return;
+  DecodeLaunch launch{params, params.out, params.lse};
+  const bool merge = params.out != nullptr && params.num_splits > 1;
+  if (merge) {
+    launch.outs = params.scratch;
+    launch.lses = params.scratch + params.num_splits * OutFloats(params);
+  }
+  LaunchDecode("decode_attention", launch, stream);
+  if (!merge) return;
+  MergePartialsParams splits;
+  splits.outs = launch.outs;
+  splits.lses = launch.lses;
+  splits.out = params.out;
+  splits.lse = params.lse;
+  splits.num_partials = params.num_splits;
+  splits.num_rows = params.num_rows * params.num_heads;
+  splits.head_dim = params.layout.head_dim;
+  MergePartialsCuda(splits, stream);
+}
+
+}  // namespace pikv_ds

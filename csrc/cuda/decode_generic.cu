@@ -1,0 +1,187 @@
+// decode_attention without tensor cores, in float32 throughout, for every layout: what float32
+// queries and pages need, and odd shapes. Not the path that is fast.
+#include "decode.cuh"
+
+namespace pikv_ds {
+namespace {
+
+constexpr int kRows = 8;  // columns per tile
+
+__host__ __device__ constexpr int PaddedDim(int head_dim) {
+  return static_cast<int>(CeilDiv(head_dim, kKeyWidth)) * kKeyWidth;
+}
+
+// One KV head of a page, decoded element by element.
+template <Element kElement>
+struct PageTokens {
+  const uint8_t* keys;
+  const uint8_t* values;
+  const uint16_t* key_scales;    // [scale_rows, K, D], at this head
+  const uint16_t* value_scales;  // [scale_rows, K, S], at this head
+  PageLayout layout;
+
+  __device__ PageTokens(const uint8_t* page, int head, const PageLayout& layout) : layout(layout) {
+    const int64_t head_bytes = layout.RowBytes() * layout.page_size;
+    keys = page + head * head_bytes;
+    values = page + layout.ValueOffset() + head * head_bytes;
+    key_scales =
+        reinterpret_cast<const uint16_t*>(page + layout.KeyScaleOffset()) + head * layout.head_dim;
+    value_scales = reinterpret_cast<const uint16_t*>(page + layout.ValueScaleOffset()) +
+                   head * layout.page_size;
+  }
+
+  // Element before its scale.
+  __device__ float Raw(const uint8_t* data, int token, int d) const {
+    const uint8_t* row = data + token * layout.RowBytes();
+    if constexpr (kElement == Element::kFloat32) {
+      return reinterpret_cast<const float*>(row)[d];
+    } else if constexpr (kElement == Element::kBFloat16) {
+      return BFloat16ToFloat(reinterpret_cast<const uint16_t*>(row)[d]);
+    } else if constexpr (kElement == Element::kFloat16) {
+      return HalfToFloat(reinterpret_cast<const uint16_t*>(row)[d]);
+    } else if constexpr (kElement == Element::kFp8) {
+      return E4M3ToFloat(row[d]);
+    } else {
+      constexpr int kBits = ElementBits(kElement);
+      const int row_bytes = static_cast<int>(layout.RowBytes());
+      const int code = d / row_bytes;  // a byte's channels are row_bytes apart
+      return static_cast<float>(row[d - code * row_bytes] >> (kBits * code) & ((1 << kBits) - 1));
+    }
+  }
+  // minimum_at: from the scale to the minimum.
+  __device__ static float Decode(float stored, const uint16_t* scale, int64_t minimum_at) {
+    if constexpr (ScaleRows(kElement) > 0) stored *= HalfToFloat(scale[0]);
+    if constexpr (ScaleRows(kElement) > 1) stored += HalfToFloat(scale[minimum_at]);
+    return stored;
+  }
+
+  __device__ void Keys(int token, int d, float (&out)[kKeyWidth]) const {
+#pragma unroll
+    for (int i = 0; i < kKeyWidth; ++i) {
+      const int64_t minimum_at = int64_t{layout.num_kv_heads} * layout.head_dim;
+      out[i] = d + i < layout.head_dim
+                   ? Decode(Raw(keys, token, d + i), key_scales + d + i, minimum_at)
+                   : 0.0f;
+    }
+  }
+  __device__ float Value(int token, int d) const {
+    return Decode(Raw(values, token, d), value_scales + token,
+                  int64_t{layout.num_kv_heads} * layout.page_size);
+  }
+};
+
+template <Element kElement>
+__global__ void __launch_bounds__(kDecodeThreads, 2)
+    DecodeGenericKernel(const DecodeLaunch launch) {
+  const DecodeAttentionParams& p = launch.params;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int head_dim = p.layout.head_dim, padded_dim = PaddedDim(head_dim),
+            page_size = p.layout.page_size;
+  const DecodeBlock block(p, kRows);
+  const int columns = block.Columns(kRows);
+
+  block.ClearPageLse(p, columns);
+  float* query = reinterpret_cast<float*>(DynamicShared());  // [kRows, padded_dim]
+  for (int i = threadIdx.x; i < kRows * padded_dim; i += kDecodeThreads) {
+    const int column = i / padded_dim, d = i - column * padded_dim;
+    const bool there = column < columns && d < head_dim;
+    query[i] =
+        there ? LoadFloat(p.query, block.RowAndHead(p, column) * head_dim + d, p.dtype) : 0.0f;
+  }
+  __syncthreads();
+
+  AttentionState<kRows> state;
+  state.Clear();
+  PageQueue queue(block, warp);
+  const uint8_t* page;
+  int position;
+  while (queue.Next(block, p.slabs, &page, &position)) {
+    const PageTokens<kElement> tokens(page, block.kv_head, p.layout);
+    float page_max[kRows], page_sum[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      page_max[j] = NegativeInfinity();
+      page_sum[j] = 0.0f;
+    }
+    for (int first = 0; first < page_size; first += kWarpSize) {
+      const int count = min(kWarpSize, page_size - first);
+      float scores[kRows];
+      ScoreTokens<kRows>(tokens, first, count, query, padded_dim, p.scale, scores);
+      if (p.page_lse != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          const float max = fmaxf(page_max[j], WarpMax(scores[j]));
+          page_sum[j] = page_sum[j] * expf(page_max[j] - max) + expf(scores[j] - max);
+          page_max[j] = max;
+        }
+      }
+      if (p.out != nullptr) AttendTokens<kRows>(tokens, first, count, head_dim, scores, &state);
+    }
+    if (p.page_lse != nullptr) {
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const float lse = page_max[j] + logf(WarpSum(page_sum[j]));
+        if (lane == 0 && j < columns)
+          p.page_lse[block.RowAndHead(p, j) * p.table_width + position] = lse;
+      }
+    }
+  }
+  if (p.out == nullptr) return;
+
+  const WarpPartials partials(DynamicShared() + kRows * padded_dim * sizeof(float), kDecodeWarps,
+                              kRows, head_dim);
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const int at = warp * kRows + j;
+#pragma unroll
+    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) {
+      const int d = lane + i * kWarpSize;
+      if (d < head_dim) partials.out[at * head_dim + d] = state.out[j][i];
+    }
+    const float sum = WarpSum(state.sum[j]);
+    if (lane == 0) {
+      partials.max[at] = state.max[j];
+      partials.sum[at] = sum;
+    }
+  }
+  __syncthreads();
+  const int64_t split_row = block.split * p.num_rows * p.num_heads;
+  MergeWarps<kDecodeWarps>(
+      partials, columns,
+      [&](int j, int d, float x) {
+        launch.outs[(split_row + block.RowAndHead(p, j)) * head_dim + d] = x;
+      },
+      [&](int j, float lse) { launch.lses[split_row + block.RowAndHead(p, j)] = lse; });
+}
+
+template <Element kElement>
+void LaunchElement(const DecodeLaunch& launch, cudaStream_t stream) {
+  const PageLayout& layout = launch.params.layout;
+  const int shared_bytes = kRows * PaddedDim(layout.head_dim) * static_cast<int>(sizeof(float)) +
+                           WarpPartials::Bytes(kDecodeWarps, kRows, layout.head_dim);
+  Launch("decode_attention", DecodeGenericKernel<kElement>, DecodeBlock::Grid(launch.params, kRows),
+         kDecodeThreads, shared_bytes, stream, launch);
+}
+
+}  // namespace
+
+void LaunchDecodeGeneric(const DecodeLaunch& launch, cudaStream_t stream) {
+  switch (launch.params.layout.element) {
+    case Element::kFloat32:
+      return LaunchElement<Element::kFloat32>(launch, stream);
+    case Element::kBFloat16:
+      return LaunchElement<Element::kBFloat16>(launch, stream);
+    case Element::kFloat16:
+      return LaunchElement<Element::kFloat16>(launch, stream);
+    case Element::kFp8:
+      return LaunchElement<Element::kFp8>(launch, stream);
+    case Element::kInt8:
+      return LaunchElement<Element::kInt8>(launch, stream);
+    case Element::kInt4:
+      return LaunchElement<Element::kInt4>(launch, stream);
+    case Element::kInt2:
+      return LaunchElement<Element::kInt2>(launch, stream);
+  }
+}
+
+}  // namespace pikv_ds

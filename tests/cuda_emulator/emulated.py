@@ -1,0 +1,293 @@
+"""The CUDA kernels as ops on CPU tensors: csrc/cuda compiled by g++ against `emulator.h`, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pikv_ds.layout import PageLayout
+from pikv_ds.ops.state import UtilityState
+from pikv_ds.slabs import Slabs
+
+ROOT = Path(__file__).parents[2]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
+    """A struct of csrc/launch.h; the fields are those, in order."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def _names(kind: type, names: str) -> dict[str, type]:
+    return dict.fromkeys(names.split(), kind)
+
+
+Layout = _struct("Layout", **_names(c_int32, "num_kv_heads head_dim page_size element"))
+SlabRows = _struct("SlabRows", pointers=c_void_p, slab_rows=c_int64, row_bytes=c_int64)
+SealPages = _struct(
+    "SealPages",
+    **_names(c_void_p, "keys values out bounds nonfinite"),
+    layout=Layout,
+    dtype=c_int32,
+    num_pages=c_int64,
+    key_strides=c_int64 * 3,
+    value_strides=c_int64 * 3,
+    **_names(c_int64, "out_stride bounds_stride"),
+)
+GatherPages = _struct("GatherPages", slabs=SlabRows, slots=c_void_p, out=c_void_p, num_pages=c_int64)
+DecodeAttention = _struct(
+    "DecodeAttention",
+    query=c_void_p,
+    slabs=SlabRows,
+    **_names(c_void_p, "table counts out lse page_lse scratch"),
+    layout=Layout,
+    dtype=c_int32,
+    table_per_head=c_bool,
+    scale=c_float,
+    **_names(c_int64, "num_rows num_table_rows num_heads table_width num_splits"),
+)
+PrefillAttention = _struct(
+    "PrefillAttention",
+    query=c_void_p,
+    slabs=SlabRows,
+    **_names(c_void_p, "slots out lse"),
+    layout=Layout,
+    dtype=c_int32,
+    scale=c_float,
+    **_names(c_int64, "num_queries num_heads num_pages"),
+)
+TailAttention = _struct(
+    "TailAttention",
+    **_names(c_void_p, "query keys values lengths out lse"),
+    dtype=c_int32,
+    scale=c_float,
+    **_names(c_int64, "num_rows num_heads num_kv_heads page_size head_dim"),
+)
+MergePartials = _struct(
+    "MergePartials", **_names(c_void_p, "outs lses out lse"), **_names(c_int64, "num_partials num_rows head_dim")
+)
+PageScores = _struct(
+    "PageScores",
+    query=c_void_p,
+    summaries=SlabRows,
+    **_names(c_void_p, "table counts out"),
+    **_names(c_int32, "dtype bounds_dtype"),
+    **_names(c_int64, "num_rows num_heads num_kv_heads head_dim table_width"),
+)
+SelectPages = _struct(
+    "SelectPages",
+    **_names(c_void_p, "table counts scores pinned budget out"),
+    **_names(c_int64, "num_rows num_kv_heads table_width"),
+)
+Utility = _struct(
+    "Utility", **_names(c_void_p, "mass last_step visits"), num_slots=c_int64, step=c_int32, decay=c_float
+)
+UpdateUtility = _struct("UpdateUtility", state=Utility, slots=c_void_p, new_mass=c_void_p, num_pages=c_int64)
+ChooseVictims = _struct(
+    "ChooseVictims",
+    state=Utility,
+    evictable=c_void_p,
+    weights=c_float * 3,
+    out=c_void_p,
+    num_victims=c_int64,
+    scratch=c_void_p,
+)
+
+
+def build(folder: Path) -> Path:
+    """Compiles the kernels into a shared library, two files at a time."""
+    here = ROOT / "tests/cuda_emulator"
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted(here.glob("*.cpp"))]
+    sanitizer = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    flags = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-DPIKV_EMULATOR", "-DPIKV_WITH_CUDA", "-w", *sanitizer]
+
+    def compile_one(source: Path) -> Path:
+        out = folder / f"{source.stem}.o"
+        subprocess.run(["g++", *flags, f"-I{here}", "-c", str(source), "-o", str(out)], check=True)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "pikv_emulated.so"
+    subprocess.run(["g++", "-shared", *sanitizer, *map(str, objects), "-o", str(library)], check=True)
+    return library
+
+
+class EmulatedOps:
+    """The signatures of `pikv_ds.ops.reference`, for CPU tensors.
+
+    Args:
+        library: what `build` returned.
+        num_splits: pieces of the sequence in `decode_attention`.
+    """
+
+    def __init__(self, library: Path, num_splits: int = 1) -> None:
+        self.lib = ctypes.CDLL(str(library))
+        self.lib.DecodeScratchFloats.restype = self.lib.ChooseVictimsScratchBytes.restype = c_int64
+        self.num_splits = num_splits
+
+    def seal_pages(
+        self, keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+    ) -> None:
+        params = SealPages(
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            None if bounds is None else bounds.data_ptr(),
+            nonfinite.data_ptr(),
+            _layout(layout),
+            DTYPES.index(keys.dtype),
+            len(keys),
+            (c_int64 * 3)(*keys.stride()[:3]),
+            (c_int64 * 3)(*values.stride()[:3]),
+            out.stride(0),
+            0 if bounds is None else bounds.stride(0),
+        )
+        self.lib.SealPages(ctypes.byref(params))
+
+    def gather_pages(self, slabs: Slabs, slots: Tensor, out: Tensor) -> None:
+        self.lib.GatherPages(ctypes.byref(GatherPages(_slabs(slabs), slots.data_ptr(), out.data_ptr(), len(slots))))
+
+    def decode_attention(
+        self,
+        query: Tensor,
+        slabs: Slabs,
+        table: Tensor,
+        counts: Tensor,
+        layout: PageLayout,
+        scale: float,
+        out: Tensor | None,
+        lse: Tensor | None,
+        page_lse: Tensor | None = None,
+    ) -> None:
+        params = DecodeAttention(
+            query.data_ptr(),
+            _slabs(slabs),
+            table.data_ptr(),
+            counts.data_ptr(),
+            None if out is None else out.data_ptr(),
+            None if lse is None else lse.data_ptr(),
+            None if page_lse is None else page_lse.data_ptr(),
+            None,
+            _layout(layout),
+            DTYPES.index(query.dtype),
+            table.dim() == 3,
+            scale,
+            len(query),
+            len(table),
+            query.shape[1],
+            table.shape[-1],
+            self.num_splits,
+        )
+        scratch = torch.full((self.lib.DecodeScratchFloats(ctypes.byref(params)),), torch.nan)
+        params.scratch = scratch.data_ptr()
+        self.lib.DecodeAttention(ctypes.byref(params))
+
+    def key_scores(
+        self,
+        query: Tensor,
+        slabs: Slabs,
+        table: Tensor,
+        counts: Tensor,
+        layout: PageLayout,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        self.decode_attention(query, slabs, table, counts, layout, scale, None, None, out)
+
+    def prefill_attention(
+        self, query: Tensor, slabs: Slabs, slots: Tensor, layout: PageLayout, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        params = PrefillAttention(
+            query.data_ptr(),
+            _slabs(slabs),
+            slots.data_ptr(),
+            out.data_ptr(),
+            lse.data_ptr(),
+            _layout(layout),
+            DTYPES.index(query.dtype),
+            scale,
+            len(query),
+            query.shape[1],
+            len(slots),
+        )
+        self.lib.PrefillAttention(ctypes.byref(params))
+
+    def tail_attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        tensors = [t.data_ptr() for t in (query, keys, values, lengths, out, lse)]
+        n, kv_heads, page_size, head_dim = keys.shape
+        params = TailAttention(
+            *tensors, DTYPES.index(query.dtype), scale, n, query.shape[1], kv_heads, page_size, head_dim
+        )
+        self.lib.TailAttention(ctypes.byref(params))
+
+    def merge_partials(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+        params = MergePartials(*(t.data_ptr() for t in (outs, lses, out, lse)), *outs.shape)
+        self.lib.MergePartials(ctypes.byref(params))
+
+    def page_scores(
+        self, query: Tensor, summary_slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, out: Tensor
+    ) -> None:
+        params = PageScores(
+            query.data_ptr(),
+            _slabs(summary_slabs),
+            table.data_ptr(),
+            counts.data_ptr(),
+            out.data_ptr(),
+            DTYPES.index(query.dtype),
+            DTYPES.index(layout.dtype),
+            len(query),
+            query.shape[1],
+            layout.num_kv_heads,
+            layout.head_dim,
+            table.shape[1],
+        )
+        self.lib.PageScores(ctypes.byref(params))
+
+    def select_pages(
+        self, table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor
+    ) -> None:
+        tensors = [t.data_ptr() for t in (table, counts, scores, pinned, budget, out)]
+        self.lib.SelectPages(ctypes.byref(SelectPages(*tensors, *scores.shape)))
+
+    def update_utility(self, slots: Tensor, mass: Tensor, step: int, decay: float, state: UtilityState) -> None:
+        params = UpdateUtility(_utility(state, step, decay), slots.data_ptr(), mass.data_ptr(), len(slots))
+        self.lib.UpdateUtility(ctypes.byref(params))
+
+    def choose_victims(
+        self,
+        state: UtilityState,
+        evictable: Tensor,
+        step: int,
+        decay: float,
+        weights: tuple[float, float, float],
+        out: Tensor,
+    ) -> None:
+        params = ChooseVictims(
+            _utility(state, step, decay), evictable.data_ptr(), (c_float * 3)(*weights), out.data_ptr(), len(out)
+        )
+        scratch = torch.empty(self.lib.ChooseVictimsScratchBytes(ctypes.byref(params)), dtype=torch.uint8)
+        params.scratch = scratch.data_ptr()
+        self.lib.ChooseVictims(ctypes.byref(params))
+
+
+def _layout(layout: PageLayout) -> ctypes.Structure:
+    return Layout(layout.num_kv_heads, layout.head_dim, layout.page_size, layout.code)
+
+
+def _slabs(slabs: Slabs) -> ctypes.Structure:
+    return SlabRows(slabs.pointers.data_ptr(), slabs.slab_rows, slabs.row_bytes)
+
+
+def _utility(state: UtilityState, step: int, decay: float) -> ctypes.Structure:
+    return Utility(
+        state.mass.data_ptr(), state.last_step.data_ptr(), state.visits.data_ptr(), len(state.mass), step, decay
+    )
