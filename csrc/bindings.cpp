@@ -508,9 +508,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
 
 // `import pikv_ds._C` loads this library, and loading it registers the ops above. The Python module
 // itself only tells the instruction set.
-static PyObject* CpuIsa(PyObject*, PyObject*) {
-  return PyUnicode_FromString(pikv_ds::CpuIsa());
-}
+static PyObject* CpuIsa(PyObject*, PyObject*) { return PyUnicode_FromString(pikv_ds::CpuIsa()); }
 
 PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {

@@ -26,12 +26,12 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147180559945309417f;
 
-constexpr int kMaxRows = 128;          // query rows of a task: their state stays in the L2 cache
+constexpr int kMaxRows = 128;           // query rows of a task: their state stays in the L2 cache
 constexpr int64_t kPieceTokens = 1024;  // at least, in a piece of a sequence
 constexpr int64_t kMaxPieces = 32;
 constexpr int64_t kMaxStateFloats = 1 << 16;  // of a task with several KV heads
-constexpr int64_t kSerialWork = 1 << 21;      // products below which threads cost more than they give
-constexpr int kContextTokens = 64;            // of a block of plain keys
+constexpr int64_t kSerialWork = 1 << 21;  // products below which threads cost more than they give
+constexpr int kContextTokens = 64;        // of a block of plain keys
 
 int NumThreads() {
 #if defined(_OPENMP)
@@ -150,8 +150,7 @@ class Runner {
     const AttendTask& task = work_.task;
     const int64_t queries_per_cell =
         std::min<int64_t>(work_.queries_per_group, std::max(1, kMaxRows / task.group));
-    const int64_t row_blocks =
-        (work_.queries_per_group + queries_per_cell - 1) / queries_per_cell;
+    const int64_t row_blocks = (work_.queries_per_group + queries_per_cell - 1) / queries_per_cell;
 
     std::vector<int64_t> pieces(work_.num_groups, 1);
     int64_t cells = 0, tokens = 0;
@@ -216,8 +215,7 @@ class Runner {
       task.first_limit += cell.first_query;
       // Blocks that not even the last query sees.
       const int64_t seen = task.first_limit + cell.num_queries - 1;
-      task.end_block =
-          std::min(task.end_block, (seen + task.max_tokens - 1) / task.max_tokens);
+      task.end_block = std::min(task.end_block, (seen + task.max_tokens - 1) / task.max_tokens);
       task.end_block = std::max(task.end_block, task.first_block);
     }
     if (cell.num_pieces > 1) {
@@ -242,8 +240,8 @@ class Runner {
       for (int64_t row = 0; row < num_rows; ++row) {
         const int64_t query =
             cell.group * work_.queries_per_group + cell.first_query + row / task.group;
-        const int64_t at = (query * work_.num_kv_heads + cell.first_head + head) * task.group +
-                           row % task.group;
+        const int64_t at =
+            (query * work_.num_kv_heads + cell.first_head + head) * task.group + row % task.group;
         Finish(states + (head * num_rows + row) * state_stride_,
                num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, channels_,
                task.head_dim, work_.out + at * task.head_dim, work_.lse + at);
@@ -465,9 +463,8 @@ void TailAttentionCpu(const TailAttentionParams& p) {
   for (int64_t row = 0; row < p.num_rows; ++row) {
     const int64_t offset = row * p.num_kv_heads * head_bytes;
     blocks.emplace_back(static_cast<const uint8_t*>(p.keys) + offset,
-                        static_cast<const uint8_t*>(p.values) + offset,
-                        strides, strides, p.lengths[row],
-                        static_cast<int>(p.page_size));
+                        static_cast<const uint8_t*>(p.values) + offset, strides, strides,
+                        p.lengths[row], static_cast<int>(p.page_size));
     work.sources.push_back(&blocks.back());
     work.num_blocks.push_back(p.lengths[row] > 0 ? 1 : 0);
   }
