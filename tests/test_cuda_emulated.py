@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator.emulated import EmulatedOps, build
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.slabs import Slabs
-from cuda_emulator.emulated import EmulatedOps, build
 
 pytestmark = pytest.mark.slow
 HUGE = 2**30  # a table entry that nobody may follow
