@@ -48,6 +48,8 @@ def make_extension():
         and bool(sources("cuda/*.cu"))
     )
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    if with_cuda:  # what the kernels need, and no older; torch would add sm_75
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
     # Hidden symbols keep our functions from clashing with another library in the same process.
     # No -march: kernels choose their instructions at run time. OpenMP: torch brings libgomp.so.1 and
     # is loaded first, so its threads and torch.set_num_threads are ours, too.
