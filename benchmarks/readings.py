@@ -4,6 +4,7 @@
     deepspeed --num_accelerators 2 benchmarks/readings.py bound             # tokens per rank, 90 % on one expert
     deepspeed --num_accelerators 2 benchmarks/readings.py wire              # bytes per token and layer
     deepspeed --num_accelerators 2 benchmarks/readings.py memory            # peak while a prompt is sealed
+    deepspeed --num_accelerators 2 benchmarks/readings.py speed             # decoding, fastest against reference ops
     deepspeed --num_accelerators 2 benchmarks/readings.py needles           # codecs and lookups, 18 cases
 
 Everything runs on the reference model (real attention) unless --model names another checkpoint.
@@ -318,6 +319,59 @@ def memory(args: argparse.Namespace) -> None:
     bench.console.print(table)
 
 
+def speed(args: argparse.Namespace) -> None:
+    """Time per decoded token, the model's own work included, with the fastest and with the reference ops.
+
+    They take turns, token by token, within one generation: a slow moment of the machine hits both.
+    """
+    import statistics
+    import time
+
+    import torch
+    from transformers import StoppingCriteria
+
+    import pikv_ds
+    from pikv_ds.ops import Ops
+
+    bench = Bench(args)
+    ops = {name: Ops(name, launch_env.device().type) for name in ("auto", "reference")}
+    seconds: dict[str, list[float]] = {name: [] for name in ops}
+    engine = bench.engine(codec=args.codec)
+    store = pikv_ds.api.attachment_of(engine).store
+
+    class Turns(StoppingCriteria):
+        """Notes each token's time and lets the other ops make the next one."""
+
+        count, before = 0, 0.0
+
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            now = time.perf_counter()
+            if self.count > 2:  # the prompt and a first token of each are no measurement
+                seconds[list(ops)[(self.count - 1) % 2]].append(now - self.before)
+            store.attention.ops = store.sender.ops = ops[list(ops)[self.count % 2]]
+            self.count, self.before = self.count + 1, time.perf_counter()
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    ids = bench.prompt(args.tokens, TEXTS[bench.world.rank % len(TEXTS)])
+    with torch.inference_mode():
+        engine.module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=args.new_tokens,
+            stopping_criteria=[Turns()],
+            **GREEDY,
+        )
+    table = make_table(
+        f"ms per decoded token, {bench.dtype}, codec {args.codec}, {bench.world.size} rank(s), medians of "
+        f"{len(seconds['auto'])}",
+        "rank", "prompt tokens", f"{ops['auto'].implementation('decode_attention')} ops", "reference ops", "ratio",
+    )  # fmt: skip
+    mine = [statistics.median(seconds[name]) * 1e3 for name in ops]
+    for r, (tokens, fast, slow) in enumerate(bench.gather((ids.shape[1], *mine))):
+        table.add_row(str(r), f"{tokens:,}", f"{fast:.1f}", f"{slow:.1f}", f"{slow / fast:.2f}")
+    bench.console.print(table)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "exact, none": {},
     "exact, int8": {"codec": "int8"},
@@ -388,13 +442,14 @@ def main(argv: list[str]) -> int:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = {f.__name__: f for f in (parity, bound, wire, memory, needles)}
+    commands = {f.__name__: f for f in (parity, bound, wire, memory, speed, needles)}
     parser.add_argument("what", choices=commands)
     parser.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint (default: the reference model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tokens", type=int, default=6100, help="prompt length (default: 6100)")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--chunk", type=int, help="pikv.prefill_chunk_tokens")
+    parser.add_argument("--codec", default="none", help="pikv.codec of `speed` (default: none)")
     parser.add_argument("--page-size", type=int, default=32)
     parser.add_argument("--expert", type=int, default=0, help="the hot expert of `bound`")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
