@@ -26,12 +26,12 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kLn2 = 0.693147180559945309417f;
 
-constexpr int kMaxRows = 128;          // query rows of a task: their state stays in the L2 cache
+constexpr int kMaxRows = 128;           // query rows of a task: their state stays in the L2 cache
 constexpr int64_t kPieceTokens = 1024;  // at least, in a piece of a sequence
 constexpr int64_t kMaxPieces = 32;
 constexpr int64_t kMaxStateFloats = 1 << 16;  // of a task with several KV heads
-constexpr int64_t kSerialWork = 1 << 21;      // products below which threads cost more than they give
-constexpr int kContextTokens = 64;            // of a block of plain keys
+constexpr int64_t kSerialWork = 1 << 21;  // products below which threads cost more than they give
+constexpr int kContextTokens = 64;        // of a block of plain keys
 
 int NumThreads() {
 #if defined(_OPENMP)
@@ -89,8 +89,9 @@ const void* Advance(const void* query, Dtype dtype, int64_t elements) {
 }
 
 // Merges the states of a row's pieces, `stride` floats apart, in order.
-void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_places,
-            const int16_t* channels, int head_dim, float* out, float* lse) {
+void Finish(const float* states, int64_t stride, int64_t num_pieces,
+            const std::vector<int>& channels, std::vector<float>* sums, float* out, float* lse) {
+  const int num_places = static_cast<int>(channels.size());
   float peak = kMinusInfinity;
   bool broken = false;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
@@ -98,7 +99,7 @@ void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_pla
     broken |= std::isnan(states[piece * stride + num_places + kSum]);
     if (piece_peak > peak) peak = piece_peak;
   }
-  float sums[512] = {};
+  sums->assign(num_places, 0.0f);
   float sum = 0.0f;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     const float* state = states + piece * stride;
@@ -106,13 +107,13 @@ void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_pla
     const float weight = std::exp2(state[num_places + kPeak] - peak);
     sum += weight * state[num_places + kSum];
     const float minima = state[num_places + kMinima];
-    for (int n = 0; n < num_places; ++n) sums[n] += weight * (state[n] + minima);
+    for (int n = 0; n < num_places; ++n) (*sums)[n] += weight * (state[n] + minima);
   }
   if (broken) sum = std::numeric_limits<float>::quiet_NaN();
   *lse = sum == 0.0f ? kMinusInfinity : (peak + std::log2(sum)) * kLn2;
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   for (int n = 0; n < num_places; ++n) {
-    if (channels[n] >= 0) out[channels[n]] = sums[n] * inverse;
+    if (channels[n] >= 0) out[channels[n]] = (*sums)[n] * inverse;
   }
 }
 
@@ -123,9 +124,8 @@ class Runner {
         kernel_(FindKernel(work.task.element, work.task.head_dim)),
         num_places_(kernel_.num_places(work.task.head_dim)),
         state_stride_(StateStride(num_places_)) {
-    for (int n = 0; n < num_places_; ++n) {
-      channels_[n] = static_cast<int16_t>(kernel_.channel(work.task.head_dim, n));
-    }
+    channels_.resize(num_places_);
+    for (int n = 0; n < num_places_; ++n) channels_[n] = kernel_.channel(work.task.head_dim, n);
   }
 
   void Run() {
@@ -150,8 +150,7 @@ class Runner {
     const AttendTask& task = work_.task;
     const int64_t queries_per_cell =
         std::min<int64_t>(work_.queries_per_group, std::max(1, kMaxRows / task.group));
-    const int64_t row_blocks =
-        (work_.queries_per_group + queries_per_cell - 1) / queries_per_cell;
+    const int64_t row_blocks = (work_.queries_per_group + queries_per_cell - 1) / queries_per_cell;
 
     std::vector<int64_t> pieces(work_.num_groups, 1);
     int64_t cells = 0, tokens = 0;
@@ -216,8 +215,7 @@ class Runner {
       task.first_limit += cell.first_query;
       // Blocks that not even the last query sees.
       const int64_t seen = task.first_limit + cell.num_queries - 1;
-      task.end_block =
-          std::min(task.end_block, (seen + task.max_tokens - 1) / task.max_tokens);
+      task.end_block = std::min(task.end_block, (seen + task.max_tokens - 1) / task.max_tokens);
       task.end_block = std::max(task.end_block, task.first_block);
     }
     if (cell.num_pieces > 1) {
@@ -238,15 +236,16 @@ class Runner {
   void FinishRows(const Cell& cell, const float* states) {
     const AttendTask& task = work_.task;
     const int64_t num_rows = RowsOf(cell), num_heads = cell.end_head - cell.first_head;
+    std::vector<float> sums;
     for (int64_t head = 0; head < num_heads; ++head) {
       for (int64_t row = 0; row < num_rows; ++row) {
         const int64_t query =
             cell.group * work_.queries_per_group + cell.first_query + row / task.group;
-        const int64_t at = (query * work_.num_kv_heads + cell.first_head + head) * task.group +
-                           row % task.group;
+        const int64_t at =
+            (query * work_.num_kv_heads + cell.first_head + head) * task.group + row % task.group;
         Finish(states + (head * num_rows + row) * state_stride_,
-               num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, channels_,
-               task.head_dim, work_.out + at * task.head_dim, work_.lse + at);
+               num_heads * num_rows * state_stride_, cell.num_pieces, channels_, &sums,
+               work_.out + at * task.head_dim, work_.lse + at);
       }
     }
   }
@@ -255,7 +254,7 @@ class Runner {
   const AttentionKernel& kernel_;
   const int num_places_;
   const int64_t state_stride_;
-  int16_t channels_[512];
+  std::vector<int> channels_;  // of the accumulators' places
   std::vector<Cell> cells_;
   int64_t num_states_ = 0;  // rows of states_
   std::unique_ptr<float[]> states_;
@@ -465,9 +464,8 @@ void TailAttentionCpu(const TailAttentionParams& p) {
   for (int64_t row = 0; row < p.num_rows; ++row) {
     const int64_t offset = row * p.num_kv_heads * head_bytes;
     blocks.emplace_back(static_cast<const uint8_t*>(p.keys) + offset,
-                        static_cast<const uint8_t*>(p.values) + offset,
-                        strides, strides, p.lengths[row],
-                        static_cast<int>(p.page_size));
+                        static_cast<const uint8_t*>(p.values) + offset, strides, strides,
+                        p.lengths[row], static_cast<int>(p.page_size));
     work.sources.push_back(&blocks.back());
     work.num_blocks.push_back(p.lengths[row] > 0 ? 1 : 0);
   }

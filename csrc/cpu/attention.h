@@ -14,8 +14,8 @@ struct KvBlock {
   const uint8_t* values;
   int64_t key_stride;  // bytes from token to token
   int64_t value_stride;
-  const uint16_t* key_scales;  // float16 [D]; null for elements without scales
-  const uint16_t* key_minima;  // float16 [D]; null for fp8
+  const uint16_t* key_scales;    // float16 [D]; null for elements without scales
+  const uint16_t* key_minima;    // float16 [D]; null for fp8
   const uint16_t* value_scales;  // float16 [tokens]
   const uint16_t* value_minima;
   int num_tokens;  // at least 1
@@ -43,7 +43,7 @@ struct AttendTask {
   int first_head, end_head;  // KV heads
   int num_rows;
   int group;
-  const void* query;  // of row 0 and KV head 0
+  const void* query;                        // of row 0 and KV head 0
   int64_t query_stride, query_head_stride;  // in elements
   float scale;
   int64_t first_limit;  // causal: query t sees this many keys + t; negative: all keys

@@ -142,8 +142,7 @@ struct ByteOperand {
       return _mm512_packus_epi32(_mm512_and_si512(x[i], mask), _mm512_and_si512(x[i + 1], mask));
     };
     // Packing goes lane by lane, so its 32-bit words end up transposed.
-    const __m512i order =
-        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words(0), words(2)));
   }
 

@@ -201,8 +201,8 @@ constexpr float kAfterPackValues = 0.85f;
 // c[rows, places] = a * b, where each word of A meets kLanes words of B. Works for all operands
 // whose MulAdd takes vectors. The tile of kRows x kBlocks accumulators stays in registers.
 template <class Operand, int kRows, int kBlocks>
-PIKV_INLINE void MultiplyTile(const uint32_t* a, int64_t a_stride, const uint32_t* b, int num_groups,
-                              float* c, int64_t c_stride, bool add) {
+PIKV_INLINE void MultiplyTile(const uint32_t* a, int64_t a_stride, const uint32_t* b,
+                              int num_groups, float* c, int64_t c_stride, bool add) {
   using Simd = typename Operand::Simd;
   using Sum = typename Operand::Sum;
   constexpr int kLanes = Simd::kLanes;
@@ -274,7 +274,7 @@ struct FloatOperand {
   using Sum = F;
   using Code = Codec<kElement>;
   static constexpr int kLanes = Simd::kLanes;
-  static constexpr int kGroup = 1;        // k per word
+  static constexpr int kGroup = 1;          // k per word
   static constexpr int kGroupMultiple = 1;  // the words of a row of A are a multiple of this
   static constexpr int kTileBlocks = Simd::kTileBlocks;
   static constexpr float kUnit = kElement == Element::kFp8 ? 256.0f : 1.0f;  // see Expand
@@ -360,8 +360,8 @@ class Attention {
         num_heads_(task.end_head - task.first_head),
         query_digits_(Operand::QueryDigits(task.dtype)),
         weight_digits_(Operand::WeightDigits(task.dtype)),
-        key_groups_(RoundUp((head_dim_ + Operand::kGroup - 1) / Operand::kGroup,
-                            Operand::kGroupMultiple)),
+        key_groups_(
+            RoundUp((head_dim_ + Operand::kGroup - 1) / Operand::kGroup, Operand::kGroupMultiple)),
         places_(Operand::NumPlaces(head_dim_)),
         padded_dim_(key_groups_ * Operand::kGroup > RoundUp(head_dim_, kLanes)
                         ? key_groups_ * Operand::kGroup
@@ -460,10 +460,9 @@ class Attention {
   }
 
   void LoadQuery(int head, int row, float* to) {
-    const int64_t at =
-        row / task_.group * task_.query_stride +
-        ((task_.first_head + head) * int64_t{task_.group} + row % task_.group) *
-            task_.query_head_stride;
+    const int64_t at = row / task_.group * task_.query_stride +
+                       ((task_.first_head + head) * int64_t{task_.group} + row % task_.group) *
+                           task_.query_head_stride;
     if (task_.dtype == Dtype::kFloat32) {
       std::memcpy(to, static_cast<const float*>(task_.query) + at, head_dim_ * sizeof(float));
     } else {
@@ -484,8 +483,8 @@ class Attention {
 
   uint32_t* QueryDigits(int head, int row) {
     const int64_t a_rows = int64_t{num_rows_} * Max(query_digits_, weight_digits_) + 15;
-    return query_digits_rows_ + ((Code::kScales ? 0 : head) * a_rows + row * query_digits_) *
-                                    key_groups_;
+    return query_digits_rows_ +
+           ((Code::kScales ? 0 : head) * a_rows + row * query_digits_) * key_groups_;
   }
 
   float SplitQuery(const float* query, float peak, int head, int row) {
@@ -630,9 +629,8 @@ class Attention {
     if (grew) state[kPeak] = peak;
     state[kSum] = state[kSum] * keep + sum * take;
     if (Code::kMinima) state[kMinima] = state[kMinima] * keep + Simd::ReduceAdd(minima) * take;
-    const float step =
-        Operand::Split(weights, end, Code::kScales ? Simd::ReduceMax(largest) : 1.0f,
-                       weight_digits_, digits, weight_groups_);
+    const float step = Operand::Split(weights, end, Code::kScales ? Simd::ReduceMax(largest) : 1.0f,
+                                      weight_digits_, digits, weight_groups_);
     factors[0] = keep;
     factors[1] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
   }
@@ -670,16 +668,16 @@ class Attention {
   const int weight_groups_;  // words of a row of A, for the output
 
   Prefetcher prefetcher_;
-  float* query_;        // [heads, rows, padded_dim]
-  float* query_steps_;  // [heads, rows], of elements without scales
-  float* folded_;       // [padded_dim]
+  float* query_;                         // [heads, rows, padded_dim]
+  float* query_steps_;                   // [heads, rows], of elements without scales
+  float* folded_;                        // [padded_dim]
   float *key_scales_, *key_minima_;      // [padded_dim]
   float *value_scales_, *value_minima_;  // [padded_tokens]
   float* row_factors_;                   // [rows, 2]
   float* row_peaks_;                     // [rows]
   float* scores_;                        // [rows, padded_tokens]
-  uint32_t* query_digits_rows_;   // A of the scores: [heads or 1, rows * digits, key_groups]
-  uint32_t* weight_digits_rows_;  // A of the output: [rows * digits, weight_groups]
+  uint32_t* query_digits_rows_;          // A of the scores: [heads or 1, rows * digits, key_groups]
+  uint32_t* weight_digits_rows_;         // A of the output: [rows * digits, weight_groups]
   uint32_t* b_;
   float* c_;  // [rows * digits, padded_tokens or places], floats or integers
 };

@@ -44,7 +44,7 @@ CpuIsaLevel Best() {
   }
   if (!has_avx512()) return CpuIsaLevel::kAvx2;
   return __builtin_cpu_supports("avx512bf16") && HasAmx() ? CpuIsaLevel::kAmx
-                                                         : CpuIsaLevel::kAvx512;
+                                                          : CpuIsaLevel::kAvx512;
 #else
   return CpuIsaLevel::kPlain;
 #endif
