@@ -89,9 +89,8 @@ const void* Advance(const void* query, Dtype dtype, int64_t elements) {
 }
 
 // Merges the states of a row's pieces, `stride` floats apart, in order.
-void Finish(const float* states, int64_t stride, int64_t num_pieces,
-            const std::vector<int>& channels, std::vector<float>* sums, float* out, float* lse) {
-  const int num_places = static_cast<int>(channels.size());
+void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_places,
+            const std::vector<int>& places, std::vector<float>* sums, float* out, float* lse) {
   float peak = kMinusInfinity;
   bool broken = false;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
@@ -112,9 +111,7 @@ void Finish(const float* states, int64_t stride, int64_t num_pieces,
   if (broken) sum = std::numeric_limits<float>::quiet_NaN();
   *lse = sum == 0.0f ? kMinusInfinity : (peak + std::log2(sum)) * kLn2;
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int n = 0; n < num_places; ++n) {
-    if (channels[n] >= 0) out[channels[n]] = (*sums)[n] * inverse;
-  }
+  for (size_t d = 0; d < places.size(); ++d) out[d] = (*sums)[places[d]] * inverse;
 }
 
 class Runner {
@@ -124,8 +121,11 @@ class Runner {
         kernel_(FindKernel(work.task.element, work.task.head_dim)),
         num_places_(kernel_.num_places(work.task.head_dim)),
         state_stride_(StateStride(num_places_)) {
-    channels_.resize(num_places_);
-    for (int n = 0; n < num_places_; ++n) channels_[n] = kernel_.channel(work.task.head_dim, n);
+    places_.resize(work.task.head_dim);
+    for (int n = 0; n < num_places_; ++n) {
+      const int channel = kernel_.channel(work.task.head_dim, n);
+      if (channel >= 0) places_[channel] = n;
+    }
   }
 
   void Run() {
@@ -244,7 +244,7 @@ class Runner {
         const int64_t at =
             (query * work_.num_kv_heads + cell.first_head + head) * task.group + row % task.group;
         Finish(states + (head * num_rows + row) * state_stride_,
-               num_heads * num_rows * state_stride_, cell.num_pieces, channels_, &sums,
+               num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, places_, &sums,
                work_.out + at * task.head_dim, work_.lse + at);
       }
     }
@@ -254,7 +254,7 @@ class Runner {
   const AttentionKernel& kernel_;
   const int num_places_;
   const int64_t state_stride_;
-  std::vector<int> channels_;  // of the accumulators' places
+  std::vector<int> places_;  // of the channels' accumulators
   std::vector<Cell> cells_;
   int64_t num_states_ = 0;  // rows of states_
   std::unique_ptr<float[]> states_;
