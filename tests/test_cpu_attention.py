@@ -152,19 +152,24 @@ def main() -> None:
     ops = Ops("cpp")
     for dtype in TOLERANCE:
         for element in BITS:
-            for case in DECODE_CASES:
-                check_decode(ops, dtype, element, case)
-            for case in [(2, 4, 128, 64, 70, 9), (1, 16, 64, 16, 9, 3), (3, 1, 80, 32, 200, 4), (2, 2, 64, 64, 3, 0)]:
-                check_prefill(ops, dtype, element, case)
-        for case in [
+            for decode in DECODE_CASES:
+                check_decode(ops, dtype, element, decode)
+            for prefill in [
+                (2, 4, 128, 64, 70, 9),
+                (1, 16, 64, 16, 9, 3),
+                (3, 1, 80, 32, 200, 4),
+                (2, 2, 64, 64, 3, 0),
+            ]:
+                check_prefill(ops, dtype, element, prefill)
+        for context in [
             (2, 4, 128, 200, 70, None),
             (2, 4, 128, 200, 70, 130),
             (1, 1, 64, 64, 64, 0),
             (2, 2, 36, 0, 3, None),
         ]:
-            check_context(ops, dtype, case)
-        for case in [(1, 8, 4, 64, 128), (5, 2, 7, 16, 64), (3, 1, 16, 256, 256), (2, 3, 1, 8, 20)]:
-            check_tail(ops, dtype, case)
+            check_context(ops, dtype, context)
+        for tail in [(1, 8, 4, 64, 128), (5, 2, 7, 16, 64), (3, 1, 16, 256, 256), (2, 3, 1, 8, 20)]:
+            check_tail(ops, dtype, tail)
     for element in BITS:
         check_nan(ops, element)
 
