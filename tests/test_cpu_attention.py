@@ -26,6 +26,7 @@ from pikv_ds.slabs import Slabs
 
 ISAS = ("plain", "avx2", "avx512", "amx")
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}
+REFERENCE = Ops("reference")
 HUGE = 2**30  # a table entry that nobody may follow
 
 # KV heads, group, head size, page size, queries per table row, table rows, table width, table per head, holes
@@ -84,7 +85,7 @@ def check_decode(ops: Ops, dtype: torch.dtype, element: str, case: tuple[int, ..
         (empty(rows * t, heads, dim), empty(rows * t, heads), empty(rows * t, heads, width))
         for _ in ("ours", "reference")
     ]
-    for run, (out, lse, page_lse) in zip((ops, reference), outs, strict=True):
+    for run, (out, lse, page_lse) in zip((ops, REFERENCE), outs, strict=True):
         run.decode_attention(query, slabs, table, counts, layout, scale, out, lse, page_lse)
     for ours, expected in zip(*outs, strict=True):
         close(ours, expected, dtype, what)
@@ -104,7 +105,7 @@ def check_prefill(ops: Ops, dtype: torch.dtype, element: str, case: tuple[int, .
     slots = (torch.randperm(12)[:num_pages] + 1).int()
     query = torch.randn(t, kv_heads * group, dim).to(dtype)
     outs = [(empty(t, kv_heads * group, dim), empty(t, kv_heads * group)) for _ in range(2)]
-    for run, (out, lse) in zip((ops, reference), outs, strict=True):
+    for run, (out, lse) in zip((ops, REFERENCE), outs, strict=True):
         run.prefill_attention(query, slabs, slots, layout, dim**-0.5, out, lse)
     for ours, expected in zip(*outs, strict=True):
         close(ours, expected, dtype, (dtype, element, case))
@@ -115,7 +116,7 @@ def check_context(ops: Ops, dtype: torch.dtype, case: tuple) -> None:
     query = torch.randn(kv_heads * group, t, dim).to(dtype).transpose(0, 1)  # strided
     keys, values = torch.randn(2, kv_heads, n + 3, dim).to(dtype)[:, :, :n]
     outs = [(empty(t, kv_heads * group, dim), empty(t, kv_heads * group)) for _ in range(2)]
-    for run, (out, lse) in zip((ops, reference), outs, strict=True):
+    for run, (out, lse) in zip((ops, REFERENCE), outs, strict=True):
         run.context_attention(query, keys, values, dim**-0.5, first_query, out, lse)
     for ours, expected in zip(*outs, strict=True):
         close(ours, expected, dtype, (dtype, case))
@@ -129,7 +130,7 @@ def check_tail(ops: Ops, dtype: torch.dtype, case: tuple[int, ...]) -> None:
     for row, length in enumerate(lengths.tolist()):
         keys[row, :, length:], values[row, :, length:] = math.nan, math.nan
     outs = [(empty(rows, kv_heads * group, dim), empty(rows, kv_heads * group)) for _ in range(2)]
-    for run, (out, lse) in zip((ops, reference), outs, strict=True):
+    for run, (out, lse) in zip((ops, REFERENCE), outs, strict=True):
         run.tail_attention(query, keys, values, lengths, dim**-0.5, out, lse)
     for ours, expected in zip(*outs, strict=True):
         close(ours, expected, dtype, (dtype, case))
