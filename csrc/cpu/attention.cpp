@@ -90,7 +90,7 @@ const void* Advance(const void* query, Dtype dtype, int64_t elements) {
 
 // Merges the states of a row's pieces, `stride` floats apart, in order.
 void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_places,
-            const int16_t* channels, int head_dim, float* out, float* lse) {
+            const std::vector<int>& places, std::vector<float>* sums, float* out, float* lse) {
   float peak = kMinusInfinity;
   bool broken = false;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
@@ -98,7 +98,7 @@ void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_pla
     broken |= std::isnan(states[piece * stride + num_places + kSum]);
     if (piece_peak > peak) peak = piece_peak;
   }
-  float sums[512] = {};
+  sums->assign(num_places, 0.0f);
   float sum = 0.0f;
   for (int64_t piece = 0; piece < num_pieces; ++piece) {
     const float* state = states + piece * stride;
@@ -106,14 +106,12 @@ void Finish(const float* states, int64_t stride, int64_t num_pieces, int num_pla
     const float weight = std::exp2(state[num_places + kPeak] - peak);
     sum += weight * state[num_places + kSum];
     const float minima = state[num_places + kMinima];
-    for (int n = 0; n < num_places; ++n) sums[n] += weight * (state[n] + minima);
+    for (int n = 0; n < num_places; ++n) (*sums)[n] += weight * (state[n] + minima);
   }
   if (broken) sum = std::numeric_limits<float>::quiet_NaN();
   *lse = sum == 0.0f ? kMinusInfinity : (peak + std::log2(sum)) * kLn2;
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int n = 0; n < num_places; ++n) {
-    if (channels[n] >= 0) out[channels[n]] = sums[n] * inverse;
-  }
+  for (size_t d = 0; d < places.size(); ++d) out[d] = (*sums)[places[d]] * inverse;
 }
 
 class Runner {
@@ -123,8 +121,10 @@ class Runner {
         kernel_(FindKernel(work.task.element, work.task.head_dim)),
         num_places_(kernel_.num_places(work.task.head_dim)),
         state_stride_(StateStride(num_places_)) {
+    places_.resize(work.task.head_dim);
     for (int n = 0; n < num_places_; ++n) {
-      channels_[n] = static_cast<int16_t>(kernel_.channel(work.task.head_dim, n));
+      const int channel = kernel_.channel(work.task.head_dim, n);
+      if (channel >= 0) places_[channel] = n;
     }
   }
 
@@ -236,6 +236,7 @@ class Runner {
   void FinishRows(const Cell& cell, const float* states) {
     const AttendTask& task = work_.task;
     const int64_t num_rows = RowsOf(cell), num_heads = cell.end_head - cell.first_head;
+    std::vector<float> sums;
     for (int64_t head = 0; head < num_heads; ++head) {
       for (int64_t row = 0; row < num_rows; ++row) {
         const int64_t query =
@@ -243,8 +244,8 @@ class Runner {
         const int64_t at =
             (query * work_.num_kv_heads + cell.first_head + head) * task.group + row % task.group;
         Finish(states + (head * num_rows + row) * state_stride_,
-               num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, channels_,
-               task.head_dim, work_.out + at * task.head_dim, work_.lse + at);
+               num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, places_, &sums,
+               work_.out + at * task.head_dim, work_.lse + at);
       }
     }
   }
@@ -253,7 +254,7 @@ class Runner {
   const AttentionKernel& kernel_;
   const int num_places_;
   const int64_t state_stride_;
-  int16_t channels_[512];
+  std::vector<int> places_;  // of the channels' accumulators
   std::vector<Cell> cells_;
   int64_t num_states_ = 0;  // rows of states_
   std::unique_ptr<float[]> states_;

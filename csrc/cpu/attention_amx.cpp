@@ -59,20 +59,13 @@ struct Bfloat16Tiles {
 // Sums of kTileRows rows and up to four blocks of places. Tile numbers are part of instructions.
 template <class Tiles, int kBlocks>
 PIKV_INLINE void MultiplyTiles(const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                               int num_groups, float* c, int64_t c_stride, bool add) {
+                               int num_groups, float* c, int64_t c_stride) {
   const int64_t a_bytes = 4 * a_stride, c_bytes = 4 * c_stride, b_bytes = 4 * kTileWords;
   const int64_t block = int64_t{num_groups} * kTileWords;
-  if (add) {
-    _tile_loadd(0, c, c_bytes);
-    if (kBlocks > 1) _tile_loadd(1, c + 16, c_bytes);
-    if (kBlocks > 2) _tile_loadd(2, c + 32, c_bytes);
-    if (kBlocks > 3) _tile_loadd(3, c + 48, c_bytes);
-  } else {
-    _tile_zero(0);
-    if (kBlocks > 1) _tile_zero(1);
-    if (kBlocks > 2) _tile_zero(2);
-    if (kBlocks > 3) _tile_zero(3);
-  }
+  _tile_zero(0);
+  if (kBlocks > 1) _tile_zero(1);
+  if (kBlocks > 2) _tile_zero(2);
+  if (kBlocks > 3) _tile_zero(3);
   for (int k = 0; k < num_groups; k += kTileWords) {
     const uint32_t* from = b + k * kTileWords;
     _tile_loadd(4, a + k, a_bytes);
@@ -99,7 +92,7 @@ PIKV_INLINE void MultiplyTiles(const uint32_t* a, int64_t a_stride, const uint32
 
 template <class Tiles>
 void MultiplyWithTiles(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
-                       int num_groups, int num_blocks, float* c, int64_t c_stride, bool add) {
+                       int num_groups, int num_blocks, float* c, int64_t c_stride) {
   __asm__ volatile("" ::: "memory");  // A and B are written by now; see ConfigureTiles
   for (int r = 0; r < num_rows; r += kTileRows) {
     const uint32_t* from = a + r * a_stride;
@@ -108,7 +101,7 @@ void MultiplyWithTiles(const uint32_t* a, int64_t a_stride, int num_rows, const 
     const auto multiply = [&](auto blocks) {
       constexpr int kBlocks = decltype(blocks)::value;
       MultiplyTiles<Tiles, kBlocks>(from, a_stride, b + int64_t{n} * num_groups * kTileWords,
-                                    num_groups, to + n * kTileWords, c_stride, add);
+                                    num_groups, to + n * kTileWords, c_stride);
       n += kBlocks;
     };
     while (n + 4 <= num_blocks) multiply(Constant<4>{});

@@ -34,9 +34,8 @@ struct VnniOperand : ByteOperand<kElement> {
     return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, _mm512_set1_epi32(a));
   }
   static void Multiply(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
-                       int num_groups, int num_blocks, float* c, int64_t c_stride, bool add) {
-    MultiplyWithVectors<VnniOperand>(a, a_stride, num_rows, b, num_groups, num_blocks, c, c_stride,
-                                     add);
+                       int num_groups, int num_blocks, float* c, int64_t c_stride) {
+    MultiplyWithVectors<VnniOperand>(a, a_stride, num_rows, b, num_groups, num_blocks, c, c_stride);
   }
 };
 

@@ -195,69 +195,67 @@ class Prefetcher {
 };
 
 // Shares of the next block that are asked for by the end of a phase; about the phases' times.
-constexpr float kAfterFold = 0.2f, kAfterPackKeys = 0.4f, kAfterWeights = 0.7f;
-constexpr float kAfterPackValues = 0.85f;
+constexpr float kAfterPackKeys = 0.2f, kAfterScores = 0.45f, kAfterWeights = 0.75f;
 
 // c[rows, places] = a * b, where each word of A meets kLanes words of B. Works for all operands
-// whose MulAdd takes vectors. The tile of kRows x kBlocks accumulators stays in registers.
+// whose MulAdd takes vectors. The tile of kRows x kBlocks sums stays in registers for kRun words,
+// then it is added to c: long sums of float32 lose less in two levels.
 template <class Operand, int kRows, int kBlocks>
 PIKV_INLINE void MultiplyTile(const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                              int num_groups, float* c, int64_t c_stride, bool add) {
+                              int num_groups, float* c, int64_t c_stride) {
   using Simd = typename Operand::Simd;
   using Sum = typename Operand::Sum;
   constexpr int kLanes = Simd::kLanes;
-  Sum sum[kRows][kBlocks];
+  constexpr int kRun = 32;
+  for (int begin = 0; begin < num_groups; begin += kRun) {
+    Sum sum[kRows][kBlocks] = {};
+    for (int k = begin; k < Min(begin + kRun, num_groups); ++k) {
+      typename Simd::U words[kBlocks];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+      for (int n = 0; n < kBlocks; ++n) {
+        words[n] = Load<typename Simd::U>(b + (int64_t{n} * num_groups + k) * kLanes);
+      }
 #pragma GCC unroll 8
-    for (int n = 0; n < kBlocks; ++n) {
-      sum[r][n] = add ? Load<Sum>(c + r * c_stride + n * kLanes) : Sum{};
-    }
-  }
-  for (int k = 0; k < num_groups; ++k) {
-    typename Simd::U words[kBlocks];
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kBlocks; ++n) {
-      words[n] = Load<typename Simd::U>(b + (int64_t{n} * num_groups + k) * kLanes);
+        for (int n = 0; n < kBlocks; ++n) {
+          sum[r][n] = Operand::MulAdd(a[r * a_stride + k], words[n], sum[r][n]);
+        }
+      }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int n = 0; n < kBlocks; ++n) {
-        sum[r][n] = Operand::MulAdd(a[r * a_stride + k], words[n], sum[r][n]);
+        float* to = c + r * c_stride + n * kLanes;
+        Store(to, begin == 0 ? sum[r][n] : Load<Sum>(to) + sum[r][n]);
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < kBlocks; ++n) Store(c + r * c_stride + n * kLanes, sum[r][n]);
   }
 }
 
 template <class Operand, int kRows>
 void MultiplyRows(const uint32_t* a, int64_t a_stride, const uint32_t* b, int num_groups,
-                  int num_blocks, float* c, int64_t c_stride, bool add) {
+                  int num_blocks, float* c, int64_t c_stride) {
   constexpr int kLanes = Operand::Simd::kLanes;
   constexpr int kBlocks = Operand::kTileBlocks;
   int n = 0;
   const auto at = [&](int block) { return b + int64_t{block} * num_groups * kLanes; };
   for (; n + kBlocks <= num_blocks; n += kBlocks) {
-    MultiplyTile<Operand, kRows, kBlocks>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride,
-                                          add);
+    MultiplyTile<Operand, kRows, kBlocks>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride);
   }
   for (; n < num_blocks; ++n) {
-    MultiplyTile<Operand, kRows, 1>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride, add);
+    MultiplyTile<Operand, kRows, 1>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride);
   }
 }
 
 template <class Operand>
 void MultiplyWithVectors(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
-                         int num_groups, int num_blocks, float* c, int64_t c_stride, bool add) {
+                         int num_groups, int num_blocks, float* c, int64_t c_stride) {
   int r = 0;
   const auto multiply = [&](auto rows) {
     MultiplyRows<Operand, decltype(rows)::value>(a + r * a_stride, a_stride, b, num_groups,
-                                                 num_blocks, c + r * c_stride, c_stride, add);
+                                                 num_blocks, c + r * c_stride, c_stride);
     r += decltype(rows)::value;
   };
   while (r + 4 <= num_rows) multiply(Constant<4>{});
@@ -325,9 +323,9 @@ struct FloatOperand {
   static PIKV_INLINE F MulAdd(uint32_t a, U b, F sum) { return sum + BitCast<float>(a) * (F)b; }
 
   static void Multiply(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
-                       int num_groups, int num_blocks, float* c, int64_t c_stride, bool add) {
-    MultiplyWithVectors<FloatOperand>(a, a_stride, num_rows, b, num_groups, num_blocks, c, c_stride,
-                                      add);
+                       int num_groups, int num_blocks, float* c, int64_t c_stride) {
+    MultiplyWithVectors<FloatOperand>(a, a_stride, num_rows, b, num_groups, num_blocks, c,
+                                      c_stride);
   }
 
   // Writes x[0, n) as A's digits, rows a_stride words apart; returns the value of one unit of C.
@@ -346,7 +344,8 @@ class Attention {
   using I = typename Simd::I;
   using Code = typename Operand::Code;
   static constexpr int kLanes = Simd::kLanes;
-  static constexpr int kChunk = 64;  // tokens that are packed at a time
+  static constexpr int kRowStep =
+      16;  // rows at a time: what they need in between fits the L1 cache
   static constexpr float kLog2E = 1.44269504088896340736f;
 
  public:
@@ -366,7 +365,7 @@ class Attention {
         padded_dim_(key_groups_ * Operand::kGroup > RoundUp(head_dim_, kLanes)
                         ? key_groups_ * Operand::kGroup
                         : RoundUp(head_dim_, kLanes)),
-        padded_tokens_(RoundUp(task.max_tokens, kChunk)),
+        padded_tokens_(RoundUp(task.max_tokens, 64)),
         weight_groups_(padded_tokens_ / Operand::kGroup) {
     int64_t bytes = 0;
     Carve(nullptr, &bytes);
@@ -382,8 +381,7 @@ class Attention {
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + *bytes);
       *bytes += RoundUp<int64_t>(count * sizeof(*pointer), 64);
     };
-    // The tiles of a matrix instruction reach up to kMaxTileRows - 1 rows beyond the last.
-    const int64_t a_rows = int64_t{num_rows_} * Max(query_digits_, weight_digits_) + 15;
+    const int64_t step_rows = Min(num_rows_, kRowStep);
     take(query_, int64_t{num_heads_} * num_rows_ * padded_dim_);
     take(query_steps_, int64_t{num_heads_} * num_rows_);
     take(folded_, padded_dim_);
@@ -391,17 +389,24 @@ class Attention {
     take(key_minima_, padded_dim_);
     take(value_scales_, padded_tokens_);
     take(value_minima_, padded_tokens_);
-    take(row_factors_, 2 * num_rows_);
-    take(row_peaks_, num_rows_);
-    take(query_digits_rows_, (Code::kScales ? 1 : num_heads_) * a_rows * key_groups_);
-    take(scores_, int64_t{num_rows_} * padded_tokens_);
-    take(weight_digits_rows_, a_rows * weight_groups_);
-    take(c_, a_rows * Max(padded_tokens_, places_));
-    take(b_, Max(int64_t{kChunk} * key_groups_, int64_t{places_} * (kChunk / Operand::kGroup)));
+    take(row_factors_, 2 * step_rows);
+    take(row_peaks_, step_rows);
+    take(scores_, step_rows * padded_tokens_);
+    take(query_a_, (Code::kScales ? ARows(kRowStep) : num_heads_ * ARows(num_rows_)) * key_groups_);
+    take(weights_a_, ARows(kRowStep) * weight_groups_);
+    take(c_, ARows(kRowStep) * Max(padded_tokens_, places_));
+    take(keys_b_, Max(padded_tokens_ * key_groups_, places_ * weight_groups_));
+    values_b_ = keys_b_;  // in one step of rows the keys have been used by then
+    if (num_rows_ > kRowStep) take(values_b_, int64_t{places_} * weight_groups_);
+  }
+
+  // Rows of A and of C for so many query rows; a tile of 16 may reach beyond the last.
+  int64_t ARows(int rows) const {
+    return int64_t{Min(rows, num_rows_)} * Max(query_digits_, weight_digits_) + 15;
   }
 
   void Run() {
-    Operand::Begin(num_rows_ * Max(query_digits_, weight_digits_));
+    Operand::Begin(Min(num_rows_, kRowStep) * Max(query_digits_, weight_digits_));
     for (int head = 0; head < num_heads_; ++head) StartHead(head);
     int64_t index = task_.first_block - 1;
     int head = num_heads_ - 1;
@@ -454,7 +459,7 @@ class Attention {
       float* query = query_ + (int64_t{head} * num_rows_ + m) * padded_dim_;
       LoadQuery(head, m, query);
       if constexpr (!Code::kScales) {
-        query_steps_[head * num_rows_ + m] = SplitQuery(query, 0, head, m);
+        query_steps_[head * num_rows_ + m] = SplitQuery(query, 0.0f, QueryA(head, m));
       }
     }
   }
@@ -481,33 +486,41 @@ class Attention {
     for (int i = 0; i < n; i += kLanes) Store(to + i, Simd::LoadHalves(from + i, n - i));
   }
 
-  uint32_t* QueryDigits(int head, int row) {
-    const int64_t a_rows = int64_t{num_rows_} * Max(query_digits_, weight_digits_) + 15;
-    return query_digits_rows_ +
-           ((Code::kScales ? 0 : head) * a_rows + row * query_digits_) * key_groups_;
+  // Where A begins for a row: of all rows, or of those of a step if it changes from page to page.
+  uint32_t* QueryA(int head, int row) {
+    const int64_t a_row = Code::kScales ? row % kRowStep * query_digits_
+                                        : head * ARows(num_rows_) + row * query_digits_;
+    return query_a_ + a_row * key_groups_;
   }
 
-  float SplitQuery(const float* query, float peak, int head, int row) {
-    return Operand::Split(query, key_groups_ * Operand::kGroup, peak, query_digits_,
-                          QueryDigits(head, row), key_groups_);
+  float SplitQuery(const float* query, float peak, uint32_t* a) {
+    return Operand::Split(query, key_groups_ * Operand::kGroup, peak, query_digits_, a,
+                          key_groups_);
   }
 
   void AttendBlock(const KvBlock& kv, int head, int64_t index) {
-    const int visible = Visible(index, num_rows_ - 1);
-    const int num_tokens = Min(kv.num_tokens, visible);
-    if (num_tokens <= 0) return;
-    Scores(kv, num_tokens, head);
-    if (!task_.keys_only && Code::kScales) {
-      LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
-      if (Code::kMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
+    const int num_tokens = Min(kv.num_tokens, Visible(index, num_rows_ - 1));
+    if (num_tokens == 0) return;
+    if (Code::kScales) {
+      LoadHalves(kv.key_scales, head_dim_, key_scales_);
+      if (Code::kMinima) LoadHalves(kv.key_minima, head_dim_, key_minima_);
     }
-    // In two passes, so that the work on one row fills the waits for reductions of another.
-    for (int m = 0; m < num_rows_; ++m) RowScores(Min(num_tokens, Visible(index, m)), m);
-    for (int m = 0; m < num_rows_; ++m) {
-      RowWeights(Min(num_tokens, Visible(index, m)), num_tokens, head, m, index);
-      prefetcher_.Until(Between(kAfterPackKeys, kAfterWeights, m + 1, num_rows_));
+    PackKeys(kv, num_tokens);
+    for (int first = 0; first < num_rows_; first += kRowStep) {
+      const int num = Min(kRowStep, num_rows_ - first);
+      Scores(first, num, num_tokens, head, index);
+      if (!task_.keys_only && Code::kScales && first == 0) {
+        LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
+        if (Code::kMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
+      }
+      for (int m = 0; m < num; ++m) {
+        RowWeights(first, m, num_tokens, head, index);
+        prefetcher_.Until(Between(kAfterScores, kAfterWeights, first + m + 1, num_rows_));
+      }
+      if (task_.keys_only) continue;
+      if (first == 0) PackValues(kv, num_tokens);
+      Accumulate(first, num, num_tokens, head);
     }
-    if (!task_.keys_only) Accumulate(kv, num_tokens, head);
     prefetcher_.Until(1.0f);
   }
 
@@ -522,35 +535,59 @@ class Attention {
     return static_cast<int>(Min<int64_t>(Max<int64_t>(limit, 0), task_.max_tokens));
   }
 
-  // c = the query's products with the keys; row_factors = what turns them into scores (log2).
-  void Scores(const KvBlock& kv, int num_tokens, int head) {
-    const float scale = task_.scale * kLog2E;
-    if (Code::kScales) {
-      LoadHalves(kv.key_scales, head_dim_, key_scales_);
-      if (Code::kMinima) LoadHalves(kv.key_minima, head_dim_, key_minima_);
+  void PackKeys(const KvBlock& kv, int num_tokens) {
+    for (int token = 0; token < num_tokens; token += kLanes) {
+      Operand::PackKeys(
+          TokenRows<Simd>(kv.keys + token * kv.key_stride, kv.key_stride, num_tokens - token),
+          head_dim_, key_groups_, keys_b_ + token * key_groups_);
+      prefetcher_.Until(Between(0.0f, kAfterPackKeys, token + kLanes, num_tokens));
     }
-    for (int m = 0; m < num_rows_; ++m) {
+  }
+
+  // Words per place in B for the values of so many tokens.
+  static int ValueGroups(int num_tokens) {
+    return RoundUp((num_tokens + Operand::kGroup - 1) / Operand::kGroup, Operand::kGroupMultiple);
+  }
+
+  void PackValues(const KvBlock& kv, int num_tokens) {
+    const int groups = ValueGroups(num_tokens);
+    for (int token = 0; token < groups * Operand::kGroup; token += 16) {
+      Operand::PackValues(kv.values + token * kv.value_stride, kv.value_stride,
+                          Min(16, num_tokens - token), head_dim_, groups,
+                          values_b_ + token / Operand::kGroup * kLanes);
+      prefetcher_.Until(Between(kAfterWeights, 1.0f, token, num_tokens));
+    }
+  }
+
+  // The scores (log2) of some rows from `first` on, and the largest of each in row_peaks.
+  void Scores(int first, int num, int num_tokens, int head, int64_t index) {
+    const float scale = task_.scale * kLog2E;
+    for (int m = 0; m < num; ++m) {
       float* factors = row_factors_ + 2 * m;
       factors[1] = 0.0f;
       if (Code::kScales) {
-        factors[0] = FoldQuery(head, m, &factors[1]) * Operand::kUnit * scale;
+        factors[0] = FoldQuery(head, first + m, &factors[1]) * Operand::kUnit * scale;
         factors[1] *= scale;
       } else {
-        factors[0] = query_steps_[head * num_rows_ + m] * scale;
+        factors[0] = query_steps_[head * num_rows_ + first + m] * scale;
       }
-      prefetcher_.Until(Between(0.0f, kAfterFold, m + 1, num_rows_));
+      prefetcher_.Until(Between(kAfterPackKeys, kAfterScores, first + m + 1, num_rows_));
     }
-    for (int first = 0; first < num_tokens; first += kChunk) {
-      const int num = Min(kChunk, num_tokens - first);
-      for (int token = 0; token < num; token += kLanes) {
-        const uint8_t* keys = kv.keys + (first + token) * kv.key_stride;
-        Operand::PackKeys(TokenRows<Simd>(keys, kv.key_stride, num - token), head_dim_, key_groups_,
-                          b_ + token * key_groups_);
-        prefetcher_.Until(Between(kAfterFold, kAfterPackKeys, first + token + kLanes, num_tokens));
+    Operand::Multiply(QueryA(head, first), key_groups_, num * query_digits_, keys_b_, key_groups_,
+                      (num_tokens + kLanes - 1) / kLanes, c_, padded_tokens_);
+    for (int m = 0; m < num; ++m) {
+      const int visible = Min(num_tokens, Visible(index, first + m));
+      float* scores = scores_ + int64_t{m} * padded_tokens_;
+      const float* c = c_ + int64_t{m} * query_digits_ * padded_tokens_;
+      const float* factors = row_factors_ + 2 * m;
+      F peaks = F{} + kMinusInfinity;
+      for (int t = 0; t < visible; t += kLanes) {
+        F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
+        if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
+        Store(scores + t, score);
+        peaks = Simd::Max(peaks, score);
       }
-      Operand::Multiply(QueryDigits(head, 0), key_groups_, num_rows_ * query_digits_, b_,
-                        key_groups_, (num + kLanes - 1) / kLanes, c_ + first, padded_tokens_,
-                        false);
+      row_peaks_[m] = Simd::ReduceMax(peaks);
     }
   }
 
@@ -566,39 +603,27 @@ class Attention {
       if (Code::kMinima) sum = sum + q * Load<F>(key_minima_ + d);
     }
     if (Code::kMinima) *offset = Simd::ReduceAdd(sum);
-    return SplitQuery(folded_, Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f, head, row);
+    return SplitQuery(folded_, Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f,
+                      QueryA(head, row));
   }
 
-  // Turns a row of products into scores (log2) and notes the largest in row_peaks.
-  void RowScores(int visible, int row) {
-    float* scores = scores_ + int64_t{row} * padded_tokens_;
-    const float* c = c_ + int64_t{row} * query_digits_ * padded_tokens_;
-    const float* factors = row_factors_ + 2 * row;
-    F peaks = F{} + kMinusInfinity;
-    for (int t = 0; t < visible; t += kLanes) {
-      F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
-      if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
-      Store(scores + t, score);
-      peaks = Simd::Max(peaks, score);
-    }
-    row_peaks_[row] = Simd::ReduceMax(peaks);
-  }
-
-  // Turns a row of scores into weights relative to the largest one, and notes in row_factors what
-  // the accumulators (0) and the block's contribution (1) must be scaled by.
-  void RowWeights(int visible, int num_tokens, int head, int row, int64_t index) {
-    float* weights = scores_ + int64_t{row} * padded_tokens_;
-    float* factors = row_factors_ + 2 * row;
-    const int end = RoundUp(num_tokens, kChunk);
-    uint32_t* digits = weight_digits_rows_ + int64_t{row} * weight_digits_ * weight_groups_;
+  // Turns a row of scores into weights relative to the largest one, as A of the output, and notes
+  // in row_factors what the accumulators (0) and the block's sums (1) must be scaled by.
+  void RowWeights(int first, int step_row, int num_tokens, int head, int64_t index) {
+    const int row = first + step_row;
+    const int visible = Min(num_tokens, Visible(index, row));
+    float* weights = scores_ + int64_t{step_row} * padded_tokens_;
+    float* factors = row_factors_ + 2 * step_row;
+    const int end = RoundUp(num_tokens, 64);
+    uint32_t* a = weights_a_ + int64_t{step_row} * weight_digits_ * weight_groups_;
     if (visible == 0) {
-      std::memset(digits, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
+      std::memset(a, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
       factors[0] = 1.0f;
       factors[1] = 0.0f;
       return;
     }
 
-    const float peak = row_peaks_[row];
+    const float peak = row_peaks_[step_row];
     F sums{}, minima{}, largest{};
     int t = 0;
     for (; t < visible; t += kLanes) {
@@ -630,28 +655,16 @@ class Attention {
     state[kSum] = state[kSum] * keep + sum * take;
     if (Code::kMinima) state[kMinima] = state[kMinima] * keep + Simd::ReduceAdd(minima) * take;
     const float step = Operand::Split(weights, end, Code::kScales ? Simd::ReduceMax(largest) : 1.0f,
-                                      weight_digits_, digits, weight_groups_);
+                                      weight_digits_, a, weight_groups_);
     factors[0] = keep;
     factors[1] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
   }
 
-  void Accumulate(const KvBlock& kv, int num_tokens, int head) {
-    for (int first = 0; first < num_tokens; first += kChunk) {
-      const int num = Min(kChunk, num_tokens - first);
-      const int groups =
-          RoundUp((num + Operand::kGroup - 1) / Operand::kGroup, Operand::kGroupMultiple);
-      for (int token = 0; token < groups * Operand::kGroup; token += 16) {
-        Operand::PackValues(kv.values + (first + token) * kv.value_stride, kv.value_stride,
-                            Min(16, num - token), head_dim_, groups,
-                            b_ + token / Operand::kGroup * kLanes);
-        prefetcher_.Until(Between(kAfterWeights, kAfterPackValues, first + token, num_tokens));
-      }
-      Operand::Multiply(weight_digits_rows_ + first / Operand::kGroup, weight_groups_,
-                        num_rows_ * weight_digits_, b_, groups, places_ / kLanes, c_, places_,
-                        first > 0);
-    }
-    for (int m = 0; m < num_rows_; ++m) {
-      float* state = State(head, m);
+  void Accumulate(int first, int num, int num_tokens, int head) {
+    Operand::Multiply(weights_a_, weight_groups_, num * weight_digits_, values_b_,
+                      ValueGroups(num_tokens), places_ / kLanes, c_, places_);
+    for (int m = 0; m < num; ++m) {
+      float* state = State(head, first + m);
       const float* c = c_ + int64_t{m} * weight_digits_ * places_;
       const float keep = row_factors_[2 * m], take = row_factors_[2 * m + 1];
       for (int n = 0; n < places_; n += kLanes) {
@@ -673,13 +686,15 @@ class Attention {
   float* folded_;                        // [padded_dim]
   float *key_scales_, *key_minima_;      // [padded_dim]
   float *value_scales_, *value_minima_;  // [padded_tokens]
-  float* row_factors_;                   // [rows, 2]
-  float* row_peaks_;                     // [rows]
-  float* scores_;                        // [rows, padded_tokens]
-  uint32_t* query_digits_rows_;          // A of the scores: [heads or 1, rows * digits, key_groups]
-  uint32_t* weight_digits_rows_;         // A of the output: [rows * digits, weight_groups]
-  uint32_t* b_;
-  float* c_;  // [rows * digits, padded_tokens or places], floats or integers
+  // Of the rows of a step:
+  float* row_factors_;   // [rows, 2]
+  float* row_peaks_;     // [rows]
+  float* scores_;        // [rows, padded_tokens]
+  uint32_t* query_a_;    // A: [rows * digits, key_groups]; without scales of all heads and rows
+  uint32_t* weights_a_;  // A: [rows * digits, weight_groups]
+  float* c_;             // C: [rows * digits, padded_tokens or places], floats or integers
+  uint32_t* keys_b_;     // B: [tokens / kLanes, key_groups, kLanes]
+  uint32_t* values_b_;   // B: [places / kLanes, ValueGroups(), kLanes]
 };
 
 template <class Operand>

@@ -1,0 +1,188 @@
+"""What is special to the CPU attention kernels: each instruction set agrees with the reference.
+
+The instruction set is chosen once per process, so each one runs these same checks in a process of
+its own: ``PIKV_CPU_ISA=avx2 python tests/test_cpu_attention.py`` does that by hand. One that the
+machine lacks falls back to the best below, which is then checked twice.
+
+Tolerances: with float32 queries every kernel is as good as float32 sums. With 16-bit queries the
+byte kernels round the query and the weights to 15 bits of the largest, which moves scores by up to
+some 1e-4; bfloat16 itself rounds to 8 bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from pikv_ds.layout import BITS, PLAIN, PageLayout
+from pikv_ds.ops import Ops, reference, why_missing
+from pikv_ds.slabs import Slabs
+
+ISAS = ("plain", "avx2", "avx512", "amx")
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 5e-4, torch.float16: 5e-4}
+REFERENCE = Ops("reference")
+HUGE = 2**30  # a table entry that nobody may follow
+
+# KV heads, group, head size, page size, queries per table row, table rows, table width, table per head, holes
+DECODE_CASES = [
+    (8, 4, 128, 64, 1, 2, 20, False, False),  # the usual shape
+    (2, 4, 128, 64, 1, 1, 40, True, True),  # more than one piece of a sequence
+    (2, 1, 64, 16, 1, 3, 5, True, True),
+    (1, 16, 80, 8, 2, 2, 7, False, True),  # rows that are no multiple of 64 bytes, tiny pages
+    (2, 3, 96, 32, 8, 1, 9, True, True),
+    (1, 8, 192, 128, 4, 2, 9, False, False),  # pages longer than what is packed at a time
+    (1, 2, 256, 256, 1, 2, 5, False, True),
+    (3, 5, 20, 24, 3, 1, 5, False, True),  # no multiple of anything
+    (2, 7, 36, 40, 1, 1, 40, True, False),
+    (1, 16, 128, 16, 8, 1, 30, False, False),  # the most rows that share a page
+]
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: object) -> None:
+    assert torch.equal(actual.isinf(), expected.isinf()), what  # empty partials
+    error = (actual - expected).nan_to_num(0.0).abs().max().item() if actual.numel() else 0.0
+    assert not actual.isnan().any(), what
+    assert error <= TOLERANCE[dtype], (what, error)
+
+
+def sealed(n: int, kv_heads: int, size: int, dim: int, dtype: torch.dtype, element: str) -> tuple[PageLayout, Slabs]:
+    """Pages 1 to n in slabs of 7; page 0, the hole, is garbage."""
+    dtype = getattr(torch, element) if element in PLAIN.values() else dtype
+    layout = PageLayout(num_kv_heads=kv_heads, head_dim=dim, page_size=size, dtype=dtype, element=element)
+    keys, values = torch.randn(2, n, kv_heads, size, dim) + torch.randn(2, n, kv_heads, 1, dim)
+    pages = torch.full((-(-(n + 1) // 7) * 7, layout.page_bytes), 0xAB, dtype=torch.uint8)
+    nonfinite = torch.zeros(1, dtype=torch.int32)
+    reference.seal_pages(keys.to(dtype), values.to(dtype), layout, pages[1 : n + 1], None, nonfinite)
+    assert not nonfinite.item()
+    slabs = Slabs(7, layout.page_bytes)
+    for slab, rows in enumerate(pages.split(7)):
+        slabs.put(slab, rows.clone())
+    return layout, slabs
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.full(shape, math.nan)
+
+
+def check_decode(ops: Ops, dtype: torch.dtype, element: str, case: tuple[int, ...]) -> None:
+    kv_heads, group, dim, size, t, rows, width, per_head, holes = case
+    heads, scale, what = kv_heads * group, dim**-0.5, (dtype, element, case)
+    layout, slabs = sealed(40, kv_heads, size, dim, dtype, element)
+    query = torch.randn(rows * t, heads, dim).to(dtype)
+    shape = (rows, kv_heads, width) if per_head else (rows, width)
+    table = torch.randint(0 if holes else 1, 41, shape, dtype=torch.int32)
+    counts = torch.randint(0, width + 1, (rows,), dtype=torch.int32)
+    counts[0] = width
+    for row, count in enumerate(counts.tolist()):
+        table[row, ..., count:] = HUGE
+    outs = [
+        (empty(rows * t, heads, dim), empty(rows * t, heads), empty(rows * t, heads, width))
+        for _ in ("ours", "reference")
+    ]
+    for run, (out, lse, page_lse) in zip((ops, REFERENCE), outs, strict=True):
+        run.decode_attention(query, slabs, table, counts, layout, scale, out, lse, page_lse)
+    for ours, expected in zip(*outs, strict=True):
+        close(ours, expected, dtype, what)
+    scores = empty(rows * t, heads, width)
+    ops.key_scores(query, slabs, table, counts, layout, scale, scores)
+    assert torch.equal(scores, outs[0][2]), what
+    bits = outs[0][0].clone()
+    for threads in (1, 3):  # pieces are cut by length, never by the number of threads
+        torch.set_num_threads(threads)
+        ops.decode_attention(query, slabs, table, counts, layout, scale, *outs[0])
+        assert torch.equal(outs[0][0], bits), (what, threads)
+
+
+def check_prefill(ops: Ops, dtype: torch.dtype, element: str, case: tuple[int, ...]) -> None:
+    kv_heads, group, dim, size, t, num_pages = case
+    layout, slabs = sealed(12, kv_heads, size, dim, dtype, element)
+    slots = (torch.randperm(12)[:num_pages] + 1).int()
+    query = torch.randn(t, kv_heads * group, dim).to(dtype)
+    outs = [(empty(t, kv_heads * group, dim), empty(t, kv_heads * group)) for _ in range(2)]
+    for run, (out, lse) in zip((ops, REFERENCE), outs, strict=True):
+        run.prefill_attention(query, slabs, slots, layout, dim**-0.5, out, lse)
+    for ours, expected in zip(*outs, strict=True):
+        close(ours, expected, dtype, (dtype, element, case))
+
+
+def check_context(ops: Ops, dtype: torch.dtype, case: tuple) -> None:
+    kv_heads, group, dim, n, t, first_query = case
+    query = torch.randn(kv_heads * group, t, dim).to(dtype).transpose(0, 1)  # strided
+    keys, values = torch.randn(2, kv_heads, n + 3, dim).to(dtype)[:, :, :n]
+    outs = [(empty(t, kv_heads * group, dim), empty(t, kv_heads * group)) for _ in range(2)]
+    for run, (out, lse) in zip((ops, REFERENCE), outs, strict=True):
+        run.context_attention(query, keys, values, dim**-0.5, first_query, out, lse)
+    for ours, expected in zip(*outs, strict=True):
+        close(ours, expected, dtype, (dtype, case))
+
+
+def check_tail(ops: Ops, dtype: torch.dtype, case: tuple[int, ...]) -> None:
+    rows, kv_heads, group, size, dim = case
+    query = torch.randn(rows, kv_heads * group, dim).to(dtype)
+    keys, values = torch.randn(2, rows, kv_heads, size, dim).to(dtype)
+    lengths = torch.randint(0, size + 1, (rows,), dtype=torch.int32)
+    for row, length in enumerate(lengths.tolist()):
+        keys[row, :, length:], values[row, :, length:] = math.nan, math.nan
+    outs = [(empty(rows, kv_heads * group, dim), empty(rows, kv_heads * group)) for _ in range(2)]
+    for run, (out, lse) in zip((ops, REFERENCE), outs, strict=True):
+        run.tail_attention(query, keys, values, lengths, dim**-0.5, out, lse)
+    for ours, expected in zip(*outs, strict=True):
+        close(ours, expected, dtype, (dtype, case))
+
+
+def check_nan(ops: Ops, element: str) -> None:
+    """A NaN in one query head makes that head NaN and no other."""
+    layout, slabs = sealed(40, 2, 64, 128, torch.bfloat16, element)
+    query = torch.randn(1, 8, 128).bfloat16()
+    query[0, 3, 5] = math.nan
+    out, lse = empty(1, 8, 128), empty(1, 8)
+    table, counts = torch.arange(1, 41, dtype=torch.int32)[None], torch.tensor([40], dtype=torch.int32)
+    ops.decode_attention(query, slabs, table, counts, layout, 0.1, out, lse)
+    assert torch.equal(lse[0].isnan(), torch.arange(8) == 3), element
+    assert torch.equal(out[0].isnan(), lse[0].isnan()[:, None].expand(8, 128)), element
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    ops = Ops("cpp")
+    for dtype in TOLERANCE:
+        for element in BITS:
+            for decode in DECODE_CASES:
+                check_decode(ops, dtype, element, decode)
+            for prefill in [
+                (2, 4, 128, 64, 70, 9),
+                (1, 16, 64, 16, 9, 3),
+                (3, 1, 80, 32, 200, 4),
+                (2, 2, 64, 64, 3, 0),
+            ]:
+                check_prefill(ops, dtype, element, prefill)
+        for context in [
+            (2, 4, 128, 200, 70, None),
+            (2, 4, 128, 200, 70, 130),
+            (1, 1, 64, 64, 64, 0),
+            (2, 2, 36, 0, 3, None),
+        ]:
+            check_context(ops, dtype, context)
+        for tail in [(1, 8, 4, 64, 128), (5, 2, 7, 16, 64), (3, 1, 16, 256, 256), (2, 3, 1, 8, 20)]:
+            check_tail(ops, dtype, tail)
+    for element in BITS:
+        check_nan(ops, element)
+
+
+@pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason="the extension is not built")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_instruction_set_agrees_with_the_reference(isa: str) -> None:
+    environment = os.environ | {"PIKV_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    main()
