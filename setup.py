@@ -58,7 +58,7 @@ def make_extension():
     # (__bfloat162float); we leave that as it is.
     nvcc = list(common)
     if with_cuda:
-        cxx.append("-DPIKV_WITH_CUDA")
+        cxx += ["-DPIKV_WITH_CUDA", f'-DPIKV_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         nvcc.append("-DPIKV_WITH_CUDA")
     extension_class = CUDAExtension if with_cuda else CppExtension
     return extension_class(

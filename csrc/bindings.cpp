@@ -507,12 +507,22 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
 }  // namespace pikv_ds
 
 // `import pikv_ds._C` loads this library, and loading it registers the ops above. The Python module
-// itself only tells the instruction set.
+// itself only tells what was built and what is used of it.
+#if !defined(PIKV_CUDA_ARCHITECTURES)
+#define PIKV_CUDA_ARCHITECTURES ""
+#endif
+
 static PyObject* CpuIsa(PyObject*, PyObject*) { return PyUnicode_FromString(pikv_ds::CpuIsa()); }
+
+static PyObject* CudaArchitectures(PyObject*, PyObject*) {
+  return PyUnicode_FromString(PIKV_CUDA_ARCHITECTURES);
+}
 
 PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {
       {"cpu_isa", CpuIsa, METH_NOARGS, "Instruction set that the CPU kernels use."},
+      {"cuda_architectures", CudaArchitectures, METH_NOARGS,
+       "GPU architectures that the CUDA kernels were built for, empty without any."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);
