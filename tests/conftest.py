@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -36,7 +37,9 @@ def ops(backend: str) -> Ops:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
-    """A generator with the same numbers in every run."""
+    """A generator with new numbers in every run; the seed is printed where a test fails."""
     if "backend" in request.fixturenames:
         request.getfixturevalue("backend")  # its device comes first
-    return torch.Generator(torch.get_default_device()).manual_seed(20260)
+    seed = random.SystemRandom().getrandbits(32)
+    print(f"seed {seed}")
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)

@@ -81,7 +81,8 @@ def _contender(setting: Setting, context: int, name: str) -> Contender:
     source = [torch.randn(elements) for _ in range(2)]
     graphs = []
     for _ in range(setting.copies(num_bytes)):
-        context_pointer = ggml("ggml_init")(_InitParams(num_bytes + SPACE, None, False))
+        memory = torch.empty(num_bytes + SPACE, dtype=torch.uint8)  # ours, so that it goes when the graph goes
+        context_pointer = ggml("ggml_init")(_InitParams(memory.nbytes, memory.data_ptr(), False))
         query = ggml("ggml_new_tensor_4d")(context_pointer, F32, setting.head_dim, 1, setting.num_heads, 1)
         ctypes.memmove(
             ggml("ggml_get_data")(query),
@@ -102,10 +103,10 @@ def _contender(setting: Setting, context: int, name: str) -> Contender:
         out = ggml("ggml_flash_attn_ext")(context_pointer, query, *stored, None, scale, 0.0, 0.0)
         graph = ggml("ggml_new_graph")(context_pointer)
         ggml("ggml_build_forward_expand")(graph, out)
-        graphs.append((context_pointer, graph))
+        graphs.append((memory, context_pointer, graph))
     compute = ggml("ggml_graph_compute_with_ctx")
 
     def run(copy: int) -> int:
-        return compute(*graphs[copy], torch.get_num_threads())
+        return compute(*graphs[copy][1:], torch.get_num_threads())
 
     return Contender(f"llama.cpp {name}", run, len(graphs), num_bytes, label(context))
