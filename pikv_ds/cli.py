@@ -96,6 +96,8 @@ def _bench(args: argparse.Namespace) -> int:
     for context in args.context:
         if args.op != "seal" and context % args.page_size:
             raise ValueError(f"--context = {context}: use a multiple of --page-size = {args.page_size}")
+    for path in filter(None, (args.json, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     dtype = getattr(torch, args.dtype)
     shape = args.heads, args.kv_heads, args.head_dim, args.page_size
     setting = attention.Setting(*shape, dtype, torch.device(args.device), int(args.gib * 2**30))

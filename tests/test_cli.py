@@ -26,7 +26,7 @@ def test_report_names_each_op_and_each_backend(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("op", ["decode", "lookup", "seal"])
 def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    figures, picture = tmp_path / "new" / "figures.json", tmp_path / "picture.png"
     small = ["--gib", "0.001", "--rounds", "2", "--context", "256", "--codecs", "int4", "--kv-heads", "1"]
     drawn = [] if op == "seal" else ["--plot", str(picture)]
     assert main(["bench", "--op", op, *small, "--heads", "2", "--json", str(figures), *drawn]) == 0
