@@ -78,23 +78,29 @@ def plot(path: Path, title: str, timings: Sequence[Timing]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (time_axis, rate_axis) = pyplot.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    figure, (time_axis, rate_axis) = pyplot.subplots(1, 2, figsize=(12, 5.5), constrained_layout=True)
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     names = list(dict.fromkeys((t.name, t.threads) for t in timings))
     several = len({t.threads for t in timings}) > 1
-    for name, threads in names:
+    for number, (name, threads) in enumerate(names):
         points = sorted((_number(t.group), t) for t in timings if (t.name, t.threads) == (name, threads))
         xs = [x for x, _ in points]
-        style = {"marker": "o" if name.startswith("pikv") else "x", "linestyle": "-" if threads == 1 else "--"}
+        style = {
+            "color": colours[number % len(colours)],
+            "marker": "o" if name.startswith("pikv") else "x",
+            "linestyle": "-" if threads == 1 else "--",
+        }
         label = f"{name}, {threads} threads" if several else name
         time_axis.plot(xs, [t.seconds * 1e3 for _, t in points], label=label, **style)
         rate_axis.plot(xs, [t.gb_per_s for _, t in points], label=label, **style)
-    for axis, label in ((time_axis, "ms per layer and step"), (rate_axis, "GB/s of keys and values read")):
+    for axis, label in ((time_axis, "ms per layer and step"), (rate_axis, "GB/s read (copy: and written)")):
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}k")
         axis.set_xlabel("context (tokens)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     time_axis.set_yscale("log")
-    time_axis.legend(fontsize=8)
+    figure.legend(*time_axis.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
