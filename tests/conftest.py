@@ -35,6 +35,16 @@ def ops(backend: str) -> Ops:
     return Ops(backend, torch.get_default_device().type)
 
 
+@pytest.fixture(params=[name for name in BACKENDS if not name.startswith("reference")])
+def fast_ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
+    """The ops of each backend that is compared with the reference."""
+    name, device = request.param.split("-")
+    if missing := why_missing(name, device):
+        pytest.skip(missing)
+    with torch.device(device):
+        yield Ops(name, device)
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator with new numbers in every run; the seed is printed where a test fails."""

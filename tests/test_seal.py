@@ -200,8 +200,8 @@ def compare_random_shapes(ops: Ops, seconds: float, seed: int) -> int:
     return count
 
 
-def test_random_shapes(ops: Ops) -> None:
-    assert compare_random_shapes(ops, seconds=2.0, seed=1) > 0
+def test_random_shapes(fast_ops: Ops) -> None:
+    assert compare_random_shapes(fast_ops, seconds=2.0, seed=1) > 0
 
 
 @needs_cpp
