@@ -109,6 +109,27 @@ struct WarpPartials {
   }
 };
 
+// Whole warp: leaves its state where MergeWarps finds it, behind a barrier.
+template <int kRows>
+__device__ __forceinline__ void StoreWarp(const AttentionState<kRows>& state, int warp,
+                                          const WarpPartials& partials) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const int at = warp * kRows + j;
+#pragma unroll
+    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) {
+      const int d = lane + i * kWarpSize;
+      if (d < partials.head_dim) partials.out[at * partials.head_dim + d] = state.out[j][i];
+    }
+    const float sum = WarpSum(state.sum[j]);
+    if (lane == 0) {
+      partials.max[at] = state.max[j];
+      partials.sum[at] = sum;
+    }
+  }
+}
+
 // Whole block, after a barrier. Calls write(row, d, value) and write_lse(row, lse) for the first
 // `count` rows.
 template <int kWarps, typename Write, typename WriteLse>

@@ -130,20 +130,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
 
   const WarpPartials partials(DynamicShared() + kRows * padded_dim * sizeof(float), kDecodeWarps,
                               kRows, head_dim);
-#pragma unroll
-  for (int j = 0; j < kRows; ++j) {
-    const int at = warp * kRows + j;
-#pragma unroll
-    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) {
-      const int d = lane + i * kWarpSize;
-      if (d < head_dim) partials.out[at * head_dim + d] = state.out[j][i];
-    }
-    const float sum = WarpSum(state.sum[j]);
-    if (lane == 0) {
-      partials.max[at] = state.max[j];
-      partials.sum[at] = sum;
-    }
-  }
+  StoreWarp(state, warp, partials);
   __syncthreads();
   const int64_t split_row = block.split * p.num_rows * p.num_heads;
   MergeWarps<kDecodeWarps>(

@@ -51,7 +51,7 @@ __host__ __device__ constexpr int PaddedDim(int64_t head_dim) {
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAttentionParams p) {
   using T = typename Stored<kDtype>::Type;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
   const int64_t n = blockIdx.x, kv_head = blockIdx.y;
   const int head_dim = static_cast<int>(p.head_dim), padded_dim = PaddedDim(p.head_dim);
   const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
@@ -86,20 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAtt
 
   const WarpPartials partials(DynamicShared() + kRows * padded_dim * sizeof(float), kWarps, kRows,
                               head_dim);
-#pragma unroll
-  for (int j = 0; j < kRows; ++j) {
-    const int at = warp * kRows + j;
-#pragma unroll
-    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) {
-      const int d = lane + i * kWarpSize;
-      if (d < head_dim) partials.out[at * head_dim + d] = state.out[j][i];
-    }
-    const float sum = WarpSum(state.sum[j]);
-    if (lane == 0) {
-      partials.max[at] = state.max[j];
-      partials.sum[at] = sum;
-    }
-  }
+  StoreWarp(state, warp, partials);
   __syncthreads();
   MergeWarps<kWarps>(
       partials, num_rows,
