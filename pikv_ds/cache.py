@@ -18,7 +18,7 @@ from torch import Tensor
 from pikv_ds.attention import ShardedAttention
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
-from pikv_ds.exchange import Exchange, StepPlan
+from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology
@@ -70,6 +70,10 @@ class Announcement(NamedTuple):
     """Free pages without the reserve."""
     own_tokens: int
     """Tokens of the rank's own sequences after the last pass."""
+    shared: int
+    """Whether the pass is made with a batch that every rank has."""
+    digest: int
+    """Of the tokens of such a batch."""
 
 
 @dataclass(frozen=True)
@@ -156,21 +160,38 @@ class ExpertShardedKVCache:
         self.abandoned: deque[SequenceBatch] = deque()
         """Batches whose last reference is gone. A finalizer may run at any moment, also within a
         collective, so it only leaves them here; the next pass releases them."""
-        self._next_id = 0
+        self._next_id, self._next_shared_id = 0, 0
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
         self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
-        self._tokens: Tensor | None = None  # bool [B, T or 1]: what is looked at in this pass; None: everything
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def new_batch(self, size: int) -> SequenceBatch:
-        """Registers ``size`` new sequences of this rank."""
-        ids = list(range(self._next_id, self._next_id + size))
-        self._next_id += size
-        batch = SequenceBatch(ids, self.shape.num_layers, self.exchange.size, self.config.page_size)
+    def new_batch(self, size: int, shared: bool = False) -> SequenceBatch:
+        """Registers ``size`` new sequences of this rank; more can join with `admit`.
+
+        Args:
+            shared: every rank of the group makes the same batch, with the same tokens (as Megatron's
+                static server does). Its pages are stored once for all of them, and as every rank has
+                the queries, only partials travel.
+        """
+        ids = [self._new_id(shared) for _ in range(size)]
+        batch = SequenceBatch(ids, self.shape.num_layers, self.exchange.size, self.config.page_size, shared)
         self._batches.append(batch)
         return batch
+
+    def admit(self, batch: SequenceBatch) -> int:
+        """Adds a new sequence to a batch, between passes; returns its row, which may be that of a released one."""
+        if batch not in self._batches:
+            self._batches.append(batch)
+        return batch.admit(self._new_id(batch.shared))
+
+    def _new_id(self, shared: bool) -> int:
+        if shared:  # the same on every rank, and none that a rank gives its own sequences
+            self._next_shared_id -= 1
+            return self._next_shared_id
+        self._next_id += 1
+        return self._next_id - 1
 
     def release(self, batch: SequenceBatch, rows: list[int] | None = None) -> None:
         """Gives back finished sequences: their tails at once, their pages with the next step plan."""
@@ -183,19 +204,14 @@ class ExpertShardedKVCache:
     # -- a forward pass ----------------------------------------------------------------------
 
     def begin_step(
-        self,
-        batch: SequenceBatch | None,
-        new: list[int],
-        tokens: Tensor | None = None,
-        error: str | None = None,
+        self, batch: SequenceBatch | None, new: list[int], error: str | None = None, digest: int = 0
     ) -> None:
         """Starts a forward pass. Every rank calls it, with no batch where it has nothing to do.
 
         Args:
             new: tokens that each sequence of the batch appends, 0 for finished ones.
-            tokens: bool ``[B, T]``, which columns of the pass are tokens; None: all of those of
-                living sequences.
             error: what is wrong on this rank; then every rank raises.
+            digest: of the tokens of a shared batch, by which a rank with other ones is found out.
 
         Raises:
             PiKVError: the same on every rank: an error of one rank, a full pool, NaN in K or V.
@@ -208,20 +224,24 @@ class ExpertShardedKVCache:
         seals = 0
         begun = batch is not None and error is None
         if batch is not None and begun:
-            batch.begin(new, tokens)
+            batch.begin(new)
             for row in range(len(batch)):
                 seals += batch.filling(row)
                 if new[row] and batch.sealed[row]:
                     entries.append((batch.ids[row], new[row]))
+        kinds = {page.batch.shared for page in self.sender.staged} | ({batch.shared} if batch is not None else set())
+        if len(kinds) > 1:
+            error = (
+                error
+                or "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
+            )
+        shared = True in kinds
         try:
-            self._exchange_plan(entries, seals, max(new, default=0), error)
+            self._exchange_plan(entries, seals, max(new, default=0), error, shared, digest)
         except PiKVError:  # the other ranks know nothing of any other error, and make the pass
             if batch is not None and begun:
                 batch.break_off()
             raise
-        if begun and tokens is None and not all(new):
-            tokens = torch.tensor(new, device=self.device)[:, None] > 0
-        self._tokens = tokens
 
     def attend(
         self,
@@ -232,32 +252,30 @@ class ExpertShardedKVCache:
         value: Tensor,
         scale: float,
     ) -> Tensor:
-        """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
+        """Attention of one layer; see `ShardedAttention`. ``[N, H, D]``, tokens packed."""
         assert self.plan is not None
-        self._look_for_nonfinite(layer, key, value)
+        self._look_for_nonfinite(batch, layer, key, value)
         out = self.attention(self.plan, batch, layer, query, key, value, scale)
         self._measure()
         return out
 
-    def _look_for_nonfinite(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def _look_for_nonfinite(self, batch: SequenceBatch, layer: int, key: Tensor, value: Tensor) -> None:
         """Looks for NaN and infinity in what this pass leaves in the tails; full pages are looked at when sealed."""
-        if self._tokens is None:  # then the tail is at the end
-            key, value = (x[:, :, -self.config.page_size :] for x in (key, value))
-        sums = key.sum((1, 3), dtype=torch.float32) + value.sum((1, 3), dtype=torch.float32)
-        bad = ~torch.isfinite(sums)  # [B, T]; one NaN or infinity is enough
-        if self._tokens is not None:
-            bad &= self._tokens
-        self._nonfinite[layer] |= bad.any()
+        pairs = [(key, value)]
+        if any(n > self.config.page_size for n in batch.new):
+            ends = [slice(max(s.start, s.stop - self.config.page_size), s.stop) for _, s in batch.slices()]
+            pairs = [(key[end], value[end]) for end in ends]
+        for k, v in pairs:  # one NaN or infinity is enough
+            self._nonfinite[layer] |= ~torch.isfinite(k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32))
 
-    def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None, like: Tensor) -> None:
+    def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None) -> None:
         """Seals what has filled up at a layer, once its router has run.
 
         Args:
-            experts: int ``[B, T, k]``; None at a layer without a router.
-            like: the layer's new keys ``[B, K, T, D]`` (shape and type only).
+            experts: int ``[N, k]``, of the packed tokens; None at a layer without a router.
         """
         assert self.plan is not None
-        for pages in batch.fill(layer, experts, like):
+        for pages in batch.fill(layer, experts):
             self.sender.stage(batch, layer, pages)
         self._measure()
         if self.plan.prefill:
@@ -285,7 +303,8 @@ class ExpertShardedKVCache:
                     loads = batch.loads[layer][row]
                     assert sum(loads) + staged == batch.sealed[row], "a sealed page is not stored exactly once"
                     for rank, pages in enumerate(loads):
-                        tail = batch.open_tokens(row) + staged * size if rank == self.exchange.rank else 0
+                        own = rank == self.exchange.rank and not batch.shared
+                        tail = batch.open_tokens(row) + staged * size if own else 0
                         assert pages * size + tail <= bound, (
                             f"rank {rank} holds {pages * size + tail} tokens of a sequence of {length}, bound {bound}"
                         )
@@ -330,7 +349,15 @@ class ExpertShardedKVCache:
 
     # -- the step plan -----------------------------------------------------------------------
 
-    def _exchange_plan(self, entries: list[tuple[int, int]], seals: int, most_new: int, error: str | None) -> None:
+    def _exchange_plan(
+        self,
+        entries: list[tuple[int, int]],
+        seals: int,
+        most_new: int,
+        error: str | None,
+        shared: bool,
+        digest: int,
+    ) -> None:
         self.sender.settle()
         free = self.pool.num_free()
         bad = self._nonfinite.nonzero().squeeze(1).tolist()
@@ -352,10 +379,13 @@ class ExpertShardedKVCache:
             free=UNLIMITED if free is None else free,
             spare=UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
             own_tokens=self._after_pass.own_tokens,
+            shared=int(shared),
+            digest=digest if shared else 0,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_steps += 1
         self._raise_if_any_failed(everyone, error)
+        self._raise_if_not_shared(everyone)
         own_tokens = sum(a.own_tokens for a in everyone)
         if own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass
@@ -370,9 +400,10 @@ class ExpertShardedKVCache:
             for rows, fetched in zip(self._plan_rows, fetches, strict=True)
         )
         seals_of_all, prompt = tuple(a.seals for a in everyone), any(a.prompt for a in everyone)
-        self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees)
+        self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees, shared)
         staged = [a.staged for a in everyone]
-        self._check_room(sum(seals_of_all), sum(staged), sum(spare if prompt else frees), prompt)
+        own = slice(SHARED_SOURCE, SHARED_SOURCE + 1) if shared else slice(None)  # whose pages need room
+        self._check_room(sum(seals_of_all[own]), sum(staged[own]), sum(spare if prompt else frees), prompt)
         self.sender.send(self.plan, staged)
         self.sender.settle()
 
@@ -390,6 +421,8 @@ class ExpertShardedKVCache:
         self._announced, self._released = entries, []
 
     def _fetches(self, source: int, sequence: int, query_tokens: int) -> bool:
+        if sequence < 0:  # shared: no query travels
+            return False
         pages = self.sender.num_sealed.get((source, sequence), 0)
         return query_tokens > 1 and self.attention.cheaper_to_fetch(pages, query_tokens)
 
@@ -434,4 +467,14 @@ class ExpertShardedKVCache:
             raise PeerError(
                 f"the ranks are not in the same forward pass (steps {steps}): every rank of the group must make the "
                 "same calls; use generate(..., synced_gpus=True)"
+            )
+
+    @staticmethod
+    def _raise_if_not_shared(everyone: list[Announcement]) -> None:
+        """A batch that every rank has must be there, the same, on every rank."""
+        if len({(a.shared, a.digest, a.seals, a.staged) for a in everyone if any(b.shared for b in everyone)}) > 1:
+            what = "tokens" if all(a.shared for a in everyone) else "batches"
+            raise PeerError(
+                f"the ranks make this pass with different {what} (digests {[a.digest for a in everyone]}), but the "
+                "batch was declared to be the same on every rank: declare it as each rank's own"
             )

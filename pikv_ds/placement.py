@@ -30,12 +30,13 @@ class Topology:
         return expert // (self.num_experts // self.num_ranks)
 
 
-def page_limits(num_tokens: int, page_size: int, topology: Topology, source: int) -> list[int]:
+def page_limits(num_tokens: int, page_size: int, topology: Topology, source: int | None) -> list[int]:
     """How many pages of one sequence and layer each rank may hold, ``[num_ranks]``.
 
     Args:
         num_tokens: length L of the sequence in tokens, the open tail included.
-        source: the sequence's own rank. It also keeps the tail, for which one page is reserved.
+        source: the sequence's own rank. It also keeps the tail, for which one page is reserved. None:
+            every rank has the sequence and its tail, beside these pages.
     """
     ranks, experts = topology.num_ranks, topology.num_experts
     tokens = -(-num_tokens // ranks) + -(-num_tokens // experts) + page_size
