@@ -24,6 +24,7 @@ from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
+from pikv_ds.slabs import lasting_zeros
 
 UNLIMITED = 2**40
 """Free pages that a rank without a capacity announces."""
@@ -128,7 +129,7 @@ class ExpertShardedKVCache:
             poison=config.debug,
         )
         self.table = PageTable(shape.num_layers, self.device)
-        self._nonfinite = torch.zeros(shape.num_layers, dtype=torch.int32, device=self.device)
+        self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
         self.sender = PageSender(
             self.ops,
             self.exchange,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pikv_ds.slabs import lasting_zeros
+
 
 @dataclass
 class Tail:
@@ -36,7 +38,9 @@ class Tail:
         """The same with room for more sequences."""
 
         def grow(x: Tensor) -> Tensor:
-            return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+            grown = lasting_zeros((rows, *x.shape[1:]), x.dtype, x.device)
+            grown[: len(x)] = x
+            return grown
 
         return Tail(grow(self.keys), grow(self.values), None if self.experts is None else grow(self.experts))
 
@@ -192,7 +196,7 @@ class SequenceBatch:
         tail, rows = self.tails[layer], len(self)
         if tail is None:
             shape = rows, like.shape[1], self.page_size, like.shape[2]
-            tail = self.tails[layer] = Tail(like.new_zeros(shape), like.new_zeros(shape))
+            tail = self.tails[layer] = Tail(*(lasting_zeros(shape, like.dtype, like.device) for _ in range(2)))
             self._tail_nbytes = None
         elif len(tail.keys) < rows:  # sequences have joined
             tail = self.tails[layer] = tail.grown(max(rows, 2 * len(tail.keys)))
@@ -255,8 +259,8 @@ class SequenceBatch:
         if experts is not None:
             experts = experts.to(torch.int16)
             if tail.experts is None:
-                shape = (len(tail.keys), self.page_size, experts.shape[-1])
-                tail.experts = torch.full(shape, -1, dtype=torch.int16, device=experts.device)
+                shape = len(tail.keys), self.page_size, experts.shape[-1]
+                tail.experts = lasting_zeros(shape, experts.dtype, experts.device)
                 self._tail_nbytes = None
             kept, places = tail.experts, self.places(experts.device)
             kept[places.rows, places.slots] = experts if places.all_tokens else experts[places.tokens]

@@ -89,6 +89,20 @@ def test_sequences_join_leave_and_advance_as_they_like(rng) -> None:
     driver.pass_of([9 if r == row else 0 for r in range(len(batch))])
 
 
+def test_passes_in_and_out_of_inference_mode_take_turns(rng) -> None:
+    with torch.inference_mode():
+        driver = new_driver(rng)
+        driver.step(20)
+    driver.step(1)
+    with torch.inference_mode():
+        driver.admit()
+        driver.pass_of([3, 1, 11])
+    for _ in range(9):
+        driver.step(1)
+    driver.release([0, 1, 2])
+    driver.cache.begin_step(None, [])
+
+
 def test_a_chunk_without_tokens_for_any_row(rng) -> None:
     driver = new_driver(rng)
     driver.step(10)

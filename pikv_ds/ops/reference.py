@@ -113,10 +113,11 @@ def decode_attention(
     for row in range(len(query)):  # rows are ragged; a reference may take them one by one
         keys, values, there = _visible_pages(slabs, table, counts, layout, row * len(table) // len(query))
         scores = _page_scores(query[row], keys, there, scale)  # [H, P, S]
-        flat = scores.flatten(1)
-        row_lse = flat.logsumexp(-1)
-        weights = torch.exp(flat - row_lse.nan_to_num(neginf=0.0)[:, None]).unflatten(0, (layout.num_kv_heads, -1))
-        out[row] = (weights @ values.transpose(0, 1).flatten(1, 2)).flatten(0, 1)
+        row_lse = scores.flatten(1).logsumexp(-1)
+        weights = torch.exp(scores - row_lse.nan_to_num(neginf=0.0)[:, None, None])
+        weights = weights.unflatten(0, (layout.num_kv_heads, -1))  # [K, G, P, S]
+        # Page by page first: a matrix product may add up a long row in one float32.
+        out[row] = torch.einsum("kgps,pksd->pkgd", weights, values).sum(0).flatten(0, 1)
         lse[row] = row_lse
         if page_lse is not None:
             page_lse[row] = -torch.inf
