@@ -9,13 +9,22 @@ without CUDA in `cpu`.
 """
 
 from megatron_patch.arguments import add_arguments, config_from_args
-from megatron_patch.patch import attachment_of, flush, patch_layer_spec, patch_model, stats, unpatch_model
+from megatron_patch.patch import (
+    attachment_of,
+    flush,
+    patch_context,
+    patch_layer_spec,
+    patch_model,
+    stats,
+    unpatch_model,
+)
 
 __all__ = [
     "add_arguments",
     "attachment_of",
     "config_from_args",
     "flush",
+    "patch_context",
     "patch_layer_spec",
     "patch_model",
     "stats",

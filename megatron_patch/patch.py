@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from megatron_patch import compat
+from megatron_patch import compat, dynamic
 from megatron_patch.attention import LayerTap, arm, disarm, router_ran
 from megatron_patch.requests import DynamicRequests, IdlePass, Pass, StaticRequests
 from pikv_ds import metrics
@@ -25,6 +25,7 @@ from pikv_ds.api import compare, with_backend
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.config import PiKVConfig
 from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.sequences import SequenceBatch
 
 KEY = "_pikv_attachment"
 STATIC_BATCHES = {"auto": None, "shared": True, "own": False}
@@ -56,6 +57,7 @@ class Attachment:
         self._store: ExpertShardedKVCache | None = None
         self._pass: Pass | None = None
         self._idle = False
+        self._nothing: SequenceBatch | None = None  # the batch of idle passes
 
     def add(self, attention: Any, router: nn.Module | None) -> None:
         """Takes in the next layer."""
@@ -83,13 +85,21 @@ class Attachment:
         if tap.index > 0:
             return self._pass
         self._pass = None
-        if context is None:
-            if self._idle:  # else an ordinary forward pass, of which no keys are kept
-                batch = self.store.new_batch(0)
-                self.store.begin_step(batch, [])
-                self._pass = IdlePass(self.store, batch, (key.shape[0], key.shape[1]))
+        if context is None and not self._idle:  # an ordinary forward pass, of which no keys are kept
+            return None
+        requests = None if context is None else self.requests_of(context)
+        store = self.store
+        store.committed_tokens = sum(
+            r.committed(c)
+            for i, r in self.requests.items()
+            if isinstance(r, DynamicRequests) and (c := self.contexts[i]()) is not None
+        )
+        if requests is None:
+            self._nothing = self._nothing or store.new_batch(0)
+            store.begin_step(self._nothing, [])
+            self._pass = IdlePass(store, self._nothing, (key.shape[0], key.shape[1]))
         else:
-            self._pass = self.requests_of(context).begin(context, key)
+            self._pass = requests.begin(context, key)
         return self._pass
 
     def requests_of(self, context: Any) -> Any:
@@ -97,16 +107,16 @@ class Attachment:
         known = self.requests.get(id(context))
         if known is not None:
             return known
-        static = context.is_static_batching()
-        kind = (
-            StaticRequests(self.store, STATIC_BATCHES[self.static_batches]) if static else DynamicRequests(self.store)
-        )
-        self.requests[id(context)] = kind
+        requests: StaticRequests | DynamicRequests
+        if context.is_static_batching():
+            requests = StaticRequests(self.store, STATIC_BATCHES[self.static_batches])
+        else:
+            requests = DynamicRequests(self.store, context)
+            dynamic.give_up_buffer(context, requests.release, requests.may_admit)
+        self.requests[id(context)] = requests
         self.contexts[id(context)] = weakref.ref(context)
         weakref.finalize(context, self._forget, id(context))
-        if not static:
-            compat.give_up_buffer(context, kind.release)
-        return kind
+        return requests
 
     def _forget(self, context_id: int) -> None:
         """A context is gone. A finalizer may run within a collective, so the next pass releases its pages."""
@@ -132,7 +142,8 @@ class Attachment:
             disarm(attention)
         for reference in self.contexts.values():
             if (context := reference()) is not None:
-                compat.restore_buffer(context)
+                dynamic.restore_buffer(context)
+        dynamic.stop_serving(self)
         self.exchange.close()
 
 
@@ -178,8 +189,18 @@ def patch_model(
         attachment.detach()
         raise
     inner.__dict__[KEY] = attachment
-    compat.serve_dummy_passes(_attached)
+    dynamic.serve_dummy_passes(attachment, _attached)
     return model
+
+
+def patch_context(model: nn.Module, context: Any) -> Any:
+    """Takes over an inference context before its first pass; returns it. A second call changes nothing.
+
+    A pass does it too, but then the requests of the first one have been admitted by Megatron's limits,
+    and its KV buffer has been there until then. Collective for a model whose first pass is still to come.
+    """
+    attachment_of(model).requests_of(context)
+    return context
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -206,7 +227,7 @@ def patch_layer_spec(
     """
     compat.check_version()
     attachment = _attachment(config, ep_group or compat.expert_group(), compat.device(), static_batches)
-    compat.serve_dummy_passes(_attached)
+    dynamic.serve_dummy_passes(attachment, _attached)
     layers = 0
 
     def transform(x: Any) -> Any:
@@ -370,6 +391,7 @@ __all__ = [
     "UnsupportedMegatronError",
     "attachment_of",
     "flush",
+    "patch_context",
     "patch_layer_spec",
     "patch_model",
     "stats",

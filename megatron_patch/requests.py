@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_patch import compat
+from megatron_patch import compat, dynamic
 from pikv_ds.cache import ExpertShardedKVCache
+from pikv_ds.config import ConfigError
 from pikv_ds.errors import PiKVError
 from pikv_ds.sequences import SequenceBatch
 
@@ -185,21 +186,44 @@ class StaticRequests:
 
 
 class DynamicRequests:
-    """The requests of one dynamic context as rows of one batch."""
+    """The requests of one dynamic context as rows of one batch.
 
-    def __init__(self, store: ExpertShardedKVCache) -> None:
+    Raises:
+        ConfigError: a request as long as the context allows would never be admitted.
+    """
+
+    def __init__(self, store: ExpertShardedKVCache, context: Any) -> None:
+        capacity, longest = store.rank_capacity, context.max_sequence_length
+        if capacity is not None and capacity < store.bound(longest):
+            raise ConfigError(
+                f"pikv.capacity_tokens = {store.config.capacity_tokens}: {capacity} without the watermark; of a request "
+                f"as long as the context's max_sequence_length = {longest} a rank may have to keep "
+                f"{store.bound(longest)}; raise the one or lower the other"
+            )
         self.store = store
         self.batch = store.new_batch(0)
         self.rows: dict[int, int] = {}  # by request id
 
+    def committed(self, context: Any) -> int:
+        """See `ExpertShardedKVCache.committed_tokens`; of all requests of a context."""
+        return sum(self.store.bound(length) for length in dynamic.final_lengths(context))
+
+    def may_admit(self, context: Any, num_tokens: int) -> bool:
+        """Whether the ranks' pools have room for a request that may grow to so many tokens."""
+        grant = self.store.grant()
+        if grant is None:
+            return True
+        told = self.store.committed_by_rank[self.store.exchange.rank]
+        return self.committed(context) + self.store.bound(num_tokens) <= told + grant
+
     def begin(self, context: Any, key: Tensor) -> Pass:
         """Starts a pass over the context's active requests; key ``[T, 1, K, D]``."""
-        if compat.uses_cuda_graph(context):
+        if dynamic.uses_cuda_graph(context):
             raise PiKVError(
                 "PiKV exchanges pages of any number between ranks, which a CUDA graph cannot capture; build the "
                 "context with num_cuda_graphs=None and the engine with enable_cuda_graph=False"
             )
-        known, active = compat.requests(context)
+        known, active = dynamic.requests(context)
         self.release([r for r in self.rows if r not in known])
         error = None
         for request in active:

@@ -21,7 +21,7 @@ from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
-from pikv_ds.placement import Topology
+from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
 from pikv_ds.slabs import lasting_zeros
@@ -75,6 +75,8 @@ class Announcement(NamedTuple):
     """Whether the pass is made with a batch that every rank has."""
     digest: int
     """Of the tokens of such a batch."""
+    committed: int
+    """See `ExpertShardedKVCache.committed_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,10 @@ class ExpertShardedKVCache:
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None
+        self.committed_tokens = 0
+        """The sum of `bound` over this rank's sequences at the lengths that they may reach, where whoever admits
+        them knows; told with each step plan."""
+        self.committed_by_rank = [0] * self.exchange.size
         self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
@@ -288,6 +294,34 @@ class ExpertShardedKVCache:
         if self.config.debug and not batch.in_step:
             self.check_integrity()
 
+    def bound(self, num_tokens: int) -> int:
+        """Most tokens of a sequence of this length that a rank ever keeps at a layer."""
+        return rank_bound(num_tokens, self.config.page_size, self.topology)
+
+    @property
+    def rank_capacity(self) -> int | None:
+        """Tokens per layer that a rank's pool holds, the reserve left out; None: no limit."""
+        if self.config.capacity_tokens is None:
+            return None
+        pages = self.config.capacity_tokens // self.config.page_size
+        return (pages - int(pages * self.config.watermark)) * self.config.page_size
+
+    def grant(self) -> int | None:
+        """How far this rank may raise `committed_tokens` before the next step plan; None: no limit.
+
+        Whoever admits sequences within it never meets a full pool: a sequence is counted with its
+        `bound` at the length that it may reach, which no rank exceeds, so it may be about G times as
+        long as one rank's capacity. Ranks admit without asking each other: after every second plan
+        each has an equal share of the room, after the others one rank in turn has all of it.
+        """
+        if self.rank_capacity is None:
+            return None
+        room = max(0, self.rank_capacity - sum(self.committed_by_rank))
+        ranks, turn = self.exchange.size, self.num_steps // 2 % self.exchange.size
+        if self.num_steps % 2 == 0:
+            return room // ranks
+        return room if turn == self.exchange.rank else 0
+
     def check_integrity(self) -> None:
         """Checks the invariants that one rank can see; raises AssertionError."""
         self.pool.check_integrity()
@@ -298,7 +332,7 @@ class ExpertShardedKVCache:
                 if not batch.alive[row]:
                     continue
                 length = batch.lengths[row]
-                bound = -(-length // self.topology.num_ranks) - (-length // self.topology.num_experts) + size
+                bound = self.bound(length)
                 for layer in range(self.shape.num_layers):
                     staged = sum(p.batch is batch and p.row == row and p.layer == layer for p in self.sender.staged)
                     loads = batch.loads[layer][row]
@@ -382,11 +416,13 @@ class ExpertShardedKVCache:
             own_tokens=self._after_pass.own_tokens,
             shared=int(shared),
             digest=digest if shared else 0,
+            committed=self.committed_tokens,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_steps += 1
         self._raise_if_any_failed(everyone, error)
         self._raise_if_not_shared(everyone)
+        self.committed_by_rank = [a.committed for a in everyone]
         own_tokens = sum(a.own_tokens for a in everyone)
         if own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass
