@@ -196,7 +196,7 @@ class DynamicRequests:
         capacity, longest = store.rank_capacity, context.max_sequence_length
         if capacity is not None and capacity < store.bound(longest):
             raise ConfigError(
-                f"pikv.capacity_tokens = {store.config.capacity_tokens}: {capacity} without the watermark; of a request "
+                f"pikv.capacity_tokens = {store.config.capacity_tokens}: {capacity} without the watermark; of one "
                 f"as long as the context's max_sequence_length = {longest} a rank may have to keep "
                 f"{store.bound(longest)}; raise the one or lower the other"
             )
