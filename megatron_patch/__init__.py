@@ -1,0 +1,1 @@
+"""PiKV under Megatron-Core: attention, model conversion, engines and the inference server."""
