@@ -1,19 +1,16 @@
 """Which Megatron-Core this is, and everything that differs between its versions.
 
-Import it before any module of `megatron`: an importable package of the name `apex` that is not
-NVIDIA's changes which norms Megatron chooses, and that happens when Megatron is imported.
+The package imports it first, before any module of `megatron`: an importable package of the name
+`apex` that is not NVIDIA's changes which norms Megatron chooses, while Megatron is imported.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,50 +102,37 @@ def foreign_apex() -> Path | None:
     return folders[0] if folders else Path(spec.origin or "apex")
 
 
-@contextlib.contextmanager
-def _without_foreign_apex() -> Iterator[None]:
-    """Inside, ``import apex`` fails if it would bring a package that is not NVIDIA's."""
-    folder = foreign_apex()
-    if folder is None:
-        yield
-        return
-    warnings.warn(
-        f"the package apex in {folder} is not NVIDIA's apex (no apex.normalization.fused_layer_norm); "
-        "Megatron is imported without it",
-        stacklevel=3,
-    )
-    before = sys.modules.get("apex")
-    sys.modules["apex"] = None  # type: ignore[assignment]  # how Python says: not importable
-    try:
-        yield
-    finally:
-        del sys.modules["apex"]
-        if before is not None:
-            sys.modules["apex"] = before
-
-
-def import_megatron() -> None:
-    """Imports the modules of Megatron that choose norms, without an unrelated `apex`.
+def hide_foreign_apex() -> None:
+    """From here on ``import apex`` fails if it would bring a package that is not NVIDIA's.
 
     Raises:
         RuntimeError: Megatron was imported before, and it took the unrelated package for NVIDIA's.
     """
+    folder = foreign_apex()
+    if folder is None:
+        return
     fooled = [name for name in _APEX_USERS if getattr(sys.modules.get(name), "HAVE_APEX", False)]
-    if fooled and (folder := foreign_apex()) is not None:
+    if fooled:
         raise RuntimeError(
             f"{fooled[0]} took the package apex in {folder} for NVIDIA's apex, which breaks RMSNorm models; "
             "import megatron_patch before megatron, or uninstall that package: pip uninstall apex"
         )
-    with _without_foreign_apex():
-        for name in _APEX_USERS:
-            importlib.import_module(name)
+    warnings.warn(
+        f"the package apex in {folder} is not NVIDIA's apex (no apex.normalization.fused_layer_norm); "
+        "Megatron does without it",
+        stacklevel=2,
+    )
+    sys.modules["apex"] = None  # type: ignore[assignment]  # how Python says: not importable
 
 
 # ---- repairs ----
 
 
-def repair_moe_without_te() -> None:
-    """0.16.1 names `te_general_gemm` in its router also where Transformer Engine did not bring it."""
+def repair() -> None:
+    """Mends what is broken in a supported version on any device; harmless to call again.
+
+    0.16.1 names `te_general_gemm` in its router also where Transformer Engine did not bring it.
+    """
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -203,6 +187,4 @@ def cpu_seed_arguments(seed: Any) -> dict[str, bool]:
     return {name: True for name in names if name in inspect.signature(seed).parameters}
 
 
-require()
-import_megatron()
-repair_moe_without_te()
+hide_foreign_apex()

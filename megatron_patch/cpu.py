@@ -278,6 +278,7 @@ def install() -> bool:
     if _installed:
         return True
     _installed = True
+    compat.repair()
     stand_in = _StandIn(torch, cuda=_cuda(), empty_like=_empty_like)  # pinned memory needs a GPU
     for name in TORCH_USERS:
         with contextlib.suppress(ModuleNotFoundError):

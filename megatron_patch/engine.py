@@ -25,6 +25,7 @@ def static_engine(
         max_length: most tokens of one sequence, prompt and answer.
         seed: of the sampling; greedy sampling is ``SamplingParams(top_k=1)``.
     """
+    compat.repair()
     cpu.install()
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines.static_engine import StaticInferenceEngine
@@ -67,9 +68,11 @@ def dynamic_engine(
         compat.MegatronVersionError: a Megatron whose dynamic engine has another form.
     """
     compat.require(compat.ENGINE_SINCE, "the dynamic engine")
+    compat.repair()
     cpu.install()
     if max_tokens < max_requests:
         raise ValueError(f"max_tokens = {max_tokens} is less than max_requests = {max_requests}: one token each")
+    from megatron.core import parallel_state
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.engines import DynamicInferenceEngine
 
@@ -97,6 +100,8 @@ def dynamic_engine(
         num_cuda_graphs=None,
     )
     controller = _controller(model, tokenizer, context, max_requests, context_length)
+    # Megatron seeds all data-parallel ranks alike: several answers to one prompt would be the same.
+    controller.sampling_rng.manual_seed(seed + parallel_state.get_data_parallel_rank())
     return DynamicInferenceEngine(controller, context, random_seed=seed)
 
 

@@ -16,7 +16,7 @@ EXPERTS = 4
 LAYERS = 2
 MAX_LENGTH = 512
 
-WORDS = "the a of in on sea ship whale man inn night old said was is to and it he she".split()
+WORDS = ["the", "a", "of", "in", "on", "sea", "ship", "whale", "man", "inn", "night", "old", "said", "was"]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
