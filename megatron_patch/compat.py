@@ -1,39 +1,149 @@
-"""The one file that knows Megatron-Core's versions and its private corners.
+"""Which Megatron-Core this is, and everything that differs between its versions.
 
-Supported are 0.13 to 0.16: static contexts throughout, dynamic ones from 0.16 on.
+The package imports it first, before any module of `megatron`: an importable package of the name
+`apex` that is not NVIDIA's changes which norms Megatron chooses, while Megatron is imported.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import inspect
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import __version__ as MEGATRON_VERSION
-from megatron.core import parallel_state
-from megatron.core.transformer.attention import Attention
-from packaging.version import Version
 from torch import Tensor
 
-OLDEST, NEWEST = Version("0.13.0"), Version("0.16.1")
+OLDEST, NEWEST = "0.13", "0.16.1"
+"""Versions that this package was tried with, both included."""
+
+ENGINE_SINCE = "0.16"
+"""The dynamic engine's constructors, its coordinator and its HTTP server have this form since."""
+
+_APEX_USERS = (
+    "megatron.core.models.backends",
+    "megatron.core.transformer.transformer_block",
+    "megatron.core.models.gpt.gpt_layer_specs",
+)
+"""Modules that look for apex by a bare ``import apex``, at import, on the way to a GPTModel."""
 
 
-class UnsupportedVersionError(ImportError):
-    """This Megatron-Core was not tested with PiKV and is refused."""
+class MegatronVersionError(RuntimeError):
+    """The installed Megatron-Core is not one that this package supports."""
 
 
-def check_version(version: str = MEGATRON_VERSION) -> None:
-    """Refuses a Megatron-Core outside the range that is tested.
+# ---- versions ----
+
+
+def version() -> str:
+    """The installed version of Megatron-Core, such as ``"0.16.1"``.
 
     Raises:
-        UnsupportedVersionError: naming the version and the range.
+        MegatronVersionError: it is not installed.
     """
-    if not OLDEST <= Version(Version(version).base_version) <= NEWEST:
-        raise UnsupportedVersionError(
-            f"megatron-core {version} is not supported: PiKV works with {OLDEST} to {NEWEST}; "
-            f'pip install "megatron-core=={NEWEST}"'
+    try:
+        return importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    if importlib.util.find_spec("megatron") is None:
+        raise MegatronVersionError("megatron-core is not installed: pip install 'megatron-core==0.16.1'")
+    from megatron.core.package_info import __version__  # a checkout on PYTHONPATH
+
+    return str(__version__)
+
+
+def require(oldest: str = OLDEST, what: str = "PiKV") -> None:
+    """Refuses a Megatron-Core that is older than `oldest` or newer than `NEWEST`.
+
+    Raises:
+        MegatronVersionError: it names the installed version, the range and `what` asked.
+    """
+    installed = version()
+    if not _release(oldest) <= _release(installed)[: len(_release(oldest))] or _release(installed) > _release(NEWEST):
+        raise MegatronVersionError(
+            f"megatron-core {installed} is installed, but {what} needs {oldest} to {NEWEST}: "
+            f"pip install 'megatron-core=={NEWEST}'"
         )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a version: ``"0.16.1rc2"`` is (0, 16, 1)."""
+    numbers = []
+    for part in text.split("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:
+            break
+    return tuple(numbers)
+
+
+# ---- apex ----
+
+
+def foreign_apex() -> Path | None:
+    """Folder of an importable package `apex` that is not NVIDIA's; None without one.
+
+    The package index has an unrelated one. It is recognised without running any of it: NVIDIA's
+    has ``apex/normalization/fused_layer_norm.py``.
+    """
+    if sys.modules.get("apex", ...) is None:  # hidden already
+        return None
+    try:
+        spec = importlib.util.find_spec("apex")
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if any((folder / "normalization" / "fused_layer_norm.py").is_file() for folder in folders):
+        return None
+    return folders[0] if folders else Path(spec.origin or "apex")
+
+
+def hide_foreign_apex() -> None:
+    """From here on ``import apex`` fails if it would bring a package that is not NVIDIA's.
+
+    Raises:
+        RuntimeError: Megatron was imported before, and it took the unrelated package for NVIDIA's.
+    """
+    folder = foreign_apex()
+    if folder is None:
+        return
+    fooled = [name for name in _APEX_USERS if getattr(sys.modules.get(name), "HAVE_APEX", False)]
+    if fooled:
+        raise RuntimeError(
+            f"{fooled[0]} took the package apex in {folder} for NVIDIA's apex, which breaks RMSNorm models; "
+            "import megatron_patch before megatron, or uninstall that package: pip uninstall apex"
+        )
+    warnings.warn(
+        f"the package apex in {folder} is not NVIDIA's apex (no apex.normalization.fused_layer_norm); "
+        "Megatron does without it",
+        stacklevel=2,
+    )
+    sys.modules["apex"] = None  # type: ignore[assignment]  # how Python says: not importable
+
+
+# ---- repairs ----
+
+
+def repair() -> None:
+    """Mends what is broken in a supported version on any device; harmless to call again.
+
+    0.16.1 names `te_general_gemm` in its router also where Transformer Engine did not bring it.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+# ---- what differs ----
 
 
 def device() -> torch.device:
@@ -41,11 +151,10 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-# -- parallelism -----------------------------------------------------------------------------------
-
-
 def expert_group() -> dist.ProcessGroup | None:
     """The expert-parallel group of this rank, None where Megatron has not made its groups."""
+    from megatron.core import parallel_state
+
     if not parallel_state.model_parallel_is_initialized():
         return None
     return parallel_state.get_expert_model_parallel_group()
@@ -54,9 +163,6 @@ def expert_group() -> dist.ProcessGroup | None:
 def tensor_parallel_size(attention: Any) -> int:
     """Over how many ranks an attention's heads are spread."""
     return attention.config.num_attention_heads // attention.num_attention_heads_per_partition
-
-
-# -- attention -------------------------------------------------------------------------------------
 
 
 def softmax_scale(attention: Any) -> float:
@@ -69,9 +175,11 @@ def softmax_scale(attention: Any) -> float:
 
 
 def rotary_cos_sin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`rotary_pos_cos_sin` among the arguments of `_adjust_key_value_for_inference` (after rotary_pos_emb)."""
+    """`rotary_pos_cos_sin` among what `_adjust_key_value_for_inference` is given after rotary_pos_emb; since 0.15."""
     if "rotary_pos_cos_sin" in kwargs:
         return kwargs["rotary_pos_cos_sin"]
+    from megatron.core.transformer.attention import Attention
+
     names = list(inspect.signature(Attention._adjust_key_value_for_inference).parameters)
     if "rotary_pos_cos_sin" not in names:
         return None
@@ -80,6 +188,21 @@ def rotary_cos_sin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def rotate_key(context: Any, attention: Any, key: Tensor, embedding: Tensor) -> Tensor:
-    """Rotates the new keys of a dynamic context, each to its position."""
+    """Rotates the new keys of a dynamic context, each to its position; the groups have another name until 0.14."""
     groups = getattr(attention, "pg_collection", None) or attention.model_comm_pgs
     return context.apply_rotary_emb_key(key, embedding, attention.config, groups.cp)
+
+
+def legacy_static(engine: Any) -> dict[str, bool]:
+    """Arguments that make Megatron's static engine static: since 0.14 it wraps a dynamic one instead,
+    with CUDA graphs and a buffer of 40 GB."""
+    return {"legacy": True} if "legacy" in inspect.signature(engine).parameters else {}
+
+
+def cpu_seed_arguments(seed: Any) -> dict[str, bool]:
+    """Arguments of `model_parallel_cuda_manual_seed` that keep it from random states of a GPU."""
+    names = ("inference_rng_tracker", "force_reset_rng")
+    return {name: True for name in names if name in inspect.signature(seed).parameters}
+
+
+hide_foreign_apex()

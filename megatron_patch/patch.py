@@ -171,7 +171,7 @@ def patch_model(
         ConfigError, UnsupportedMegatronError: by name.
         PeerError: the ranks have different settings or versions.
     """
-    compat.check_version()
+    compat.require()
     inner = _unwrap(model)
     if KEY in inner.__dict__:
         return model
@@ -225,7 +225,7 @@ def patch_layer_spec(
     Call it on every rank, after `initialize_model_parallel` and before the model is built from it;
     one call per model. The arguments are `patch_model`'s.
     """
-    compat.check_version()
+    compat.require()
     attachment = _attachment(config, ep_group or compat.expert_group(), compat.device(), static_batches)
     dynamic.serve_dummy_passes(attachment, _attached)
     layers = 0

@@ -55,6 +55,16 @@ def prepare() -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
 
 
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment of a process that is to be one of `size` ranks on this machine.
+
+    Args:
+        port: a free one, where the ranks meet.
+    """
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+
+
 def backend() -> str | None:
     """Backend of the ops that ``PIKV_BACKEND`` asks for; it goes before the configuration's."""
     return os.environ.get("PIKV_BACKEND") or None

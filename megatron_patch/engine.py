@@ -1,0 +1,132 @@
+"""Megatron's inference engines around a GPTModel, with Megatron's own classes throughout."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_patch import compat, cpu
+
+DEFAULT_SEED = 1234
+
+
+def static_engine(
+    model: Any, tokenizer: Any, *, max_batch: int = 8, max_length: int = 2560, seed: int = DEFAULT_SEED
+) -> Any:
+    """Megatron's `StaticInferenceEngine`: one batch, padded to one length, until all are done.
+
+    With expert parallelism every rank must run the same number of steps: give all of them the same
+    prompts, and ``termination_id``-free sampling or equal weights.
+
+    Args:
+        model: a GPTModel on this rank's device.
+        tokenizer: such as `tokenizer.HFTokenizer`.
+        max_batch: most sequences of one batch.
+        max_length: most tokens of one sequence, prompt and answer.
+        seed: of the sampling; greedy sampling is ``SamplingParams(top_k=1)``.
+    """
+    compat.repair()
+    cpu.install()
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+
+    context = StaticInferenceContext(max_batch, max_length)
+    controller = _controller(model, tokenizer, context, max_batch, max_length)
+    return StaticInferenceEngine(controller, random_seed=seed, **compat.legacy_static(StaticInferenceEngine))
+
+
+def dynamic_engine(
+    model: Any,
+    tokenizer: Any,
+    *,
+    max_requests: int,
+    max_tokens: int,
+    context_length: int,
+    buffer_gib: float | None = None,
+    block_size: int = 256,
+    seed: int = DEFAULT_SEED,
+) -> Any:
+    """Megatron's `DynamicInferenceEngine`: requests join and leave the batch at every step.
+
+    Alone, the engines of an expert-parallel group must be stepped equally often; under Megatron's
+    coordinator an idle rank runs dummy passes by itself.
+
+    Args:
+        model: a GPTModel on this rank's device.
+        tokenizer: such as `tokenizer.HFTokenizer`.
+        max_requests: most sequences in one forward pass.
+        max_tokens: most tokens in one forward pass, rounded up to Megatron's padding of 64; longer
+            prompts come in chunks of this.
+        context_length: most tokens of one sequence, prompt and answer.
+        buffer_gib: of Megatron's KV buffer; by default just `max_requests` sequences of full length.
+        block_size: tokens per block of that buffer.
+        seed: of the sampling; greedy sampling is ``SamplingParams(top_k=1)``.
+
+    Raises:
+        ValueError: a buffer that cannot hold one sequence of `context_length`: the engine would
+            stop in the middle of it.
+        compat.MegatronVersionError: a Megatron whose dynamic engine has another form.
+    """
+    compat.require(compat.ENGINE_SINCE, "the dynamic engine")
+    compat.repair()
+    cpu.install()
+    if max_tokens < max_requests:
+        raise ValueError(f"max_tokens = {max_tokens} is less than max_requests = {max_requests}: one token each")
+    from megatron.core import parallel_state
+    from megatron.core.inference.contexts import DynamicInferenceContext
+    from megatron.core.inference.engines import DynamicInferenceEngine
+
+    config = model.config
+    block_bytes = kv_bytes_per_token(config) * block_size
+    blocks_per_sequence = math.ceil(context_length / block_size)
+    smallest = (blocks_per_sequence + 1) * block_bytes  # one block is Megatron's dummy
+    if buffer_gib is None:
+        buffer_gib = (max_requests * blocks_per_sequence + 1) * block_bytes * (1 + 1e-9) / 2**30
+    elif buffer_gib * 2**30 < smallest:
+        raise ValueError(
+            f"a buffer of {buffer_gib:g} GiB cannot hold one sequence of {context_length} tokens: "
+            f"use at least {math.ceil(smallest / 2**30 * 1000) / 1000:g} GiB or a shorter context"
+        )
+    context = DynamicInferenceContext(
+        params_dtype=config.params_dtype,
+        num_layers=config.num_layers // config.pipeline_model_parallel_size,
+        kv_channels=config.kv_channels,
+        num_attention_heads=config.num_query_groups,  # what it stores: key-value heads
+        max_sequence_length=context_length,
+        buffer_size_gb=buffer_gib,
+        block_size_tokens=block_size,
+        max_requests=max_requests,
+        max_tokens=DynamicInferenceContext.round_up_tokens(max_tokens, config.tensor_model_parallel_size),
+        num_cuda_graphs=None,
+    )
+    controller = _controller(model, tokenizer, context, max_requests, context_length)
+    # Megatron seeds all data-parallel ranks alike: several answers to one prompt would be the same.
+    controller.sampling_rng.manual_seed(seed + parallel_state.get_data_parallel_rank())
+    return DynamicInferenceEngine(controller, context, random_seed=seed)
+
+
+def kv_bytes_per_token(config: Any) -> int:
+    """Bytes of keys and values of one token on one rank, in Megatron's own buffer."""
+    layers = config.num_layers // config.pipeline_model_parallel_size
+    heads = config.num_query_groups // config.tensor_model_parallel_size
+    return int(2 * layers * heads * config.kv_channels * config.params_dtype.itemsize)
+
+
+def _controller(model: Any, tokenizer: Any, context: Any, max_requests: int, max_length: int) -> Any:
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+    from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
+
+    config = InferenceWrapperConfig(
+        hidden_size=model.config.hidden_size,
+        params_dtype=model.config.params_dtype,
+        inference_batch_times_seqlen_threshold=-1,  # of pipelines
+        padded_vocab_size=model.vocab_size,
+        inference_max_requests=max_requests,
+        inference_max_seq_length=max_length,
+    )
+    wrapper = GPTInferenceWrapper(model, config, context)
+    wrapper.prep_model_for_inference()
+    return TextGenerationController(inference_wrapped_model=wrapper, tokenizer=tokenizer)

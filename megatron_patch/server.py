@@ -1,0 +1,323 @@
+"""Serves a Hugging Face MoE checkpoint with Megatron-Core over expert-parallel ranks.
+
+It starts Megatron's dynamic engine on every rank, its data-parallel coordinator, and its own HTTP
+endpoints in the form of OpenAI's: POST /v1/completions and /v1/chat/completions, GET /health. Added
+are GET /metrics (Prometheus) and /v1/models. Megatron's endpoints do not stream: a request with
+"stream": true is refused.
+
+SIGTERM and SIGINT stop it: no more connections, running requests are answered, exit code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_patch import compat, ranks
+from pikv_ds import launch_env
+from pikv_ds.config import ConfigError, PiKVConfig, load_json
+from pikv_ds.errors import PiKVError
+
+EXAMPLES = """examples:
+  launch/megatron_server.sh --model /models/Mixtral-8x7B --ranks 8
+  python -m megatron_patch.server --model DIR --ranks 2 --context-length 8192 --max-requests 4
+  torchrun --nproc-per-node 8 -m megatron_patch.server --model DIR --pikv-config pikv.json
+  python -m megatron_patch.server --model DIR --ranks 2 --no-pikv      # plain Megatron, to compare
+
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"prompt": "The whale", "max_tokens": 16, "temperature": 0}'
+"""
+
+PUBLISH_SECONDS = 0.5
+"""How old the ranks' figures in /metrics may be, when the engine is not in the middle of a step."""
+
+REQUIREMENTS = ("flask", "asgiref", "hypercorn", "zmq", "msgpack", "prometheus_client")
+"""What Megatron's server and ours import; ``asgiref`` comes with ``flask[async]``."""
+
+Figures = Callable[[], dict[str, float]]
+
+
+class Loaded(NamedTuple):
+    """A rank's part of the model, ready to serve.
+
+    Args:
+        model: a GPTModel on this rank's device.
+        tokenizer: such as `tokenizer.HFTokenizer`.
+        context_length: the model's own, in tokens.
+        kv_stats: figures of this rank's KV store by name, shown in ``/metrics`` as ``pikv:NAME`` with
+            the rank; called between two steps of the engine.
+    """
+
+    model: Any
+    tokenizer: Any
+    context_length: int
+    kv_stats: Figures | None = None
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_patch.server",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint of an MoE model")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what answers call it (default: DIR's name)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks to start on this machine (default: 1)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of weights and KV (default: the checkpoint's; float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--context-length", type=int, metavar="N", help="tokens of a sequence, answer included (default: the model's)"
+    )
+    parser.add_argument(
+        "--max-requests", type=int, default=8, metavar="N", help="sequences in a rank's batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of one forward pass; longer prompts come in chunks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--buffer-gib",
+        type=float,
+        metavar="GIB",
+        help="Megatron's KV buffer of each rank (default: enough for max-requests full sequences)",
+    )
+    store = parser.add_mutually_exclusive_group()
+    store.add_argument("--pikv-config", metavar="FILE", help='JSON with PiKV\'s settings, or with a "pikv" section')
+    store.add_argument("--no-pikv", action="store_true", help="leave Megatron's attention as it is")
+    args = parser.parse_args(argv)
+    for name in ("ranks", "tp", "context_length", "max_requests", "max_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: use at least 1")
+    if not 0 <= args.port < 2**16:
+        parser.error(f"--port {args.port}: use 1 to 65535, or 0 for any free one")
+    return args
+
+
+def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace], Loaded] | None = None) -> int:
+    """The command.
+
+    Args:
+        argv: arguments; the process's own if None.
+        load: makes this rank's model of the arguments; by default from the checkpoint.
+
+    Returns:
+        The exit code: 2 for what the user can set right.
+    """
+    args = parse_arguments(argv)
+    try:
+        _check(args)
+        if not launch_env.launched() and (args.ranks or 1) > 1:
+            return ranks.run([sys.executable, *sys.orig_argv[1:]], args.ranks)
+        return run(args, load or load_checkpoint)
+    except (ConfigError, PiKVError, compat.MegatronVersionError, ValueError, OSError) as error:
+        if launch_env.world().rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known before any rank starts."""
+    missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the server needs {', '.join(missing)}: pip install 'pikv-ds[megatron]'")
+    compat.require(compat.ENGINE_SINCE, "the server")
+    world = launch_env.world()
+    if launch_env.launched() and args.ranks not in (None, world.size):
+        raise ConfigError(f"--ranks {args.ranks}, but the launcher started {world.size}; drop one")
+    size = world.size if launch_env.launched() else args.ranks or 1
+    if size % args.tp:
+        raise ConfigError(f"--tp {args.tp} does not divide the {size} rank(s)")
+    if not (Path(args.model) / "config.json").is_file():
+        raise ConfigError(f"--model {args.model}: no config.json there; give the folder of a Hugging Face checkpoint")
+    pikv_config(args)
+
+
+def pikv_config(args: argparse.Namespace) -> PiKVConfig | None:
+    """The settings that ``--pikv-config`` names, the defaults without it, None with ``--no-pikv``."""
+    if args.no_pikv:
+        return None
+    settings = load_json(args.pikv_config) if args.pikv_config else {}
+    return PiKVConfig.from_dict(settings.get("pikv", settings))
+
+
+def load_checkpoint(args: argparse.Namespace) -> Loaded:
+    """This rank's part of the checkpoint, with PiKV under its attention unless ``--no-pikv``."""
+    from transformers import AutoConfig
+
+    import megatron_patch
+    from megatron_patch import convert, models
+    from megatron_patch.tokenizer import HFTokenizer
+
+    hf_config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    dtype = _dtype(args.dtype, hf_config)
+    config = models.transformer_config(hf_config, dtype=dtype, tp=args.tp, ep=dist.get_world_size())
+    model = models.build_model(hf_config, config)
+    convert.load_hf(model, args.model)
+    model = model.to(launch_env.device()).eval()
+    settings = pikv_config(args)
+    if settings is not None:
+        megatron_patch.patch_model(model, settings)
+    tokenizer = HFTokenizer.load(args.model, model.vocab_size)
+    return Loaded(model, tokenizer, hf_config.max_position_embeddings)
+
+
+def _dtype(name: str, hf_config: Any) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return getattr(hf_config, "dtype", None) or torch.bfloat16
+
+
+def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) -> int:
+    """One rank, from its process group to its end."""
+    launch_env.prepare()
+    world = launch_env.world()
+    started = time.perf_counter()
+    from megatron_patch import coordinator, cpu, engine, http
+
+    coordinator.quiet_signals()
+    bound = http.listen(args.host, args.port) if world.rank == 0 else None
+    store = _join(args.tp)
+    cpu.seed(engine.DEFAULT_SEED)
+    loaded = load(args)
+    context_length = min(args.context_length or loaded.context_length, loaded.context_length)
+    if args.context_length and args.context_length > loaded.context_length:
+        raise ConfigError(f"--context-length {args.context_length}: the model's is {loaded.context_length}")
+    served = engine.dynamic_engine(
+        loaded.model,
+        loaded.tokenizer,
+        max_requests=args.max_requests,
+        max_tokens=args.max_tokens,
+        context_length=context_length,
+        buffer_gib=args.buffer_gib,
+    )
+    seconds = time.perf_counter() - started
+    try:
+        with torch.inference_mode():
+            asyncio.run(_serve(args, served, loaded, context_length, bound, store, seconds))
+    except BaseException:
+        _end_coordinator(served)  # else this process would wait for it at its exit
+        raise
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _join(tp: int) -> Any:
+    """The job's process groups: all ranks are one expert-parallel group.
+
+    Returns:
+        A store that all ranks read and write.
+    """
+    from megatron.core import parallel_state
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch_env.device())
+    store, rank, size = next(dist.rendezvous("env://"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=size, expert_tensor_parallel_size=1
+    )
+    return dist.PrefixStore("figures", store)
+
+
+async def _serve(
+    args: argparse.Namespace,
+    engine: Any,
+    loaded: Loaded,
+    context_length: int,
+    bound: Any,
+    store: Any,
+    seconds: float,
+) -> None:
+    """Steps the engine until the server, on rank 0, has been stopped."""
+    from megatron_patch import coordinator, gauges, http, validation
+
+    world = launch_env.world()
+    loop = asyncio.get_running_loop()
+    address = await coordinator.connect(engine)
+    board = gauges.Board(store, world.rank, world.size)
+    stop: Callable[[], None] = _ignore  # the others end when rank 0 tells their engines
+    tasks: list[asyncio.Future[Any]] = [engine.engine_loop_task]
+    if world.rank == 0:
+        limits = validation.Limits(context_length, loaded.model.vocab_size)
+        name = args.served_model_name or Path(args.model).resolve().name
+        port = bound.getsockname()[1]
+        front = http.Frontend(bound, address, loaded.tokenizer, limits, gauges.Metrics(board), name)
+        stop = front.stop
+        tasks.append(asyncio.wrap_future(front.done))
+        print(
+            f"{name} on {world.size} rank(s), loaded in {seconds:.1f} s, context {context_length} tokens: "
+            f"http://{args.host}:{port} (Ctrl-C stops it)",
+            flush=True,
+        )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    publisher = loop.create_task(_publish(board, engine, loaded.kv_stats))
+    tasks.append(publisher)
+    try:
+        while not engine.engine_loop_task.done():
+            done, _ = await asyncio.wait([t for t in tasks if not t.done()], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+    finally:
+        publisher.cancel()
+
+
+def _ignore() -> None:
+    pass
+
+
+async def _publish(board: Any, engine: Any, kv_stats: Figures | None) -> None:
+    """Shows this rank's figures to rank 0, and ends the rank when what it depends on has ended."""
+    from megatron_patch import gauges
+
+    parent = os.getppid()
+    coordinator = getattr(engine, "inference_coordinator_process", None)
+    while True:
+        figures = gauges.engine_figures(engine)
+        for name, value in (kv_stats() if kv_stats else {}).items():
+            figures[gauges.KV_PREFIX + name] = value
+        board.publish(figures)
+        await asyncio.sleep(PUBLISH_SECONDS)
+        if os.getppid() != parent:
+            raise RuntimeError("the launcher is gone")
+        if coordinator is not None and coordinator.exitcode:
+            raise RuntimeError(f"Megatron's coordinator ended with exit code {coordinator.exitcode}")
+
+
+def _end_coordinator(engine: Any) -> None:
+    process = getattr(engine, "inference_coordinator_process", None)
+    if process is not None:
+        with contextlib.suppress(OSError):
+            process.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""A small random GPTModel with experts, its tokenizer, and greedy decoding without any cache."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+VOCAB = 128
+EXPERTS = 4
+LAYERS = 2
+MAX_LENGTH = 512
+
+WORDS = ["the", "a", "of", "in", "on", "sea", "ship", "whale", "man", "inn", "night", "old", "said", "was"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def initialize(seed: int = 1234) -> None:
+    """Megatron's groups over the world, all ranks one expert-parallel group; gloo for a lone rank."""
+    from megatron_patch import cpu
+
+    cpu.install()
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=dist.get_world_size(), expert_tensor_parallel_size=1
+        )
+    cpu.seed(seed)
+
+
+def build(layers: int = LAYERS) -> Any:
+    """A GPTModel; the weights of an expert depend on its number in the group, not on its rank."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    world = dist.get_world_size()
+    config = TransformerConfig(
+        num_layers=layers,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=64,
+        moe_ffn_hidden_size=32,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=2,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        expert_model_parallel_size=world,
+        expert_tensor_parallel_size=1,
+        params_dtype=torch.float32,
+        attention_backend=AttnBackend.local,
+    )
+    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=MAX_LENGTH,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    ).eval()
+    first = EXPERTS // world * parallel_state.get_expert_model_parallel_rank()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = re.sub(r"local_experts\.(\d+)", lambda m: f"local_experts.{int(m[1]) + first}", name)
+            generator = torch.Generator().manual_seed(zlib.crc32(whole.encode()))
+            parameter.copy_(
+                torch.ones(parameter.shape)
+                if "norm" in name
+                else torch.randn(parameter.shape, generator=generator) * 0.3
+            )
+    return model
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """`count` tokens after a prompt, the whole sequence computed anew for each. Collective."""
+    ids = list(prompt)
+    for _ in range(count):
+        length = len(ids)
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+        logits = model(
+            torch.tensor([ids]), torch.arange(length)[None], mask, runtime_gather_output=True
+        )  # [1, length, vocab]
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A tokenizer of single words with a chat template, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", ":", "user", "assistant", "system", *WORDS]
+    words += [f"w{i}" for i in range(VOCAB - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(directory)
