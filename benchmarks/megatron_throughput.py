@@ -134,6 +134,7 @@ def main() -> None:
             "kv_bytes_per_rank": held[name],
         }
     batches.clear()
+    del batch  # the last one, whose context would keep its pages
     megatron_patch.flush(patched)
     if not args.no_dynamic:
         out["dynamic"] = dynamic(patched, folder, ids[world.rank :: world.size], args.new_tokens, store)
