@@ -6,6 +6,7 @@ The package imports it first, before any module of `megatron`: an importable pac
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -141,6 +142,40 @@ def repair() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used, as Megatron itself finds out."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError:
+        return False
+    return True
+
+
+def latent_dot_product_attention() -> type:
+    """Megatron's own attention product for latent attention, where Transformer Engine's is not there.
+
+    Megatron passes the widths of keys and values to it, which it does not take, and derives its heads
+    from settings that are not latent attention's. 0.15 and 0.16 also believe that Transformer Engine
+    is installed when they look for it there.
+    """
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    if not has_transformer_engine():
+        multi_latent_attention.HAVE_TE = False
+
+    class LatentDotProductAttention(DotProductAttention):
+        def __init__(
+            self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
+        ) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_query_groups_per_partition = self.num_attention_heads_per_partition
+            if v_channels is not None:  # without them it is built once in vain, as any other attention's
+                self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return LatentDotProductAttention
 
 
 # ---- what differs ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ def initialize(seed: int = 1234) -> None:
     cpu.seed(seed)
 
 
-def build(layers: int = LAYERS) -> Any:
-    """A GPTModel; the weights of an expert depend on its number in the group, not on its rank."""
+def build(layers: int = LAYERS, spec: Callable[[Any], Any] = lambda spec: spec) -> Any:
+    """A GPTModel; the weights of an expert depend on its number in the group, not on its rank.
+
+    Args:
+        spec: changes the layers' spec.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -71,10 +76,10 @@ def build(layers: int = LAYERS) -> Any:
         params_dtype=torch.float32,
         attention_backend=AttnBackend.local,
     )
-    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
     model = GPTModel(
         config,
-        spec,
+        spec(layer),
         vocab_size=VOCAB,
         max_sequence_length=MAX_LENGTH,
         position_embedding_type="rope",
