@@ -53,7 +53,7 @@ class ShardedAttention:
         key: Tensor,
         value: Tensor | None,
         scale: float,
-        prompts: bool = True,
+        attend_prompts: bool = True,
     ) -> Tensor:
         """Attention output of one layer for this rank's batch, whose tokens are packed.
 
@@ -61,7 +61,7 @@ class ShardedAttention:
             query: ``[N, H, D]``, positions already encoded; of latent attention the absorbed query.
             key, value: ``[N, K, D]``. Of latent attention the key is latent and rotary key in one, and there
                 is no value.
-            prompts: False: the caller attends to the prompts that begin in this pass (`SequenceBatch.prompts`)
+            attend_prompts: False: the caller attends to the prompts that begin in this pass (`SequenceBatch.prompts`)
                 itself, as latent attention does with keys and values expanded per head. Their rows of the query
                 are not read, and those of the result are undefined.
 
@@ -69,17 +69,17 @@ class ShardedAttention:
             ``[N, H, V]`` in the query's dtype; no rows where the caller attends to all of them.
         """
         if batch.shared:
-            return self._shared(plan, batch, layer, query, key, value, scale, prompts)
+            return self._shared(plan, batch, layer, query, key, value, scale, attend_prompts)
         rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])
         sealed = [(row, mine) for row, mine in batch.slices() if batch.sealed[row]]
         asking = [mine for row, mine in sealed if batch.ids[row] not in fetched]
         fetching = [(row, mine) for row, mine in sealed if batch.ids[row] in fetched]
-        at = _index(asking, len(query), query.device)
+        at = token_places(asking, len(query), query.device)
         stacked = query if at is None else query[at]
         self.counters["queries"] += len(stacked)
         handle = self.exchange.dispatch(stacked, plan.query_counts)
         pages = self._fetch(plan, batch, layer, [row for row, _ in fetching])
-        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, prompts)
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
         if sum(plan.query_counts):
             own = self._shard(layer, [(rank, s, n) for s, n in plan.rows[rank]], stacked, scale)
             asked = [(r, s, n) for r, rows in enumerate(plan.rows) if r != rank for s, n in rows]
@@ -103,14 +103,14 @@ class ShardedAttention:
         key: Tensor,
         value: Tensor | None,
         scale: float,
-        prompts: bool,
+        attend_prompts: bool,
     ) -> Tensor:
         """The same where every rank has this batch: the queries are everywhere already, so only partials travel."""
         rows = plan.rows[SHARED_SOURCE]
         asking = [mine for row, mine in batch.slices() if batch.sealed[row]]
-        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, prompts)
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
         if asking:
-            at = _index(asking, len(query), query.device)
+            at = token_places(asking, len(query), query.device)
             stacked = query if at is None else query[at]
             self.counters["queries"] += len(stacked)
             own = self._shard(layer, [(SHARED_SOURCE, s, n) for s, n in rows], stacked, scale)
@@ -328,7 +328,7 @@ class ShardedAttention:
         return self.counters["pages_read"] + int(self._chosen)
 
 
-def _index(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:
+def token_places(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:
     """The places in some slices of packed tokens, int64; None if that is all of them."""
     if sum(s.stop - s.start for s in slices) == num_tokens:
         return None

@@ -269,12 +269,12 @@ class ExpertShardedKVCache:
         key: Tensor,
         value: Tensor | None,
         scale: float,
-        prompts: bool = True,
+        attend_prompts: bool = True,
     ) -> Tensor:
         """Attention of one layer; see `ShardedAttention`. ``[N, H, V]``, tokens packed."""
         assert self.plan is not None
         self._look_for_nonfinite(batch, layer, key, value)
-        out = self.attention(self.plan, batch, layer, query, key, value, scale, prompts)
+        out = self.attention(self.plan, batch, layer, query, key, value, scale, attend_prompts)
         self._measure()
         return out
 

@@ -80,7 +80,7 @@ def test_latent_tokens_are_kept_once_also_in_tails_and_prompts_under_way(rng) ->
 
 
 def test_whoever_attends_to_its_prompts_itself_gets_the_rest(rng) -> None:
-    def passes(prompts: bool) -> list[Tensor]:
+    def passes(attend_prompts: bool) -> list[Tensor]:
         rng, found = torch.Generator().manual_seed(5), []
         cache = make_cache(LATENT)
         batch = cache.new_batch(3)
@@ -89,14 +89,14 @@ def test_whoever_attends_to_its_prompts_itself_gets_the_rest(rng) -> None:
             mine = [x for _, m in batch.prompts() for x in range(m.start, m.stop)]
             for layer in range(2):
                 query, key = (torch.randn(sum(new), h, 20, generator=rng) for h in (6, 1))
-                if not prompts:
+                if not attend_prompts:
                     query[mine] = torch.nan
-                out = cache.attend(batch, layer, query, key, None, 0.25, prompts)
+                out = cache.attend(batch, layer, query, key, None, 0.25, attend_prompts)
                 found.append(out[[i for i in range(sum(new)) if i not in mine]])
                 cache.routed(batch, layer, None)
         return found
 
-    for mine, expected in zip(passes(prompts=False), passes(prompts=True), strict=True):
+    for mine, expected in zip(passes(attend_prompts=False), passes(attend_prompts=True), strict=True):
         assert torch.equal(mine, expected)
 
 
