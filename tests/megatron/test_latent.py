@@ -155,6 +155,16 @@ def test_unpatching_leaves_nothing_and_other_passes_are_megatrons(model: Any) ->
     assert torch.equal(static(model, prompts, 5)[2], logits)  # the same bits
 
 
+@pytest.mark.usefixtures("initialized")
+def test_a_patched_spec_builds_a_patched_model() -> None:
+    plain = build()
+    patched = tiny_megatron.build(spec=lambda spec: megatron_patch.patch_layer_spec(spec, CONFIG), latent=SETTINGS)
+    assert list(patched.state_dict()) == list(plain.state_dict())
+    assert dynamic(patched, PROMPTS)[1] == [tiny_megatron.greedy(plain, p, COUNT) for p in PROMPTS]
+    megatron_patch.unpatch_model(patched)
+    assert not [m for m in patched.modules() if any("pikv" in name for name in vars(m))]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -170,6 +180,34 @@ def test_what_would_be_wrong_is_refused_by_name(model: Any, key: str, value: Any
     with pytest.raises(UnsupportedMegatronError, match=f"{key} = "):
         megatron_patch.patch_model(model, CONFIG)
     monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("initialized")
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v3-yarn"])
+def test_a_checkpoint_has_hugging_faces_logits_token_by_token(family: str, tmp_path: Path) -> None:
+    from megatron.core.inference.contexts import StaticInferenceContext
+    from test_convert import LENGTH, hf_logits, save, tokens
+
+    from megatron_patch import convert, models
+
+    folder = save(tmp_path, family)
+    hf = models.load_config(folder)
+    model = models.build_model(hf, models.transformer_config(hf))
+    convert.load_hf(model, folder)
+    megatron_patch.patch_model(model, CONFIG)
+    context, ids, logits = StaticInferenceContext(2, LENGTH), tokens(), []
+    with torch.inference_mode():
+        for start, end in [(0, 9), *((i, i + 1) for i in range(9, LENGTH))]:  # a prompt, then single tokens
+            mask = torch.ones(9, 9, dtype=torch.bool).triu(1)[None, None] if end == 9 else None
+            positions = torch.arange(start, end)[None].expand(2, -1)
+            new = model(ids[:, start:end], positions, mask, inference_context=context, runtime_gather_output=True)
+            logits.append(new)
+            context.increment_sequence_len_offset(end - start)
+            context.enable_decode_mode()
+    expected = hf_logits(folder)[:, 8:]  # of a prompt, of its last token only
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=0)
+    assert megatron_patch.stats(model)["pages_in_scope"] > 0
+    megatron_patch.unpatch_model(model)
 
 
 @pytest.mark.parametrize("gamma", [False, True])
@@ -197,6 +235,10 @@ def static_batches(
 ) -> dict[str, Any]:
     tiny_megatron.initialize()
     model = build(**changes)
+    if changes.get("tensor_model_parallel_size", 1) > 1:  # other heads on each rank
+        for layer in model.decoder.layers:
+            torch.manual_seed(rank)
+            layer.self_attention.linear_kv_up_proj.weight.data.normal_(0, 0.3)
     prompts = prompts_of(0 if same else rank, length=length)
     _, ids, logits = static(model, prompts, count)
     megatron_patch.patch_model(model, CONFIG, static_batches=choice)
@@ -272,3 +314,29 @@ def test_requests_that_arrive_at_random(two: Ranks) -> None:
         assert r["answers"]
         assert r["left"] == r["buffer"] == 0
     assert results[1]["idle"] > 0
+
+
+def tensor_parallel(rank: int) -> dict[str, Any]:
+    """Both ranks have the same sequences, half of the heads and half of the experts each."""
+    from megatron.core import parallel_state
+
+    from megatron_patch import cpu
+
+    cpu.install()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+    )
+    try:
+        return static_batches(rank, same=True, choice="auto", length=37, tensor_model_parallel_size=2)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.distributed
+def test_tensor_parallel_ranks_keep_the_same_latents_each(two: Ranks) -> None:
+    results = two.run(tensor_parallel)
+    for r in results:
+        assert r["same"]
+        assert r["distance"] < 1e-5
+    assert sum(r["tokens"] for r in results) == 2 * 2 * LAYERS * (37 + COUNT - 1)
