@@ -14,8 +14,9 @@ A forward hook on the layer's router then seals the pages that have filled up.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +26,6 @@ if TYPE_CHECKING:
     from megatron_patch.requests import Pass
 
 MARK = "_pikv"
-
-
-@dataclass(eq=False)
-class LayerTap:
-    """What ties one attention module to the store."""
-
-    attachment: Attachment
-    index: int
-    """Of the layer among the attentions of this rank."""
-    has_router: bool
-    scale: float
-    running: Pass | None = None
-    """The pass under way, between the attention and the router."""
 
 
 class PiKVAttention:
@@ -81,6 +69,31 @@ class PiKVAttention:
         return tap.running.attend(tap, q, k, v)
 
 
+@dataclass(eq=False)
+class LayerTap:
+    """What ties one attention module to the store."""
+
+    attachment: Attachment
+    index: int
+    """Of the layer among the attentions of this rank."""
+    has_router: bool
+    scale: float
+    running: Pass | None = None
+    """The pass under way, between the attention and the router."""
+
+    mixin: ClassVar[type] = PiKVAttention
+    """What comes before Megatron's own class among the bases."""
+
+    @staticmethod
+    def overrides(attention: Any) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Modules of an attention, and the `forward` that each gets."""
+        return [(attention.core_attention, core_forward)]
+
+    def attend(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of packed tokens: ``[N, H, D]``, ``[N, K, D]`` twice, to ``[N, H, D]``."""
+        return running.store.attend(running.batch, self.index, query, key, value, self.scale)
+
+
 def core_forward(core: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
     """`core_attention.forward` of a patched attention: ``[s, b, H * D]``."""
     tap: LayerTap = core.__dict__[MARK]
@@ -112,22 +125,22 @@ def chosen_experts(output: Any, k: int) -> Tensor:
 _classes: dict[type, type] = {}
 
 
-def patched_class(cls: type) -> type:
+def patched_class(cls: type, mixin: type = PiKVAttention) -> type:
     """The subclass of a Megatron attention class that asks PiKV; made once per class."""
     if issubclass(cls, PiKVAttention):
         return cls
     if cls not in _classes:
-        _classes[cls] = type(f"PiKV{cls.__name__}", (PiKVAttention, cls), {"__module__": __name__})
+        _classes[cls] = type(f"PiKV{cls.__name__}", (mixin, cls), {"__module__": __name__})
     return _classes[cls]
 
 
 def arm(attention: nn.Module, tap: LayerTap) -> None:
     """Swaps the attention's class; its parameters and submodules stay."""
-    attention.__class__ = patched_class(type(attention))
+    attention.__class__ = patched_class(type(attention), tap.mixin)
     attention.__dict__[MARK] = tap
-    core = attention.core_attention
-    core.__dict__[MARK] = tap
-    core.__dict__["forward"] = types.MethodType(core_forward, core)
+    for module, forward in tap.overrides(attention):
+        module.__dict__[MARK] = tap
+        module.__dict__["forward"] = types.MethodType(forward, module)
 
 
 def disarm(attention: nn.Module) -> None:
@@ -135,6 +148,6 @@ def disarm(attention: nn.Module) -> None:
     attention.__class__ = next(
         c for c in type(attention).__mro__ if issubclass(c, nn.Module) and not issubclass(c, PiKVAttention)
     )
-    del attention.__dict__[MARK]
-    core = attention.core_attention
-    del core.__dict__[MARK], core.__dict__["forward"]
+    tap: LayerTap = attention.__dict__.pop(MARK)
+    for module, _ in tap.overrides(attention):
+        del module.__dict__[MARK], module.__dict__["forward"]

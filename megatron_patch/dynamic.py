@@ -47,6 +47,11 @@ def final_lengths(context: Any) -> list[int]:
     return context.request_output_lengths[: context.total_request_count].tolist()
 
 
+def token_positions(context: Any) -> Tensor:
+    """Position of each token of this pass within its request, padding included: int64 ``[T]``."""
+    return context.token_to_pos_ids[: context.padded_active_token_count]
+
+
 def uses_cuda_graph(context: Any) -> bool:
     """Whether the pass under way is replayed from a CUDA graph, or captured into one."""
     return bool(context.using_cuda_graph_this_step())

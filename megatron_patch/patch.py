@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
-from megatron_patch import compat, dynamic
+from megatron_patch import compat, dynamic, latent
 from megatron_patch.attention import LayerTap, arm, disarm, router_ran
 from megatron_patch.requests import DynamicRequests, IdlePass, Pass, StaticRequests
 from pikv_ds import metrics
@@ -64,7 +64,8 @@ class Attachment:
         if self._store is not None:
             raise ValueError("layers cannot join a model that has been used; patch the whole model")
         check_attention(attention)
-        tap = LayerTap(self, len(self.layers), router is not None, compat.softmax_scale(attention))
+        kind = latent.LatentTap if latent.is_latent(attention) else LayerTap
+        tap = kind(self, len(self.layers), router is not None, compat.softmax_scale(attention))
         self.layers.append(attention)
         arm(attention, tap)
         if router is not None:
@@ -334,22 +335,22 @@ def model_shape(attentions: list[Any], num_ranks: int) -> ModelShape:
     Raises:
         UnsupportedMegatronError: layers differ in heads or head size.
     """
-    shapes = {
-        (
-            a.num_attention_heads_per_partition,
-            a.num_query_groups_per_partition,
-            a.hidden_size_per_attention_head,
-            next(a.parameters()).dtype,
-        )
-        for a in attentions
-    }
+    shapes = {(a.num_attention_heads_per_partition, *_kv_shape(a), next(a.parameters()).dtype) for a in attentions}
     if len(shapes) != 1:
         raise UnsupportedMegatronError(
             f"layers with different heads are not supported, got {sorted(map(str, shapes))}"
         )
-    heads, kv_heads, head_dim, dtype = shapes.pop()
+    heads, kv_heads, head_dim, latent_dim, dtype = shapes.pop()
     experts = attentions[0].config.num_moe_experts or num_ranks
-    return ModelShape(len(attentions), heads, kv_heads, head_dim, experts, dtype)
+    return ModelShape(len(attentions), heads, kv_heads, head_dim, experts, dtype, latent_dim)
+
+
+def _kv_shape(attention: Any) -> tuple[int, int, int | None]:
+    """KV heads and head size of what the store keeps of a token; of latents, how much of it are the values."""
+    if not latent.is_latent(attention):
+        return attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head, None
+    rank = attention.config.kv_lora_rank
+    return 1, rank + attention.config.qk_pos_emb_head_dim, rank
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -361,7 +362,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "softmax_type": (("vanilla",), "attention sinks are not supported"),
     "apply_query_key_layer_scaling": ((False,), "scores scaled by layer are not supported"),
     "cuda_graph_impl": ((None, "none"), "exchanges of any number of pages cannot be captured; use none"),
-    "multi_latent_attention": ((False,), "latent pages are not there yet"),
 }
 """Settings of a `TransformerConfig`: the values that work, and why others do not."""
 
@@ -372,7 +372,7 @@ def check_attention(attention: Any) -> None:
     Raises:
         UnsupportedMegatronError: with the setting, its value and the reason.
     """
-    for key, (fine, reason) in REFUSED.items():
+    for key, (fine, reason) in (REFUSED | (latent.REFUSED if latent.is_latent(attention) else {})).items():
         value = getattr(attention.config, key, fine[0])
         if value not in fine:
             raise UnsupportedMegatronError(f"PiKV does not work with {key} = {value!r}: {reason}")

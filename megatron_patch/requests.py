@@ -49,7 +49,7 @@ class Pass:
     def attend(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer, in Megatron's shape: ``[*shape, H, D]``."""
         query, key, value = (self.pack(x.view(*self.shape, *x.shape[-2:])) for x in (query, key, value))
-        out = self.store.attend(self.batch, tap.index, query, key, value, tap.scale)
+        out = tap.attend(self, query, key, value)
         if not tap.has_router:
             tap.running = None
             self.store.routed(self.batch, tap.index, None)
@@ -132,10 +132,12 @@ class IdlePass(Pass):
 
     idle = True
 
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[:0]
+
     def serve(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Answers the other ranks' queries at one layer."""
-        nothing = (x.flatten(0, 1)[:0] for x in (query, key, value))
-        self.store.attend(self.batch, tap.index, *nothing, tap.scale)
+        tap.attend(self, *(self.pack(x) for x in (query, key, value)))
         if not tap.has_router:
             tap.running = None
             self.store.routed(self.batch, tap.index, None)

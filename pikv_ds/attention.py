@@ -51,30 +51,35 @@ class ShardedAttention:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool = True,
     ) -> Tensor:
         """Attention output of one layer for this rank's batch, whose tokens are packed.
 
         Args:
-            query: ``[N, H, D]``, positions already encoded.
-            key, value: ``[N, K, D]``.
+            query: ``[N, H, D]``, positions already encoded; of latent attention the absorbed query.
+            key, value: ``[N, K, D]``. Of latent attention the key is latent and rotary key in one, and there
+                is no value.
+            attend_prompts: False: the caller attends to the prompts that begin in this pass (`SequenceBatch.prompts`)
+                itself, as latent attention does with keys and values expanded per head. Their rows of the query
+                are not read, and those of the result are undefined.
 
         Returns:
-            ``[N, H, D]`` in the query's dtype.
+            ``[N, H, V]`` in the query's dtype; no rows where the caller attends to all of them.
         """
         if batch.shared:
-            return self._shared(plan, batch, layer, query, key, value, scale)
+            return self._shared(plan, batch, layer, query, key, value, scale, attend_prompts)
         rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])
         sealed = [(row, mine) for row, mine in batch.slices() if batch.sealed[row]]
         asking = [mine for row, mine in sealed if batch.ids[row] not in fetched]
         fetching = [(row, mine) for row, mine in sealed if batch.ids[row] in fetched]
-        at = _index(asking, len(query), query.device)
+        at = token_places(asking, len(query), query.device)
         stacked = query if at is None else query[at]
         self.counters["queries"] += len(stacked)
         handle = self.exchange.dispatch(stacked, plan.query_counts)
         pages = self._fetch(plan, batch, layer, [row for row, _ in fetching])
-        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale)
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
         if sum(plan.query_counts):
             own = self._shard(layer, [(rank, s, n) for s, n in plan.rows[rank]], stacked, scale)
             asked = [(r, s, n) for r, rows in enumerate(plan.rows) if r != rank for s, n in rows]
@@ -96,15 +101,16 @@ class ShardedAttention:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool,
     ) -> Tensor:
         """The same where every rank has this batch: the queries are everywhere already, so only partials travel."""
         rows = plan.rows[SHARED_SOURCE]
         asking = [mine for row, mine in batch.slices() if batch.sealed[row]]
-        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale)
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
         if asking:
-            at = _index(asking, len(query), query.device)
+            at = token_places(asking, len(query), query.device)
             stacked = query if at is None else query[at]
             self.counters["queries"] += len(stacked)
             own = self._shard(layer, [(SHARED_SOURCE, s, n) for s, n in rows], stacked, scale)
@@ -115,7 +121,7 @@ class ShardedAttention:
     def _merge(
         self, at: Tensor | slice | None, outs: list[Tensor], lses: list[Tensor], local: Tensor, lse: Tensor
     ) -> None:
-        """Merges partials ``[n, H, D]``, ``[n, H]`` of some tokens with their local ones, in place.
+        """Merges partials ``[n, H, V]``, ``[n, H]`` of some tokens with their local ones, in place.
 
         Args:
             at: the tokens' places; None: all.
@@ -128,10 +134,9 @@ class ShardedAttention:
         if at is not None:
             local[at] = mine
 
-    @staticmethod
-    def _empty(query: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for a partial: float32 ``[n, H, D]`` and ``[n, H]``."""
-        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    def _empty(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for a partial: float32 ``[n, H, V]`` and ``[n, H]``."""
+        out = torch.empty(*query.shape[:2], self.layout.value_dim, dtype=torch.float32, device=query.device)
         return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
 
     def _fetch(self, plan: StepPlan, batch: SequenceBatch, layer: int, rows: list[int]) -> list[Tensor]:
@@ -168,14 +173,21 @@ class ShardedAttention:
         return torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
 
     def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
-        """Whether a pass moves fewer bytes when the pages travel instead of the queries.
+        """Whether a pass moves fewer bytes when a sequence's pages travel instead of its queries.
 
-        Only where all pages are read: a sparse lookup reads a share of them, so its queries travel.
+        ``P * page_bytes / G < T * H * (D * q + V * p + 4)``, both sides G - 1 times: of P pages a share of
+        1 / G lies here; a query of q bytes an element goes to all other ranks, and from each an output of p
+        bytes an element and a log-sum-exp come back. Only where all pages are read: a sparse lookup reads a
+        share of them, so its queries travel. A single token asks by its query, too, but of latent pages: an
+        absorbed query of all heads is as large as some pages.
         """
         if self.lookup.summary is not None or self.exchange.size == 1:
             return False
-        elements = query_tokens * self.num_heads * self.layout.head_dim
-        queries = elements * (self.layout.dtype.itemsize + self.exchange.partial_dtype.itemsize)
+        if query_tokens == 1 and self.layout.latent_dim is None:
+            return False
+        query = self.layout.head_dim * self.layout.dtype.itemsize
+        partial = self.layout.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
+        queries = query_tokens * self.num_heads * (query + partial)
         return num_pages * self.layout.page_bytes / self.exchange.size < queries
 
     def _own_tokens(
@@ -184,32 +196,45 @@ class ShardedAttention:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the open tails and the tokens of this pass: ``[N, H, D]``, ``[N, H]``.
+        """Attention over the open tails and the tokens of this pass: ``[N, H, V]``, ``[N, H]``.
 
         The log-sum-exp is left empty where nothing needs to be merged.
         """
-        out, lse = self._empty(query)
+        prompts = batch.prompts()
+        nothing_left = not attend_prompts and sum(batch.new[row] for row, _ in prompts) == len(query)
+        out, lse = self._empty(query[:0] if nothing_left else query)
         lse.fill_(-torch.inf)
         if not any(batch.new):
             return out, lse
         batch.append(layer, key, value)
+        if nothing_left:
+            return out, lse
+        value = self.layout.values(key, value)
         if any(n == 1 for n in batch.new):
             self._single_tokens(batch, layer, query, scale, out, lse)
         joined = batch.fresh.get(layer, {})
-        prompts = [(row, mine) for row, mine in batch.slices() if row in joined and not batch.lengths[row]]
+        prompts = prompts if attend_prompts else []
         width = batch.new[prompts[0][0]] if prompts else 0
         if width * len(prompts) == len(query) and all(batch.new[row] == width for row, _ in prompts):
             # Fresh prompts of one length and nothing else: one call for all.
-            return _prompt_attention(query, key, value, len(prompts), scale), lse
+            return prompt_attention(query, key, value, len(prompts), scale), lse
         for _, mine in prompts:
-            out[mine] = _prompt_attention(query[mine], key[mine], value[mine], 1, scale)
+            out[mine] = prompt_attention(query[mine], key[mine], value[mine], 1, scale)
         for row, mine in batch.slices():
             if row in joined and batch.lengths[row]:
+                keys, values = joined[row]
                 self.ops.context_attention(
-                    query[mine], *joined[row], scale, batch.open_tokens(row), out[mine], lse[mine]
+                    query[mine],
+                    keys,
+                    self.layout.values(keys, values),
+                    scale,
+                    batch.open_tokens(row),
+                    out[mine],
+                    lse[mine],
                 )
         return out, lse
 
@@ -219,7 +244,8 @@ class ShardedAttention:
         """Attention over the tails for the sequences that append one token, into their places of `out` and `lse`."""
         tail, places = batch.tails[layer], batch.places(query.device)
         assert tail is not None
-        keys, values = tail.keys[: len(batch)], tail.values[: len(batch)]
+        keys = tail.keys[: len(batch)]
+        values = self.layout.values(keys, None if tail.values is None else tail.values[: len(batch)])
         if places.all_rows:
             self.ops.tail_attention(query, keys, values, places.lengths, scale, out, lse)
             return
@@ -239,7 +265,7 @@ class ShardedAttention:
             query: ``[R, H, D]``.
 
         Returns:
-            float32 ``[R, H, D]`` and ``[R, H]``.
+            float32 ``[R, H, V]`` and ``[R, H]``.
         """
         out, lse = self._empty(query)
         if not asked:
@@ -302,7 +328,7 @@ class ShardedAttention:
         return self.counters["pages_read"] + int(self._chosen)
 
 
-def _index(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:
+def token_places(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:
     """The places in some slices of packed tokens, int64; None if that is all of them."""
     if sum(s.stop - s.start for s in slices) == num_tokens:
         return None
@@ -310,11 +336,14 @@ def _index(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor
     return torch.tensor(places, dtype=torch.int64, device=device)
 
 
-def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, num_prompts: int, scale: float) -> Tensor:
+def prompt_attention(query: Tensor, key: Tensor, value: Tensor, num_prompts: int, scale: float) -> Tensor:
     """Ordinary causal attention of whole prompts of one length, packed: nothing to merge, so torch's own.
 
+    Args:
+        query, key, value: ``[N, H, D]``, ``[N, K, D]``, ``[N, K, V]``.
+
     Returns:
-        float32 ``[N, H, D]``.
+        float32 ``[N, H, V]``.
     """
     group = query.shape[1] // key.shape[1]
     q, k, v = (x.unflatten(0, (num_prompts, -1)).transpose(1, 2) for x in (query, key, value))  # [B, heads, T, D]

@@ -41,11 +41,19 @@ class ModelShape:
     num_experts: int
     """Experts of the routed layers; a model without any counts one per rank."""
     dtype: torch.dtype
+    latent_dim: int | None = None
+    """Latent attention: the values are so many leading channels of the keys (see `PageLayout`)."""
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value, and of an attention output."""
+        return self.head_dim if self.latent_dim is None else self.latent_dim
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token over all layers in an unsharded, uncompressed cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Bytes of one token over all layers in an unsharded, uncompressed cache (of latents, where it has them)."""
+        elements = self.head_dim + (self.head_dim if self.latent_dim is None else 0)
+        return self.num_layers * self.num_kv_heads * elements * self.dtype.itemsize
 
 
 FINE, FAILED, NON_FINITE = range(3)
@@ -104,7 +112,8 @@ class ExpertShardedKVCache:
         exchange: the group's collectives; None for one rank.
 
     Raises:
-        ValueError: the experts cannot be spread over the ranks, or the codec does not fit.
+        ValueError: the experts cannot be spread over the ranks, the codec does not fit, or the backend
+            has no kernels for latent pages.
     """
 
     def __init__(
@@ -118,8 +127,10 @@ class ExpertShardedKVCache:
         self.exchange = exchange or Exchange(None, device)
         self.device = torch.device(device)
         self.topology = Topology(shape.num_experts, self.exchange.size)
-        self.layout = config.codec.layout(shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype)
-        self.ops = Ops(config.backend, self.device.type)
+        self.layout = config.codec.layout(
+            shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype, shape.latent_dim
+        )
+        self.ops = Ops(config.backend, self.device.type, latent=shape.latent_dim is not None)
         capacity = config.capacity_tokens
         self.pool = PagePool(
             self.layout.page_bytes,
@@ -261,24 +272,27 @@ class ExpertShardedKVCache:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool = True,
     ) -> Tensor:
-        """Attention of one layer; see `ShardedAttention`. ``[N, H, D]``, tokens packed."""
+        """Attention of one layer; see `ShardedAttention`. ``[N, H, V]``, tokens packed."""
         assert self.plan is not None
         self._look_for_nonfinite(batch, layer, key, value)
-        out = self.attention(self.plan, batch, layer, query, key, value, scale)
+        out = self.attention(self.plan, batch, layer, query, key, value, scale, attend_prompts)
         self._measure()
         return out
 
-    def _look_for_nonfinite(self, batch: SequenceBatch, layer: int, key: Tensor, value: Tensor) -> None:
+    def _look_for_nonfinite(self, batch: SequenceBatch, layer: int, key: Tensor, value: Tensor | None) -> None:
         """Looks for NaN and infinity in what this pass leaves in the tails; full pages are looked at when sealed."""
-        pairs = [(key, value)]
+        ends = [slice(None)]
         if any(n > self.config.page_size for n in batch.new):
             ends = [slice(max(s.start, s.stop - self.config.page_size), s.stop) for _, s in batch.slices()]
-            pairs = [(key[end], value[end]) for end in ends]
-        for k, v in pairs:  # one NaN or infinity is enough
-            self._nonfinite[layer] |= ~torch.isfinite(k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32))
+        for end in ends:  # one NaN or infinity is enough
+            total = key[end].sum(dtype=torch.float32)
+            if value is not None:
+                total = total + value[end].sum(dtype=torch.float32)
+            self._nonfinite[layer] |= ~torch.isfinite(total)
 
     def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None) -> None:
         """Seals what has filled up at a layer, once its router has run.
@@ -466,7 +480,7 @@ class ExpertShardedKVCache:
         if sequence < 0:  # shared: no query travels
             return False
         pages = self.sender.num_sealed.get((source, sequence), 0)
-        return query_tokens > 1 and self.attention.cheaper_to_fetch(pages, query_tokens)
+        return self.attention.cheaper_to_fetch(pages, query_tokens)
 
     def _forget(self, sequence: tuple[int, int]) -> None:
         """Returns a finished sequence's pages to the pool."""

@@ -25,8 +25,8 @@ class Tail:
 
     keys: Tensor
     """``[B, K, S, D]``"""
-    values: Tensor
-    """``[B, K, S, D]``"""
+    values: Tensor | None
+    """The same; None where they are channels of the keys (see `PageLayout.values`)."""
     experts: Tensor | None = None
     """``[B, S, k]`` int16: the experts that each token chose; None where no router is."""
 
@@ -37,12 +37,16 @@ class Tail:
     def grown(self, rows: int) -> Tail:
         """The same with room for more sequences."""
 
-        def grow(x: Tensor) -> Tensor:
+        def grow(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
             grown = lasting_zeros((rows, *x.shape[1:]), x.dtype, x.device)
             grown[: len(x)] = x
             return grown
 
-        return Tail(grow(self.keys), grow(self.values), None if self.experts is None else grow(self.experts))
+        keys = grow(self.keys)
+        assert keys is not None
+        return Tail(keys, grow(self.values), grow(self.experts))
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class FullPages:
     first_page: int
     keys: Tensor
     """``[N, K, S, D]``"""
-    values: Tensor
+    values: Tensor | None
+    """The same; None where they are channels of the keys."""
     experts: Tensor | None
     """``[N, S, k]``"""
 
@@ -99,7 +104,7 @@ class SequenceBatch:
         self.sealed = [0] * len(ids)  # full pages, before the pass under way
         self.new = [0] * len(ids)  # tokens of the pass under way
         self.tails: list[Tail | None] = [None] * num_layers
-        self.fresh: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # [layer][row]: tail and prompt, until routed
+        self.fresh: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}  # [layer][row]: with tail, until routed
         self.loads = [[[0] * num_ranks for _ in ids] for _ in range(num_layers)]  # pages per rank
         self._open_layers: set[int] = set()
         self._tail_nbytes: int | None = 0  # None: to be counted again
@@ -129,6 +134,10 @@ class SequenceBatch:
                 out.append((row, slice(start, start + n)))
                 start += n
         return out
+
+    def prompts(self) -> list[tuple[int, slice]]:
+        """`slices` of those sequences that begin in this pass, with several tokens."""
+        return [(row, mine) for row, mine in self.slices() if self.new[row] > 1 and not self.lengths[row]]
 
     def admit(self, sequence: int) -> int:
         """Takes in one more sequence and returns its row: that of a released one, or a new one."""
@@ -189,43 +198,53 @@ class SequenceBatch:
     @property
     def fresh_nbytes(self) -> int:
         """Bytes of prompt keys and values that wait for their router."""
-        return sum(k.nbytes + v.nbytes for rows in self.fresh.values() for k, v in rows.values())
+        return sum(x.nbytes for rows in self.fresh.values() for kv in rows.values() for x in kv if x is not None)
 
-    def tail(self, layer: int, like: Tensor) -> Tail:
-        """The tail of a layer, with room for all sequences, in the shape and type of keys ``[N, K, D]``."""
+    def tail(self, layer: int, keys: Tensor, values: Tensor | None) -> Tail:
+        """The tail of a layer, with room for all sequences, in the shape and type of keys and values ``[N, K, D]``."""
         tail, rows = self.tails[layer], len(self)
         if tail is None:
-            shape = rows, like.shape[1], self.page_size, like.shape[2]
-            tail = self.tails[layer] = Tail(*(lasting_zeros(shape, like.dtype, like.device) for _ in range(2)))
+            empty = [
+                None if x is None else lasting_zeros((rows, x.shape[1], self.page_size, x.shape[2]), x.dtype, x.device)
+                for x in (keys, values)
+            ]
+            assert empty[0] is not None
+            tail = self.tails[layer] = Tail(empty[0], empty[1])
             self._tail_nbytes = None
         elif len(tail.keys) < rows:  # sequences have joined
             tail = self.tails[layer] = tail.grown(max(rows, 2 * len(tail.keys)))
             self._tail_nbytes = None
         return tail
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def append(self, layer: int, keys: Tensor, values: Tensor | None) -> None:
         """Takes in the tokens of this pass.
 
         A single token goes into its sequence's tail. Several are joined with the tail and kept until
         the layer's router has run.
 
         Args:
-            keys, values: ``[N, K, D]``.
+            keys, values: ``[N, K, D]``; no values where they are channels of the keys.
         """
-        tail = self.tail(layer, keys)
+        tail = self.tail(layer, keys, values)
+        pairs = [(tail.keys, keys)]
+        if values is not None:
+            assert tail.values is not None
+            pairs.append((tail.values, values))
         if any(n == 1 for n in self.new):
             places = self.places(keys.device)
             at = slice(None) if places.all_tokens else places.tokens
-            tail.keys[places.rows, :, places.slots] = keys[at]
-            tail.values[places.rows, :, places.slots] = values[at]
+            for kept, x in pairs:
+                kept[places.rows, :, places.slots] = x[at]
         joined = {}
         for row, mine in self.slices():
             if self.new[row] > 1:
-                k, v, start = keys[mine].transpose(0, 1), values[mine].transpose(0, 1), self.open_tokens(row)
+                start = self.open_tokens(row)
+                whole = [x[mine].transpose(0, 1) for _, x in pairs]
                 if start:
-                    k = torch.cat([tail.keys[row, :, :start], k], dim=1)
-                    v = torch.cat([tail.values[row, :, :start], v], dim=1)
-                joined[row] = k, v
+                    whole = [
+                        torch.cat([kept[row, :, :start], x], dim=1) for (kept, _), x in zip(pairs, whole, strict=True)
+                    ]
+                joined[row] = whole[0], None if values is None else whole[1]
         if joined:
             self.fresh[layer] = joined
 
@@ -271,7 +290,7 @@ class SequenceBatch:
             if row in fresh:
                 keys, values = fresh[row]
             elif full:  # its last token has gone into the tail
-                keys, values = tail.keys[row], tail.values[row]
+                keys, values = tail.keys[row], None if tail.values is None else tail.values[row]
             else:
                 continue
             chosen = None
@@ -283,13 +302,15 @@ class SequenceBatch:
                         row,
                         self.sealed[row],
                         _as_pages(keys, full, size),
-                        _as_pages(values, full, size),
+                        None if values is None else _as_pages(values, full, size),
                         None if chosen is None else chosen[: full * size].unflatten(0, (full, size)),
                     )
                 )
             if row in fresh:
                 tail.keys[row, :, :rest] = keys[:, full * size :]
-                tail.values[row, :, :rest] = values[:, full * size :]
+                if values is not None:
+                    assert tail.values is not None
+                    tail.values[row, :, :rest] = values[:, full * size :]
                 if kept is not None and chosen is not None:
                     kept[row, :rest] = chosen[full * size :]
         return pages

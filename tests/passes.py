@@ -17,6 +17,9 @@ from pikv_ds.sequences import SequenceBatch
 PAGE = 8
 SHAPE = ModelShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4, dtype=torch.float32)
 ROUTERS = (True, False)  # layer 1 is dense
+LATENT = ModelShape(
+    num_layers=2, num_heads=6, num_kv_heads=1, head_dim=20, num_experts=4, dtype=torch.float32, latent_dim=16
+)
 
 
 def make_cache(
@@ -35,7 +38,8 @@ class Driver:
     rng: torch.Generator
     tolerance: float = 1e-5
     """Float32 against float64: sums of a few hundred terms of order one, merged from partials."""
-    history: list[list[Tensor]] = field(default_factory=list)  # [row][layer] = keys and values [2, K, n, D]
+    history: list[list[Tensor]] = field(default_factory=list)
+    """[row][layer]: keys and values ``[2, K, n, D]``, of latent attention keys ``[1, 1, n, D]``."""
     votes: torch.Generator | None = None
     """Of the experts that tokens choose, where they are not the same on all ranks."""
 
@@ -55,16 +59,19 @@ class Driver:
         self.cache.begin_step(self.batch, new)
         for layer in range(shape.num_layers):
             query = torch.randn(num, shape.num_heads, shape.head_dim, generator=self.rng).to(shape.dtype)
-            kv = torch.randn(2, num, shape.num_kv_heads, shape.head_dim, generator=self.rng).to(shape.dtype)
+            kv = self._nothing(num).transpose(1, 2)
+            kv = torch.randn(kv.shape, generator=self.rng).to(shape.dtype)
+            value = kv[1] if shape.latent_dim is None else None
             experts = torch.randint(shape.num_experts, (num, 2), generator=self.votes or self.rng)
-            out = self.cache.attend(self.batch, layer, query, kv[0], kv[1], 0.25)
-            assert out.shape == query.shape
+            out = self.cache.attend(self.batch, layer, query, kv[0], value, 0.25)
+            assert out.shape == (*query.shape[:2], shape.value_dim)
             assert out.dtype == shape.dtype
             for row, (mine, q, x) in enumerate(
                 zip(out.split(new), query.split(new), kv.split(new, dim=1), strict=True)
             ):
                 self.history[row][layer] = torch.cat([self.history[row][layer], x.transpose(1, 2)], dim=2)
-                expected = dense(q.transpose(0, 1), *self.history[row][layer], 0.25)
+                keys, values = self.history[row][layer][[0, -1]]
+                expected = dense(q.transpose(0, 1), keys, values[..., : shape.value_dim], 0.25)
                 torch.testing.assert_close(mine.double(), expected, atol=self.tolerance, rtol=self.tolerance)
             self.cache.routed(self.batch, layer, experts if ROUTERS[layer] else None)
         check_sizes(self.cache)
@@ -91,9 +98,10 @@ class Driver:
         if len(self.batch) and torch.rand(1, generator=self.rng) < 0.2:
             self.release(torch.randint(len(self.batch), (1,), generator=self.rng).tolist())
 
-    def _nothing(self) -> Tensor:
+    def _nothing(self, num_tokens: int = 0) -> Tensor:
         shape = self.cache.shape
-        return torch.empty(2, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype)
+        parts = 2 if shape.latent_dim is None else 1
+        return torch.empty(parts, shape.num_kv_heads, num_tokens, shape.head_dim, dtype=shape.dtype)
 
 
 def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
-from passes import PAGE, Driver, check_sizes, make_cache, memory
+from passes import LATENT, PAGE, Driver, check_sizes, make_cache, memory
 from torch import Tensor
 
 from pikv_ds import NonFiniteError, PiKVError, PoolFullError, sealing
+from pikv_ds import ops as ops_module
 from pikv_ds.cache import ModelShape
 
 
@@ -54,6 +55,74 @@ def test_backends_are_exact(backend: str, rng) -> None:
     for width in (19, 1, 12, 1):
         driver.step(width)
     check_nothing_is_missing(driver)
+
+
+@pytest.mark.parametrize("lookup", ["exact", {"name": "quest", "budget": 1}])
+def test_latent_attention_equals_dense_attention(lookup, rng) -> None:
+    cache = make_cache(LATENT, lookup=lookup)
+    driver = Driver(cache, cache.new_batch(2), rng)
+    for width in (19, 1, 1, 12, 8, 1):
+        driver.step(width)
+    for _ in range(30):
+        driver.mixed_pass()
+    check_nothing_is_missing(driver)
+    assert cache.layout.page_bytes == PAGE * LATENT.head_dim * 4  # one vector per token, and nothing else
+
+
+def test_latent_tokens_are_kept_once_also_in_tails_and_prompts_under_way(rng) -> None:
+    cache = make_cache(LATENT)
+    batch = cache.new_batch(2)
+    query, key = torch.randn(40, 6, 20, generator=rng), torch.randn(40, 1, 20, generator=rng)
+    cache.begin_step(batch, [20, 20])
+    cache.attend(batch, 0, query, key, None, 0.25)
+    assert cache.kv_bytes == key.nbytes + 2 * PAGE * 20 * 4  # prompts and tails
+    assert LATENT.token_bytes == 2 * 20 * 4
+
+
+def test_whoever_attends_to_its_prompts_itself_gets_the_rest(rng) -> None:
+    def passes(attend_prompts: bool) -> list[Tensor]:
+        rng, found = torch.Generator().manual_seed(5), []
+        cache = make_cache(LATENT)
+        batch = cache.new_batch(3)
+        for new in ([0, 20, 0], [15, 1, 9], [1, 9, 0], [1, 1, 1]):  # a prompt alone; two and a token; a chunk; tokens
+            cache.begin_step(batch, new)
+            mine = [x for _, m in batch.prompts() for x in range(m.start, m.stop)]
+            for layer in range(2):
+                query, key = (torch.randn(sum(new), h, 20, generator=rng) for h in (6, 1))
+                if not attend_prompts:
+                    query[mine] = torch.nan
+                out = cache.attend(batch, layer, query, key, None, 0.25, attend_prompts)
+                found.append(out[[i for i in range(sum(new)) if i not in mine]])
+                cache.routed(batch, layer, None)
+        return found
+
+    for mine, expected in zip(passes(attend_prompts=False), passes(attend_prompts=True), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_latent_pages_and_backends_that_have_no_kernels_for_them(caplog) -> None:
+    for backend in ("cpp", "triton"):
+        with pytest.raises(ValueError, match=rf'backend = "{backend}": it has no kernels for latent pages'):
+            make_cache(LATENT, backend=backend)
+    ops_module._warn_once.cache_clear()
+    for _ in range(2):
+        ops = make_cache(LATENT).ops
+    assert [ops.implementation(op) for op in ops_module.READ_VALUES] == ["reference"] * 6
+    if ops_module.why_missing("cpp", "cpu") is None:
+        assert ops.implementation("merge_partials") == "cpp"
+        assert caplog.text.count("latent pages have no kernels yet: seal_pages, decode_attention") == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pages_travel_where_they_are_fewer_bytes_than_absorbed_queries(tokens: int) -> None:
+    cache = make_cache(LATENT)
+    cache.exchange.size = 2
+    queries = tokens * 6 * (20 * 4 + 16 * 4 + 4)  # query out, output and log-sum-exp back
+    most = 2 * queries // cache.layout.page_bytes  # half of the pages are here already
+    assert cache.attention.cheaper_to_fetch(most, tokens)
+    assert not cache.attention.cheaper_to_fetch(most + 1, tokens)
+    cache.exchange.size = 1
+    assert not cache.attention.cheaper_to_fetch(1, tokens)
 
 
 def test_padding_on_the_left(rng) -> None:

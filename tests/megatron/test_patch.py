@@ -334,10 +334,12 @@ def test_batches_that_are_not_the_same_after_all(two: Ranks) -> None:
         assert "different tokens" in message
 
 
-def random_traffic(rank: int, seed: int, steps: int, **config: Any) -> dict[str, Any]:
+def random_traffic(
+    rank: int, seed: int, steps: int, latent: dict[str, Any] | None = None, **config: Any
+) -> dict[str, Any]:
     """Requests arrive at random; the engines step as under Megatron's coordinator."""
     tiny_megatron.initialize()
-    model = tiny_megatron.build()
+    model = tiny_megatron.build(latent=latent)
     megatron_patch.patch_model(model, CONFIG | config)
     served = engine.dynamic_engine(model, Ids(), **SHAPE | {"max_tokens": 64})
     megatron_patch.patch_context(model, served.context)

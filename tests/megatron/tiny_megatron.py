@@ -40,24 +40,29 @@ def initialize(seed: int = 1234) -> None:
     cpu.seed(seed)
 
 
-def build(layers: int = LAYERS, spec: Callable[[Any], Any] = lambda spec: spec) -> Any:
+def build(
+    layers: int = LAYERS, spec: Callable[[Any], Any] = lambda spec: spec, latent: dict[str, Any] | None = None
+) -> Any:
     """A GPTModel; the weights of an expert depend on its number in the group, not on its rank.
 
     Args:
         spec: changes the layers' spec.
+        latent: for latent attention, settings of an `MLATransformerConfig`.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.enums import AttnBackend
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    from megatron_patch import compat
 
     world = dist.get_world_size()
-    config = TransformerConfig(
+    config = (TransformerConfig if latent is None else MLATransformerConfig)(
         num_layers=layers,
         hidden_size=32,
         num_attention_heads=4,
-        num_query_groups=2,
+        num_query_groups=2 if latent is None else 4,
         ffn_hidden_size=64,
         moe_ffn_hidden_size=32,
         num_moe_experts=EXPERTS,
@@ -75,8 +80,17 @@ def build(layers: int = LAYERS, spec: Callable[[Any], Any] = lambda spec: spec) 
         expert_tensor_parallel_size=1,
         params_dtype=torch.float32,
         attention_backend=AttnBackend.local,
+        **latent or {},
     )
-    layer = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=EXPERTS,
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        multi_latent_attention=latent is not None,
+        qk_layernorm=latent is not None,
+    )
+    if latent is not None:
+        layer.submodules.self_attention.submodules.core_attention = compat.latent_dot_product_attention()
     model = GPTModel(
         config,
         spec(layer),
