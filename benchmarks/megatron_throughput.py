@@ -51,10 +51,10 @@ class StaticBatch:
     """One batch in a static context, stepped by hand: Megatron's own loop without its tokenizer and sampler."""
 
     def __init__(self, model: Any, ids: torch.Tensor, room: int) -> None:
-        from megatron.core.inference.contexts import StaticInferenceContext
+        from megatron_patch import engine
 
         self.model, self.ids, self.at = model, ids, 0
-        self.context = StaticInferenceContext(len(ids), ids.shape[1] + room)
+        self.context = engine.static_context(len(ids), ids.shape[1] + room)
 
     def step(self) -> float:
         """One forward pass and the greedy choice; seconds."""
@@ -89,12 +89,10 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 110
     import megatron_patch
-    from megatron_patch import convert, cpu, models
+    from megatron_patch import convert, engine, models
 
     generation.quiet_transformers()
-    cpu.install()
-    megatron_generate.join(world)
-    cpu.seed(1)
+    engine.initialize()
     folder = generation.checkpoint(args.model, 8, progress=world.rank == 0)
     hf = models.load_config(folder)
 
@@ -158,8 +156,6 @@ def texts(folder: str, count: int, tokens: int) -> torch.Tensor:
 
 def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, store: Any) -> dict[str, float]:
     """Megatron's dynamic engine with PiKV, each rank with its own requests."""
-    from megatron.core.inference.sampling_params import SamplingParams
-
     import megatron_patch
     from megatron_patch import engine
     from megatron_patch.tokenizer import HFTokenizer
@@ -173,11 +169,10 @@ def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, store:
     )
     megatron_patch.patch_context(model, served.context)
     store.forget_peaks()
-    params = SamplingParams(num_tokens_to_generate=new_tokens, top_k=1, termination_id=-1)
     watch = type("Nobody", (), {"step": lambda self, answers: None})()
     dist.barrier()
     started = time.perf_counter()
-    megatron_generate.generate(served, mine.tolist(), params, watch)
+    megatron_generate.generate(served, mine.tolist(), engine.greedy(new_tokens), watch)
     dist.barrier()
     return {"batch_s": time.perf_counter() - started, "kv_bytes_per_rank": store.fullest.kv_bytes}
 

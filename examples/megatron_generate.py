@@ -50,16 +50,14 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import megatron_patch
-    from megatron_patch import convert, cpu, engine, models
+    from megatron_patch import convert, engine, models
     from megatron_patch.tokenizer import HFTokenizer
 
     generation.quiet_transformers()
     folder = generation.checkpoint(args.model, 6 if world.size in (3, 6) else 8, progress=world.rank == 0)
     console.print(f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {Path(folder).name}, Megatron-Core")
     started = time.perf_counter()
-    cpu.install()
-    join(world)
-    cpu.seed(engine.DEFAULT_SEED)
+    engine.initialize()
     hf = models.load_config(folder)
     dtype = getattr(torch, args.dtype)
     model = models.build_model(hf, models.transformer_config(hf, dtype=dtype, ep=world.size))
@@ -69,6 +67,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     console.print(f"{share:.0%} of the weights loaded by this rank in {time.perf_counter() - started:.1f} s")
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos = None if args.ignore_eos else tokenizer.eos_token_id
     mine, questions, prefixes = generation.my_prompts(args, tokenizer, world)
     served = engine.dynamic_engine(
         model,
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     attachment.store.forget_peaks()
     watch = Watch(model, sum(map(len, mine)), tokenizer, console, questions, prefixes)
     with watch:
-        answers = generate(served, mine, sampling(args, tokenizer), watch)
+        answers = generate(served, mine, engine.greedy(args.max_new_tokens, eos), watch)
     figures = megatron_patch.stats(model)
     own = {
         "rank": world.rank,
@@ -100,7 +99,6 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
         console.print("comparing with the unsharded model …")
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(launch_env.device())
         own["verified_tokens"] = own["equal_tokens"] = 0
-        eos = None if args.ignore_eos else tokenizer.eos_token_id
         for prompt, answer in zip(mine, answers, strict=True):
             ids = torch.tensor([prompt], device=plain.device)
             with torch.inference_mode():
@@ -114,27 +112,6 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     generation.report(args, console, figures, everyone)
     torch.distributed.destroy_process_group()
     generation.raise_if_different(everyone)
-
-
-def join(world: launch_env.World) -> None:
-    """The world's process group, all ranks one expert-parallel group."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    device = launch_env.device()
-    if world.size == 1 and not launch_env.launched():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=world.size, expert_tensor_parallel_size=1)
-
-
-def sampling(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """Greedy."""
-    from megatron.core.inference.sampling_params import SamplingParams
-
-    end = -1 if args.ignore_eos else tokenizer.eos_token_id
-    return SamplingParams(num_tokens_to_generate=args.max_new_tokens, top_k=1, termination_id=end)
 
 
 def generate(served: Any, mine: list[list[int]], params: Any, watch: Watch) -> list[list[int]]:

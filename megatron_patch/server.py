@@ -227,12 +227,11 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) 
     world = launch_env.world()
     started = time.perf_counter()
     import megatron_patch
-    from megatron_patch import coordinator, cpu, engine, frontend
+    from megatron_patch import coordinator, engine, frontend
 
     coordinator.quiet_signals()
     bound = frontend.listen(args.host, args.port) if world.rank == 0 else None
-    store = _join(args.tp)
-    cpu.seed(engine.DEFAULT_SEED)
+    store = engine.initialize(args.tp)
     loaded = load(args)
     context_length = min(args.context_length or loaded.context_length, loaded.context_length)
     if args.context_length and args.context_length > loaded.context_length:
@@ -257,25 +256,6 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) 
     dist.barrier()
     dist.destroy_process_group()
     return 0
-
-
-def _join(tp: int) -> Any:
-    """The job's process groups: all ranks are one expert-parallel group.
-
-    Returns:
-        A store that all ranks read and write.
-    """
-    from megatron.core import parallel_state
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(launch_env.device())
-    store, rank, size = next(dist.rendezvous("env://"))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, expert_model_parallel_size=size, expert_tensor_parallel_size=1
-    )
-    return dist.PrefixStore("figures", store)
 
 
 async def _serve(

@@ -44,9 +44,7 @@ def model() -> Any:
 
 
 def sampling(count: int = COUNT) -> Any:
-    from megatron.core.inference.sampling_params import SamplingParams
-
-    return SamplingParams(num_tokens_to_generate=count, top_k=1, termination_id=-1)
+    return engine.greedy(count)
 
 
 def dynamic(
