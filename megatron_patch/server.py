@@ -198,10 +198,10 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) 
     launch_env.prepare()
     world = launch_env.world()
     started = time.perf_counter()
-    from megatron_patch import coordinator, cpu, engine, http
+    from megatron_patch import coordinator, cpu, engine, frontend
 
     coordinator.quiet_signals()
-    bound = http.listen(args.host, args.port) if world.rank == 0 else None
+    bound = frontend.listen(args.host, args.port) if world.rank == 0 else None
     store = _join(args.tp)
     cpu.seed(engine.DEFAULT_SEED)
     loaded = load(args)
@@ -257,7 +257,7 @@ async def _serve(
     seconds: float,
 ) -> None:
     """Steps the engine until the server, on rank 0, has been stopped."""
-    from megatron_patch import coordinator, gauges, http, validation
+    from megatron_patch import coordinator, frontend, gauges, validation
 
     world = launch_env.world()
     loop = asyncio.get_running_loop()
@@ -269,7 +269,7 @@ async def _serve(
         limits = validation.Limits(context_length, loaded.model.vocab_size)
         name = args.served_model_name or Path(args.model).resolve().name
         port = bound.getsockname()[1]
-        front = http.Frontend(bound, address, loaded.tokenizer, limits, gauges.Metrics(board), name)
+        front = frontend.Frontend(bound, address, loaded.tokenizer, limits, gauges.Metrics(board), name)
         stop = front.stop
         tasks.append(asyncio.wrap_future(front.done))
         print(

@@ -35,6 +35,8 @@ COMPLETION_PATHS = {
 }
 """Megatron's paths, and whether each is for chats."""
 
+KNOWN_PATHS = "/health, /metrics, /v1/models, /v1/completions and /v1/chat/completions"
+
 MOST_CONNECTIONS = 256
 """Requests in work or waiting at the same time; each has a thread. More wait for one."""
 
@@ -164,8 +166,7 @@ def application(client: Any, tokenizer: Any, limits: validation.Limits, metrics:
 
     @app.errorhandler(HTTPException)
     def refuse_http(error: HTTPException) -> flask.Response:
-        known = ", ".join(p for p in ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"))
-        more = f" This server has {known}." if error.code == 404 else ""
+        more = f" This server has {KNOWN_PATHS}." if error.code == 404 else ""
         return _error(f"{error.description}{more}", error.code or 500)
 
     return app
@@ -241,7 +242,7 @@ class Frontend:
         config.bind = [f"fd://{self._bound.detach()}"]
         config.graceful_timeout = DRAIN_SECONDS
         config.wsgi_max_body_size = MOST_BODY_BYTES
-        config.errorlog = logging.getLogger("megatron_patch.http")
+        config.errorlog = logging.getLogger("megatron_patch.frontend")
         app = application(client, self._tokenizer, self._limits, self._metrics, self._name)
         try:
             await serve(app, config, shutdown_trigger=self._asked_to_stop, mode="wsgi")
