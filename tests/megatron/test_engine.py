@@ -49,7 +49,9 @@ def sampling(count: int = COUNT) -> Any:
     return SamplingParams(num_tokens_to_generate=count, top_k=1, termination_id=-1)
 
 
-def dynamic(model: Any, tokenizer: Any, prompts: tuple[str, ...], count: int = COUNT, **kwargs: Any) -> list[list[int]]:
+def dynamic(
+    model: Any, tokenizer: Any, prompts: tuple[str, ...], count: int = COUNT, **kwargs: Any
+) -> list[list[int]]:
     settings = {"max_requests": 4, "max_tokens": 256, "context_length": 128, "block_size": 16, **kwargs}
     records = engine.dynamic_engine(model, tokenizer, **settings).generate(list(prompts), sampling(count))
     return [list(record.merge().generated_tokens) for record in records]
@@ -90,9 +92,7 @@ def test_a_request_that_is_evicted_and_resumed_loses_no_token(model: Any, tokeni
 
 def test_a_buffer_that_is_too_small_for_a_sequence_is_refused(model: Any, tokenizer: HFTokenizer) -> None:
     with pytest.raises(ValueError, match=r"cannot hold one sequence of 4096 tokens: use at least"):
-        engine.dynamic_engine(
-            model, tokenizer, max_requests=1, max_tokens=64, context_length=4096, buffer_gib=1e-5
-        )
+        engine.dynamic_engine(model, tokenizer, max_requests=1, max_tokens=64, context_length=4096, buffer_gib=1e-5)
 
 
 def test_the_static_engine_equals_a_model_without_cache(model: Any, tokenizer: HFTokenizer) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 VOCAB = 128
+EOS = 1
 EXPERTS = 4
 LAYERS = 2
 MAX_LENGTH = 512
@@ -90,6 +91,7 @@ def build(layers: int = LAYERS) -> Any:
                 if "norm" in name
                 else torch.randn(parameter.shape, generator=generator) * 0.3
             )
+        model.output_layer.weight[EOS] = 0  # never the largest logit: answers are as long as asked for
     return model
 
 
