@@ -202,14 +202,15 @@ class Shadow:
         out = self.attend(batch, layer, query, key, value, scale)
         if not any(batch.alive):
             return out
+        assert len(batch) == 1, "one sequence at a time: its packed tokens are all there are"
         if layer in self.kv:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(self.kv[layer], (key, value), strict=True))
+            key, value = (torch.cat(pair) for pair in zip(self.kv[layer], (key, value), strict=True))
         self.kv[layer] = key, value
-        if query.shape[2] == 1 and key.shape[2] % 8 == 0:
+        if len(query) == 1 and len(key) % 8 == 0:
             group = query.shape[1] // key.shape[1]
             k, v = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
-            weights = torch.softmax(query.double() @ k.transpose(2, 3) * scale, dim=-1)
-            self.worst = max(self.worst, float((out.double().transpose(1, 2) - weights @ v).abs().max()))
+            weights = torch.softmax(torch.einsum("thd,nhd->thn", query.double(), k) * scale, dim=-1)
+            self.worst = max(self.worst, float((out.double() - torch.einsum("thn,nhd->thd", weights, v)).abs().max()))
         return out
 
 
@@ -225,9 +226,9 @@ def bound(args: argparse.Namespace) -> None:
     store, generator = attachment.store, torch.Generator().manual_seed(bench.world.rank)
     routed = store.routed
 
-    def rigged(batch: Any, layer: int, experts: Any, like: Any) -> None:  # where pages go, not the model's routing
+    def rigged(batch: Any, layer: int, experts: Any) -> None:  # where pages go, not the model's routing
         hot = (torch.rand(experts.shape, generator=generator) < 0.9).to(experts.device)
-        routed(batch, layer, torch.where(hot, args.expert, experts), like)
+        routed(batch, layer, torch.where(hot, args.expert, experts))
 
     store.routed = rigged
     ids = bench.prompt(args.tokens - 700 * bench.world.rank, TEXTS[bench.world.rank % len(TEXTS)])

@@ -6,6 +6,7 @@ The package imports it first, before any module of `megatron`: an importable pac
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -13,6 +14,10 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 OLDEST, NEWEST = "0.13", "0.16.1"
 """Versions that this package was tried with, both included."""
@@ -139,40 +144,88 @@ def repair() -> None:
         moe_utils.te_general_gemm = None
 
 
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used, as Megatron itself finds out."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ImportError:
+        return False
+    return True
+
+
+def latent_dot_product_attention() -> type:
+    """Megatron's own attention product for latent attention, where Transformer Engine's is not there.
+
+    Megatron passes the widths of keys and values to it, which it does not take, and derives its heads
+    from settings that are not latent attention's. 0.15 and 0.16 also believe that Transformer Engine
+    is installed when they look for it there.
+    """
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    if not has_transformer_engine():
+        multi_latent_attention.HAVE_TE = False
+
+    class LatentDotProductAttention(DotProductAttention):
+        def __init__(
+            self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
+        ) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_query_groups_per_partition = self.num_attention_heads_per_partition
+            if v_channels is not None:  # without them it is built once in vain, as any other attention's
+                self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return LatentDotProductAttention
+
+
 # ---- what differs ----
 
 
-def ep_group(layer: Any) -> Any:
-    """The expert-parallel process group of an attention or MoE layer, None before there is one.
+def device() -> torch.device:
+    """Where Megatron puts its models."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-    MoE layers carry ``ep_group``; attentions have ``pg_collection`` since 0.15, before that
-    ``model_comm_pgs``, neither with an ``ep`` in every version.
-    """
-    group = getattr(layer, "ep_group", None)
-    for name in ("pg_collection", "model_comm_pgs"):
-        group = group or getattr(getattr(layer, name, None), "ep", None)
-    if group is not None:
-        return group
+
+def expert_group() -> dist.ProcessGroup | None:
+    """The expert-parallel group of this rank, None where Megatron has not made its groups."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_expert_model_parallel_group(check_initialized=False)
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    return parallel_state.get_expert_model_parallel_group()
 
 
-def is_static_batching(context: Any) -> bool:
-    """Whether an inference context is the static engine's (one batch, one length for all)."""
-    return bool(context.is_static_batching())
+def tensor_parallel_size(attention: Any) -> int:
+    """Over how many ranks an attention's heads are spread."""
+    return attention.config.num_attention_heads // attention.num_attention_heads_per_partition
 
 
-def active_request_ids(context: Any) -> list[int]:
-    """Request ids of the sequences in a dynamic context's next forward pass, in batch order."""
-    ids = context.request_ids[context.paused_request_count : context.total_request_count]
-    return [int(i) for i in ids.tolist()]
+def softmax_scale(attention: Any) -> float:
+    """The factor on q . k of a self-attention."""
+    for module in (attention, attention.core_attention):
+        scale = getattr(module, "softmax_scale", None)
+        if scale is not None:
+            return float(scale)
+    return float(attention.hidden_size_per_attention_head**-0.5)
 
 
-def block_size(context: Any) -> int:
-    """Tokens per block of a dynamic context (a *chunk* until 0.14)."""
-    size = getattr(context, "block_size_tokens", None)
-    return int(context.chunk_size_tokens if size is None else size)
+def rotary_cos_sin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`rotary_pos_cos_sin` among what `_adjust_key_value_for_inference` is given after rotary_pos_emb; since 0.15."""
+    if "rotary_pos_cos_sin" in kwargs:
+        return kwargs["rotary_pos_cos_sin"]
+    from megatron.core.transformer.attention import Attention
+
+    names = list(inspect.signature(Attention._adjust_key_value_for_inference).parameters)
+    if "rotary_pos_cos_sin" not in names:
+        return None
+    place = names.index("rotary_pos_cos_sin") - names.index("rotary_pos_emb") - 1
+    return args[place] if place < len(args) else None
+
+
+def rotate_key(context: Any, attention: Any, key: Tensor, embedding: Tensor) -> Tensor:
+    """Rotates the new keys of a dynamic context, each to its position; the groups have another name until 0.14."""
+    groups = getattr(attention, "pg_collection", None) or attention.model_comm_pgs
+    return context.apply_rotary_emb_key(key, embedding, attention.config, groups.cp)
 
 
 def legacy_static(engine: Any) -> dict[str, bool]:

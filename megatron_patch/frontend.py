@@ -145,9 +145,9 @@ def application(client: Any, tokenizer: Any, limits: validation.Limits, metrics:
         answer = response.get_json()
         for index, (choice, request) in enumerate(zip(answer["choices"], requests, strict=True)):
             choice.update(index=index, finish_reason=finish_reason(request, tokenizer.eod))
-            for key in ("token_logprobs", "top_logprobs") if choice["logprobs"] else ():
+            for field in ("token_logprobs", "top_logprobs") if choice["logprobs"] else ():
                 # Megatron puts a None in front, as for a prompt's first token, which is not among its tokens.
-                choice["logprobs"][key] = (choice["logprobs"][key] or [None])[1:] or None
+                choice["logprobs"][field] = (choice["logprobs"][field] or [None])[1:] or None
         prompt = len(requests[0].prompt_tokens) if chat else sum(len(r.prompt_tokens) for r in requests)
         generated = sum(len(r.generated_tokens) for r in requests)
         usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

@@ -66,11 +66,7 @@ def attach(
         ConfigError, ValueError: an unsupported model or setting, by name.
         PeerError: the ranks have different settings or versions.
     """
-    settings = config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {})
-    if (backend := launch_env.backend()) is not None:
-        if backend not in BACKENDS:
-            raise ConfigError(f"PIKV_BACKEND = {backend!r}: choose one of {', '.join(BACKENDS)}, or unset it")
-        settings = dataclasses.replace(settings, backend=backend)
+    settings = with_backend(config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {}))
     from pikv_ds import hf
 
     module = _module(model)
@@ -94,7 +90,7 @@ def attach(
     exchange = Exchange(kv_group, device, getattr(torch, settings.partial_dtype))
 
     def make_store(shape: ModelShape) -> ExpertShardedKVCache:
-        _compare(exchange, settings, shape)
+        compare(exchange, settings, shape)
         return ExpertShardedKVCache(shape, settings, exchange, device)
 
     try:
@@ -157,8 +153,22 @@ def _num_experts(module: nn.Module) -> int:
     return experts
 
 
-def _compare(exchange: Exchange, config: PiKVConfig, shape: ModelShape) -> None:
-    """All ranks must mean the same thing before they share a cache."""
+def with_backend(config: PiKVConfig) -> PiKVConfig:
+    """The configuration with the backend that PIKV_BACKEND names, if it does."""
+    backend = launch_env.backend()
+    if backend is None:
+        return config
+    if backend not in BACKENDS:
+        raise ConfigError(f"PIKV_BACKEND = {backend!r}: choose one of {', '.join(BACKENDS)}, or unset it")
+    return dataclasses.replace(config, backend=backend)
+
+
+def compare(exchange: Exchange, config: PiKVConfig, shape: ModelShape) -> None:
+    """All ranks must mean the same thing before they share a cache.
+
+    Raises:
+        PeerError: naming the ranks and what differs.
+    """
     mine = {"version": __version__, "torch": torch.__version__, **config.to_dict(), **vars(shape)}
     texts = exchange.all_gather_text(json.dumps(mine, default=str, sort_keys=True))
     first = json.loads(texts[0] or "{}")

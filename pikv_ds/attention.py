@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pikv_ds.exchange import Exchange, StepPlan
+from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
@@ -51,77 +51,92 @@ class ShardedAttention:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool = True,
     ) -> Tensor:
-        """Attention output of one layer for this rank's batch.
+        """Attention output of one layer for this rank's batch, whose tokens are packed.
 
         Args:
-            query: ``[B, H, T, D]``, positions already encoded.
-            key, value: ``[B, K, T, D]``, the new tokens only.
+            query: ``[N, H, D]``, positions already encoded; of latent attention the absorbed query.
+            key, value: ``[N, K, D]``. Of latent attention the key is latent and rotary key in one, and there
+                is no value.
+            attend_prompts: False: the caller attends to the prompts that begin in this pass (`SequenceBatch.prompts`)
+                itself, as latent attention does with keys and values expanded per head. Their rows of the query
+                are not read, and those of the result are undefined.
 
         Returns:
-            ``[B, T, H, D]`` in the query's dtype; zeros at columns that are no tokens.
+            ``[N, H, V]`` in the query's dtype; no rows where the caller attends to all of them.
         """
+        if batch.shared:
+            return self._shared(plan, batch, layer, query, key, value, scale, attend_prompts)
         rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])
-        sealed = [row for row in range(len(batch)) if batch.new[row] and batch.sealed[row]]
-        asking = [row for row in sealed if batch.ids[row] not in fetched]
-        fetching = [row for row in sealed if batch.ids[row] in fetched]
-        stacked = self._queries(batch, query, asking)
+        sealed = [(row, mine) for row, mine in batch.slices() if batch.sealed[row]]
+        asking = [mine for row, mine in sealed if batch.ids[row] not in fetched]
+        fetching = [(row, mine) for row, mine in sealed if batch.ids[row] in fetched]
+        at = token_places(asking, len(query), query.device)
+        stacked = query if at is None else query[at]
         self.counters["queries"] += len(stacked)
         handle = self.exchange.dispatch(stacked, plan.query_counts)
-        pages = self._fetch(plan, batch, layer, fetching)
-        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale)
+        pages = self._fetch(plan, batch, layer, [row for row, _ in fetching])
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
         if sum(plan.query_counts):
             own = self._shard(layer, [(rank, s, n) for s, n in plan.rows[rank]], stacked, scale)
             asked = [(r, s, n) for r, rows in enumerate(plan.rows) if r != rank for s, n in rows]
             outs, lses = self.exchange.combine(handle, *self._shard(layer, asked, handle.wait(), scale))
             if asking:
                 by_rank = [*outs[:rank], own[0], *outs[rank:]], [*lses[:rank], own[1], *lses[rank:]]
-                self._merge(batch, asking, *by_rank, local, local_lse)
-        for row, row_pages in zip(fetching, pages, strict=True):
-            stacked = self._queries(batch, query, [row])
-            out, lse = self._empty(stacked)
+                self._merge(at, *by_rank, local, local_lse)
+        for (_, mine), row_pages in zip(fetching, pages, strict=True):
+            out, lse = self._empty(query[mine])
             slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
-            self._attend_pages(stacked, Slabs.of(row_pages), slots, scale, out, lse)
-            self._merge(batch, [row], [out], [lse], local, local_lse)
+            self._attend_pages(query[mine], Slabs.of(row_pages), slots, scale, out, lse)
+            self._merge(mine, [out], [lse], local, local_lse)
+        return local.to(query.dtype)
+
+    def _shared(
+        self,
+        plan: StepPlan,
+        batch: SequenceBatch,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        scale: float,
+        attend_prompts: bool,
+    ) -> Tensor:
+        """The same where every rank has this batch: the queries are everywhere already, so only partials travel."""
+        rows = plan.rows[SHARED_SOURCE]
+        asking = [mine for row, mine in batch.slices() if batch.sealed[row]]
+        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
+        if asking:
+            at = token_places(asking, len(query), query.device)
+            stacked = query if at is None else query[at]
+            self.counters["queries"] += len(stacked)
+            own = self._shard(layer, [(SHARED_SOURCE, s, n) for s, n in rows], stacked, scale)
+            outs, lses = self.exchange.share(*own)
+            self._merge(at, list(outs), list(lses), local, local_lse)
         return local.to(query.dtype)
 
     def _merge(
-        self,
-        batch: SequenceBatch,
-        rows: list[int],
-        outs: list[Tensor],
-        lses: list[Tensor],
-        local: Tensor,
-        lse: Tensor,
+        self, at: Tensor | slice | None, outs: list[Tensor], lses: list[Tensor], local: Tensor, lse: Tensor
     ) -> None:
-        """Merges partials ``[n, H, D]``, ``[n, H]`` of some sequences with their local ones, in place."""
-        whole = batch.tokens is None and len(rows) == len(batch)
-        if whole:
-            mine, mine_lse = local.view(-1, *local.shape[2:]), lse.view(-1, lse.shape[2])
-        else:
-            index = [(row, column) for row in rows for column in self._token_columns(batch, row, local.shape[1])]
-            at = tuple(torch.tensor(i, device=local.device) for i in zip(*index, strict=True))
-            mine, mine_lse = local[at], lse[at]
+        """Merges partials ``[n, H, V]``, ``[n, H]`` of some tokens with their local ones, in place.
+
+        Args:
+            at: the tokens' places; None: all.
+        """
+        mine, mine_lse = (local, lse) if at is None else (local[at], lse[at])
         partials, partial_lses = torch.stack([*outs, mine]), torch.stack([*lses, mine_lse])
         self.ops.merge_partials(
             partials.flatten(1, 2), partial_lses.flatten(1, 2), mine.flatten(0, 1), mine_lse.flatten()
         )
-        if not whole:
+        if at is not None:
             local[at] = mine
 
-    @staticmethod
-    def _queries(batch: SequenceBatch, query: Tensor, rows: list[int]) -> Tensor:
-        """The query tokens of some sequences, ``[n, H, D]``."""
-        if not rows:
-            return query.new_empty(0, query.shape[1], query.shape[3])
-        return torch.cat([batch.columns(query[row], row).transpose(0, 1) for row in rows])
-
-    @staticmethod
-    def _empty(query: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for a partial: float32 ``[n, H, D]`` and ``[n, H]``."""
-        out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    def _empty(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for a partial: float32 ``[n, H, V]`` and ``[n, H]``."""
+        out = torch.empty(*query.shape[:2], self.layout.value_dim, dtype=torch.float32, device=query.device)
         return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
 
     def _fetch(self, plan: StepPlan, batch: SequenceBatch, layer: int, rows: list[int]) -> list[Tensor]:
@@ -158,19 +173,22 @@ class ShardedAttention:
         return torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
 
     def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
-        """Whether a pass moves fewer bytes when the pages travel instead of the queries.
+        """Whether a pass moves fewer bytes when a sequence's pages travel instead of its queries.
 
-        Only where all pages are read: a sparse lookup reads a share of them, so its queries travel.
+        ``P * page_bytes / G < T * H * (D * q + V * p + 4)``, both sides G - 1 times: of P pages a share of
+        1 / G lies here; a query of q bytes an element goes to all other ranks, and from each an output of p
+        bytes an element and a log-sum-exp come back. Only where all pages are read: a sparse lookup reads a
+        share of them, so its queries travel. A single token asks by its query, too, but of latent pages: an
+        absorbed query of all heads is as large as some pages.
         """
         if self.lookup.summary is not None or self.exchange.size == 1:
             return False
-        elements = query_tokens * self.num_heads * self.layout.head_dim
-        queries = elements * (self.layout.dtype.itemsize + self.exchange.partial_dtype.itemsize)
+        if query_tokens == 1 and self.layout.latent_dim is None:
+            return False
+        query = self.layout.head_dim * self.layout.dtype.itemsize
+        partial = self.layout.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
+        queries = query_tokens * self.num_heads * (query + partial)
         return num_pages * self.layout.page_bytes / self.exchange.size < queries
-
-    @staticmethod
-    def _token_columns(batch: SequenceBatch, row: int, width: int) -> list[int]:
-        return list(range(width)) if batch.tokens is None else batch.tokens[row].nonzero().squeeze(1).tolist()
 
     def _own_tokens(
         self,
@@ -178,51 +196,64 @@ class ShardedAttention:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the open tail and the tokens of this pass: ``[B, T, H, D]``, ``[B, T, H]``.
+        """Attention over the open tails and the tokens of this pass: ``[N, H, V]``, ``[N, H]``.
 
         The log-sum-exp is left empty where nothing needs to be merged.
         """
-        b, h, t, d = query.shape
-        out = torch.zeros(b, t, h, d, dtype=torch.float32, device=query.device)
-        lse = torch.full((b, t, h), -torch.inf, dtype=torch.float32, device=query.device)
+        prompts = batch.prompts()
+        nothing_left = not attend_prompts and sum(batch.new[row] for row, _ in prompts) == len(query)
+        out, lse = self._empty(query[:0] if nothing_left else query)
+        lse.fill_(-torch.inf)
         if not any(batch.new):
             return out, lse
-        if t == 1 and batch.tokens is None:
-            lengths = batch.append_one(layer, key, value)
-            tail = batch.tail(layer, key)
-            self.ops.tail_attention(
-                query.squeeze(2),
-                tail.keys,
-                tail.values,
-                lengths,
-                scale,
-                out.squeeze(1),
-                lse.squeeze(1),
-            )
+        batch.append(layer, key, value)
+        if nothing_left:
             return out, lse
-        joined = batch.append_many(layer, key, value)
-        whole = batch.tokens is None and not any(batch.lengths) and all(batch.new)
-        if whole:  # fresh prompts of one length: one call for the batch
-            return _prompt_attention(query, key, value, scale).transpose(1, 2).float(), lse
-        for row, (keys, values) in enumerate(joined):
-            if not batch.new[row]:
-                continue
-            columns = slice(None) if batch.tokens is None else batch.tokens[row]
-            q = batch.columns(query[row], row)
-            if batch.lengths[row] == 0:
-                fresh = _prompt_attention(q[None], keys[None], values[None], scale)
-                out[row, columns] = fresh[0].transpose(0, 1).float()
-                continue
-            n = batch.new[row]
-            row_out, row_lse = out.new_empty(n, h, d), lse.new_empty(n, h)
-            self.ops.context_attention(
-                q.transpose(0, 1), keys, values, scale, batch.open_tokens(row), row_out, row_lse
-            )
-            out[row, columns], lse[row, columns] = row_out, row_lse
+        value = self.layout.values(key, value)
+        if any(n == 1 for n in batch.new):
+            self._single_tokens(batch, layer, query, scale, out, lse)
+        joined = batch.fresh.get(layer, {})
+        prompts = prompts if attend_prompts else []
+        width = batch.new[prompts[0][0]] if prompts else 0
+        if width * len(prompts) == len(query) and all(batch.new[row] == width for row, _ in prompts):
+            # Fresh prompts of one length and nothing else: one call for all.
+            return prompt_attention(query, key, value, len(prompts), scale), lse
+        for _, mine in prompts:
+            out[mine] = prompt_attention(query[mine], key[mine], value[mine], 1, scale)
+        for row, mine in batch.slices():
+            if row in joined and batch.lengths[row]:
+                keys, values = joined[row]
+                self.ops.context_attention(
+                    query[mine],
+                    keys,
+                    self.layout.values(keys, values),
+                    scale,
+                    batch.open_tokens(row),
+                    out[mine],
+                    lse[mine],
+                )
         return out, lse
+
+    def _single_tokens(
+        self, batch: SequenceBatch, layer: int, query: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Attention over the tails for the sequences that append one token, into their places of `out` and `lse`."""
+        tail, places = batch.tails[layer], batch.places(query.device)
+        assert tail is not None
+        keys = tail.keys[: len(batch)]
+        values = self.layout.values(keys, None if tail.values is None else tail.values[: len(batch)])
+        if places.all_rows:
+            self.ops.tail_attention(query, keys, values, places.lengths, scale, out, lse)
+            return
+        by_row = query.new_zeros(len(batch), *query.shape[1:])
+        by_row[places.rows] = query[places.tokens]
+        row_out, row_lse = self._empty(by_row)
+        self.ops.tail_attention(by_row, keys, values, places.lengths, scale, row_out, row_lse)
+        out[places.tokens], lse[places.tokens] = row_out[places.rows], row_lse[places.rows]
 
     def _shard(
         self, layer: int, asked: list[tuple[int, int, int]], query: Tensor, scale: float
@@ -234,7 +265,7 @@ class ShardedAttention:
             query: ``[R, H, D]``.
 
         Returns:
-            float32 ``[R, H, D]`` and ``[R, H]``.
+            float32 ``[R, H, V]`` and ``[R, H]``.
         """
         out, lse = self._empty(query)
         if not asked:
@@ -297,9 +328,26 @@ class ShardedAttention:
         return self.counters["pages_read"] + int(self._chosen)
 
 
-def _prompt_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Ordinary causal attention of whole prompts, ``[B, H, T, D]``: nothing to merge, so torch's own."""
+def token_places(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:
+    """The places in some slices of packed tokens, int64; None if that is all of them."""
+    if sum(s.stop - s.start for s in slices) == num_tokens:
+        return None
+    places = [i for s in slices for i in range(s.start, s.stop)]
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+def prompt_attention(query: Tensor, key: Tensor, value: Tensor, num_prompts: int, scale: float) -> Tensor:
+    """Ordinary causal attention of whole prompts of one length, packed: nothing to merge, so torch's own.
+
+    Args:
+        query, key, value: ``[N, H, D]``, ``[N, K, D]``, ``[N, K, V]``.
+
+    Returns:
+        float32 ``[N, H, V]``.
+    """
     group = query.shape[1] // key.shape[1]
+    q, k, v = (x.unflatten(0, (num_prompts, -1)).transpose(1, 2) for x in (query, key, value))  # [B, heads, T, D]
     if group > 1:  # repeated as Hugging Face does: the same kernel, the same bits
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1, scale=scale)
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1).float()

@@ -18,12 +18,13 @@ from torch import Tensor
 from pikv_ds.attention import ShardedAttention
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
-from pikv_ds.exchange import Exchange, StepPlan
+from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
-from pikv_ds.placement import Topology
+from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
+from pikv_ds.slabs import lasting_zeros
 
 UNLIMITED = 2**40
 """Free pages that a rank without a capacity announces."""
@@ -40,11 +41,19 @@ class ModelShape:
     num_experts: int
     """Experts of the routed layers; a model without any counts one per rank."""
     dtype: torch.dtype
+    latent_dim: int | None = None
+    """Latent attention: the values are so many leading channels of the keys (see `PageLayout`)."""
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value, and of an attention output."""
+        return self.head_dim if self.latent_dim is None else self.latent_dim
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token over all layers in an unsharded, uncompressed cache."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Bytes of one token over all layers in an unsharded, uncompressed cache (of latents, where it has them)."""
+        elements = self.head_dim + (self.head_dim if self.latent_dim is None else 0)
+        return self.num_layers * self.num_kv_heads * elements * self.dtype.itemsize
 
 
 FINE, FAILED, NON_FINITE = range(3)
@@ -70,6 +79,12 @@ class Announcement(NamedTuple):
     """Free pages without the reserve."""
     own_tokens: int
     """Tokens of the rank's own sequences after the last pass."""
+    shared: int
+    """Whether the pass is made with a batch that every rank has."""
+    digest: int
+    """Of the tokens of such a batch."""
+    committed: int
+    """See `ExpertShardedKVCache.committed_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,8 @@ class ExpertShardedKVCache:
         exchange: the group's collectives; None for one rank.
 
     Raises:
-        ValueError: the experts cannot be spread over the ranks, or the codec does not fit.
+        ValueError: the experts cannot be spread over the ranks, the codec does not fit, or the backend
+            has no kernels for latent pages.
     """
 
     def __init__(
@@ -111,8 +127,10 @@ class ExpertShardedKVCache:
         self.exchange = exchange or Exchange(None, device)
         self.device = torch.device(device)
         self.topology = Topology(shape.num_experts, self.exchange.size)
-        self.layout = config.codec.layout(shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype)
-        self.ops = Ops(config.backend, self.device.type)
+        self.layout = config.codec.layout(
+            shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype, shape.latent_dim
+        )
+        self.ops = Ops(config.backend, self.device.type, latent=shape.latent_dim is not None)
         capacity = config.capacity_tokens
         self.pool = PagePool(
             self.layout.page_bytes,
@@ -124,7 +142,7 @@ class ExpertShardedKVCache:
             poison=config.debug,
         )
         self.table = PageTable(shape.num_layers, self.device)
-        self._nonfinite = torch.zeros(shape.num_layers, dtype=torch.int32, device=self.device)
+        self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
         self.sender = PageSender(
             self.ops,
             self.exchange,
@@ -147,6 +165,10 @@ class ExpertShardedKVCache:
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None
+        self.committed_tokens = 0
+        """The sum of `bound` over this rank's sequences at the lengths that they may reach, where whoever admits
+        them knows; told with each step plan."""
+        self.committed_by_rank = [0] * self.exchange.size
         self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
@@ -156,21 +178,43 @@ class ExpertShardedKVCache:
         self.abandoned: deque[SequenceBatch] = deque()
         """Batches whose last reference is gone. A finalizer may run at any moment, also within a
         collective, so it only leaves them here; the next pass releases them."""
-        self._next_id = 0
+        self._next_id, self._next_shared_id = 0, 0
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
         self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
-        self._tokens: Tensor | None = None  # bool [B, T or 1]: what is looked at in this pass; None: everything
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def new_batch(self, size: int) -> SequenceBatch:
-        """Registers ``size`` new sequences of this rank."""
-        ids = list(range(self._next_id, self._next_id + size))
-        self._next_id += size
-        batch = SequenceBatch(ids, self.shape.num_layers, self.exchange.size, self.config.page_size)
+    def new_batch(self, size: int, shared: bool = False) -> SequenceBatch:
+        """Registers ``size`` new sequences of this rank; more can join with `admit`.
+
+        Args:
+            shared: every rank of the group makes the same batch, with the same tokens (as Megatron's
+                static server does). Its pages are stored once for all of them, and as every rank has
+                the queries, only partials travel.
+        """
+        ids = [self._new_id(shared) for _ in range(size)]
+        batch = SequenceBatch(ids, self.shape.num_layers, self.exchange.size, self.config.page_size, shared)
         self._batches.append(batch)
         return batch
+
+    def admit(self, batch: SequenceBatch) -> int:
+        """Adds a new sequence to a batch, between passes; returns its row, which may be that of a released one."""
+        if batch not in self._batches:
+            self._batches.append(batch)
+        return batch.admit(self._new_id(batch.shared))
+
+    @property
+    def has_to_release(self) -> bool:
+        """Whether finished sequences of this rank still have their pages, which go with the next step plan."""
+        return bool(self._released or self.abandoned)
+
+    def _new_id(self, shared: bool) -> int:
+        if shared:  # the same on every rank, and none that a rank gives its own sequences
+            self._next_shared_id -= 1
+            return self._next_shared_id
+        self._next_id += 1
+        return self._next_id - 1
 
     def release(self, batch: SequenceBatch, rows: list[int] | None = None) -> None:
         """Gives back finished sequences: their tails at once, their pages with the next step plan."""
@@ -183,19 +227,14 @@ class ExpertShardedKVCache:
     # -- a forward pass ----------------------------------------------------------------------
 
     def begin_step(
-        self,
-        batch: SequenceBatch | None,
-        new: list[int],
-        tokens: Tensor | None = None,
-        error: str | None = None,
+        self, batch: SequenceBatch | None, new: list[int], error: str | None = None, digest: int = 0
     ) -> None:
         """Starts a forward pass. Every rank calls it, with no batch where it has nothing to do.
 
         Args:
             new: tokens that each sequence of the batch appends, 0 for finished ones.
-            tokens: bool ``[B, T]``, which columns of the pass are tokens; None: all of those of
-                living sequences.
             error: what is wrong on this rank; then every rank raises.
+            digest: of the tokens of a shared batch, by which a rank with other ones is found out.
 
         Raises:
             PiKVError: the same on every rank: an error of one rank, a full pool, NaN in K or V.
@@ -208,20 +247,24 @@ class ExpertShardedKVCache:
         seals = 0
         begun = batch is not None and error is None
         if batch is not None and begun:
-            batch.begin(new, tokens)
+            batch.begin(new)
             for row in range(len(batch)):
                 seals += batch.filling(row)
                 if new[row] and batch.sealed[row]:
                     entries.append((batch.ids[row], new[row]))
+        kinds = {page.batch.shared for page in self.sender.staged} | ({batch.shared} if batch is not None else set())
+        if len(kinds) > 1:
+            error = (
+                error
+                or "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
+            )
+        shared = True in kinds
         try:
-            self._exchange_plan(entries, seals, max(new, default=0), error)
+            self._exchange_plan(entries, seals, max(new, default=0), error, shared, digest)
         except PiKVError:  # the other ranks know nothing of any other error, and make the pass
             if batch is not None and begun:
                 batch.break_off()
             raise
-        if begun and tokens is None and not all(new):
-            tokens = torch.tensor(new, device=self.device)[:, None] > 0
-        self._tokens = tokens
 
     def attend(
         self,
@@ -229,35 +272,36 @@ class ExpertShardedKVCache:
         layer: int,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         scale: float,
+        attend_prompts: bool = True,
     ) -> Tensor:
-        """Attention of one layer; see `ShardedAttention`. ``[B, T, H, D]``."""
+        """Attention of one layer; see `ShardedAttention`. ``[N, H, V]``, tokens packed."""
         assert self.plan is not None
-        self._look_for_nonfinite(layer, key, value)
-        out = self.attention(self.plan, batch, layer, query, key, value, scale)
+        self._look_for_nonfinite(batch, layer, key, value)
+        out = self.attention(self.plan, batch, layer, query, key, value, scale, attend_prompts)
         self._measure()
         return out
 
-    def _look_for_nonfinite(self, layer: int, key: Tensor, value: Tensor) -> None:
+    def _look_for_nonfinite(self, batch: SequenceBatch, layer: int, key: Tensor, value: Tensor | None) -> None:
         """Looks for NaN and infinity in what this pass leaves in the tails; full pages are looked at when sealed."""
-        if self._tokens is None:  # then the tail is at the end
-            key, value = (x[:, :, -self.config.page_size :] for x in (key, value))
-        sums = key.sum((1, 3), dtype=torch.float32) + value.sum((1, 3), dtype=torch.float32)
-        bad = ~torch.isfinite(sums)  # [B, T]; one NaN or infinity is enough
-        if self._tokens is not None:
-            bad &= self._tokens
-        self._nonfinite[layer] |= bad.any()
+        ends = [slice(None)]
+        if any(n > self.config.page_size for n in batch.new):
+            ends = [slice(max(s.start, s.stop - self.config.page_size), s.stop) for _, s in batch.slices()]
+        for end in ends:  # one NaN or infinity is enough
+            total = key[end].sum(dtype=torch.float32)
+            if value is not None:
+                total = total + value[end].sum(dtype=torch.float32)
+            self._nonfinite[layer] |= ~torch.isfinite(total)
 
-    def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None, like: Tensor) -> None:
+    def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None) -> None:
         """Seals what has filled up at a layer, once its router has run.
 
         Args:
-            experts: int ``[B, T, k]``; None at a layer without a router.
-            like: the layer's new keys ``[B, K, T, D]`` (shape and type only).
+            experts: int ``[N, k]``, of the packed tokens; None at a layer without a router.
         """
         assert self.plan is not None
-        for pages in batch.fill(layer, experts, like):
+        for pages in batch.fill(layer, experts):
             self.sender.stage(batch, layer, pages)
         self._measure()
         if self.plan.prefill:
@@ -269,6 +313,34 @@ class ExpertShardedKVCache:
         if self.config.debug and not batch.in_step:
             self.check_integrity()
 
+    def bound(self, num_tokens: int) -> int:
+        """Most tokens of a sequence of this length that a rank ever keeps at a layer."""
+        return rank_bound(num_tokens, self.config.page_size, self.topology)
+
+    @property
+    def rank_capacity(self) -> int | None:
+        """Tokens per layer that a rank's pool holds, the reserve left out; None: no limit."""
+        if self.config.capacity_tokens is None:
+            return None
+        pages = self.config.capacity_tokens // self.config.page_size
+        return (pages - int(pages * self.config.watermark)) * self.config.page_size
+
+    def grant(self) -> int | None:
+        """How far this rank may raise `committed_tokens` before the next step plan; None: no limit.
+
+        Whoever admits sequences within it never meets a full pool: a sequence is counted with its
+        `bound` at the length that it may reach, which no rank exceeds, so it may be about G times as
+        long as one rank's capacity. Ranks admit without asking each other: after every second plan
+        each has an equal share of the room, after the others one rank in turn has all of it.
+        """
+        if self.rank_capacity is None:
+            return None
+        room = max(0, self.rank_capacity - sum(self.committed_by_rank))
+        ranks, turn = self.exchange.size, self.num_steps // 2 % self.exchange.size
+        if self.num_steps % 2 == 0:
+            return room // ranks
+        return room if turn == self.exchange.rank else 0
+
     def check_integrity(self) -> None:
         """Checks the invariants that one rank can see; raises AssertionError."""
         self.pool.check_integrity()
@@ -279,13 +351,14 @@ class ExpertShardedKVCache:
                 if not batch.alive[row]:
                     continue
                 length = batch.lengths[row]
-                bound = -(-length // self.topology.num_ranks) - (-length // self.topology.num_experts) + size
+                bound = self.bound(length)
                 for layer in range(self.shape.num_layers):
                     staged = sum(p.batch is batch and p.row == row and p.layer == layer for p in self.sender.staged)
                     loads = batch.loads[layer][row]
                     assert sum(loads) + staged == batch.sealed[row], "a sealed page is not stored exactly once"
                     for rank, pages in enumerate(loads):
-                        tail = batch.open_tokens(row) + staged * size if rank == self.exchange.rank else 0
+                        own = rank == self.exchange.rank and not batch.shared
+                        tail = batch.open_tokens(row) + staged * size if own else 0
                         assert pages * size + tail <= bound, (
                             f"rank {rank} holds {pages * size + tail} tokens of a sequence of {length}, bound {bound}"
                         )
@@ -330,7 +403,15 @@ class ExpertShardedKVCache:
 
     # -- the step plan -----------------------------------------------------------------------
 
-    def _exchange_plan(self, entries: list[tuple[int, int]], seals: int, most_new: int, error: str | None) -> None:
+    def _exchange_plan(
+        self,
+        entries: list[tuple[int, int]],
+        seals: int,
+        most_new: int,
+        error: str | None,
+        shared: bool,
+        digest: int,
+    ) -> None:
         self.sender.settle()
         free = self.pool.num_free()
         bad = self._nonfinite.nonzero().squeeze(1).tolist()
@@ -352,10 +433,15 @@ class ExpertShardedKVCache:
             free=UNLIMITED if free is None else free,
             spare=UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
             own_tokens=self._after_pass.own_tokens,
+            shared=int(shared),
+            digest=digest if shared else 0,
+            committed=self.committed_tokens,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_steps += 1
         self._raise_if_any_failed(everyone, error)
+        self._raise_if_not_shared(everyone)
+        self.committed_by_rank = [a.committed for a in everyone]
         own_tokens = sum(a.own_tokens for a in everyone)
         if own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass
@@ -370,9 +456,10 @@ class ExpertShardedKVCache:
             for rows, fetched in zip(self._plan_rows, fetches, strict=True)
         )
         seals_of_all, prompt = tuple(a.seals for a in everyone), any(a.prompt for a in everyone)
-        self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees)
+        self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees, shared)
         staged = [a.staged for a in everyone]
-        self._check_room(sum(seals_of_all), sum(staged), sum(spare if prompt else frees), prompt)
+        own = slice(SHARED_SOURCE, SHARED_SOURCE + 1) if shared else slice(None)  # whose pages need room
+        self._check_room(sum(seals_of_all[own]), sum(staged[own]), sum(spare if prompt else frees), prompt)
         self.sender.send(self.plan, staged)
         self.sender.settle()
 
@@ -390,8 +477,10 @@ class ExpertShardedKVCache:
         self._announced, self._released = entries, []
 
     def _fetches(self, source: int, sequence: int, query_tokens: int) -> bool:
+        if sequence < 0:  # shared: no query travels
+            return False
         pages = self.sender.num_sealed.get((source, sequence), 0)
-        return query_tokens > 1 and self.attention.cheaper_to_fetch(pages, query_tokens)
+        return self.attention.cheaper_to_fetch(pages, query_tokens)
 
     def _forget(self, sequence: tuple[int, int]) -> None:
         """Returns a finished sequence's pages to the pool."""
@@ -434,4 +523,14 @@ class ExpertShardedKVCache:
             raise PeerError(
                 f"the ranks are not in the same forward pass (steps {steps}): every rank of the group must make the "
                 "same calls; use generate(..., synced_gpus=True)"
+            )
+
+    @staticmethod
+    def _raise_if_not_shared(everyone: list[Announcement]) -> None:
+        """A batch that every rank has must be there, the same, on every rank."""
+        if len({(a.shared, a.digest, a.seals, a.staged) for a in everyone if any(b.shared for b in everyone)}) > 1:
+            what = "tokens" if all(a.shared for a in everyone) else "batches"
+            raise PeerError(
+                f"the ranks make this pass with different {what} (digests {[a.digest for a in everyone]}), but the "
+                "batch was declared to be the same on every rank: declare it as each rank's own"
             )

@@ -28,6 +28,10 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 """One name until torch 2.12, the other since."""
 
 
+SHARED_SOURCE = 0
+"""The rank that stands as the source of sequences that all ranks have; its word counts for their pages' homes."""
+
+
 @contextlib.contextmanager
 def talking(what: str) -> Iterator[None]:
     """Turns a backend's failure into an error that says what was going on."""
@@ -57,6 +61,8 @@ class StepPlan:
     """Some rank seals a prompt: pages are sent layer by layer instead of once per pass."""
     free: list[int]
     """Per rank: pages that its pool can still take; kept up to date as pages are sent."""
+    shared: bool = False
+    """Every rank makes this pass with the same sequences: pages are stored once, and no query travels."""
 
     @property
     def query_counts(self) -> list[int]:
@@ -202,24 +208,32 @@ class Exchange:
         num_heads, head_dim = out.shape[1:]
         if self.size == 1 or sum(handle.counts) == 0:
             return out.new_empty(self.size - 1, n, num_heads, head_dim), lse.new_empty(self.size - 1, n, num_heads)
-        packed = torch.cat(
-            [
-                out.to(self.partial_dtype).view(torch.uint8),
-                lse.contiguous().unsqueeze(-1).view(torch.uint8),
-            ],
-            dim=-1,
-        )
+        packed = _pack(out.to(self.partial_dtype), lse)
         back = [0 if r == self.rank else c for r, c in enumerate(handle.counts)]
         mine = [0 if r == self.rank else n for r in range(self.size)]
         received = packed.new_empty((self.size - 1) * n, *packed.shape[1:])
         with talking("exchanged partial attentions"):
             dist.all_to_all_single(received, packed, mine, back, group=self.group)
         self.sent_bytes["partial"] += packed.nbytes
-        received = received.view(self.size - 1, n, *packed.shape[1:])
-        split = head_dim * self.partial_dtype.itemsize
-        outs = received[..., :split].contiguous().view(self.partial_dtype).float()
-        lses = received[..., split:].contiguous().view(torch.float32).squeeze(-1)
-        return outs, lses
+        return _unpack(received.view(self.size - 1, n, *packed.shape[1:]), self.partial_dtype)
+
+    def share(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Gives every rank all ranks' partials of the same query rows.
+
+        Args:
+            out, lse: float32 ``[n, H, D]`` and ``[n, H]``, this rank's.
+
+        Returns:
+            ``[size, n, H, D]`` and ``[size, n, H]``, float32, in rank order; the same bits on every rank.
+        """
+        if self.size == 1:
+            return out[None], lse[None]
+        packed = _pack(out.to(self.partial_dtype), lse)
+        received = packed.new_empty(self.size * packed.numel())
+        with talking("exchanged partial attentions"):
+            _all_gather(received, packed.flatten(), group=self.group)
+        self.sent_bytes["partial"] += packed.nbytes * (self.size - 1)
+        return _unpack(received.view(self.size, *packed.shape), self.partial_dtype)
 
     def send_pages(
         self,
@@ -248,6 +262,18 @@ class Exchange:
                 )
             self.sent_bytes[kind] += payload.nbytes
         return PagesInFlight(received, work, payload)
+
+
+def _pack(out: Tensor, lse: Tensor) -> Tensor:
+    """Outputs ``[n, H, D]`` and log-sum-exps ``[n, H]`` side by side as bytes, uint8 ``[n, H, D * p + 4]``."""
+    return torch.cat([out.view(torch.uint8), lse.contiguous().unsqueeze(-1).view(torch.uint8)], dim=-1)
+
+
+def _unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The outputs and log-sum-exps in `_pack`'s bytes, both float32; leading dimensions stay."""
+    split = packed.shape[-1] - torch.float32.itemsize
+    outs = packed[..., :split].contiguous().view(dtype).float()
+    return outs, packed[..., split:].contiguous().view(torch.float32).squeeze(-1)
 
 
 def make_group(ranks_like: dist.ProcessGroup | None, timeout_s: float) -> dist.ProcessGroup | None:

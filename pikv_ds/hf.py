@@ -192,22 +192,22 @@ def pikv_attention(
     cache, layer.pending = layer.pending, None
     batch = cache.begin(key, attention_mask) if layer.index == 0 else cache.batch
     assert batch is not None
-    out = cache.store.attend(batch, layer.index, query, key, value, scale)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, heads, D]
+    packed = cache.store.attend(batch, layer.index, cache.pack(query), cache.pack(key), cache.pack(value), scale)
     if layer.has_router:
-        layer.running = (cache, key, query.shape[2])
+        layer.running = (cache, (query.shape[0], query.shape[1]))
     else:
-        cache.store.routed(batch, layer.index, None, key)
-    return out, None
+        cache.store.routed(batch, layer.index, None)
+    return cache.unpack(packed, query), None
 
 
 def _router_ran(layer: LayerTap, read: ReadExperts, module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a router: the pages of its layer can be sealed now."""
     if layer.running is None:
         return
-    (cache, key, width), layer.running = layer.running, None
+    (cache, size), layer.running = layer.running, None
     assert cache.batch is not None
-    experts = read(output).view(key.shape[0], width, -1)
-    cache.store.routed(cache.batch, layer.index, experts, key)
+    cache.store.routed(cache.batch, layer.index, cache.pack(read(output).unflatten(0, size)))
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -27,8 +27,8 @@ class LayerTap:
     has_router: bool
     pending: PiKVCache | None = None
     """The cache through which the module has just handed over its keys; taken by the attention."""
-    running: tuple[PiKVCache, Tensor, int] | None = None
-    """Cache, keys and width of the pass, between the attention and the router."""
+    running: tuple[PiKVCache, tuple[int, int]] | None = None
+    """Cache, rows and columns of the pass, between the attention and the router."""
 
 
 class PiKVCache(Cache):
@@ -43,6 +43,7 @@ class PiKVCache(Cache):
         self.store = store
         self.batch: SequenceBatch | None = None
         self.columns = 0
+        self.places: tuple[Tensor, Tensor] | None = None  # rows and columns of this pass's tokens; None: all
         self.idle = False  # passes serve the other ranks and append nothing
         self.generating = False  # in `generate`'s loop, where every pass appends ones to the mask
         self.release_finished = release_finished
@@ -67,7 +68,7 @@ class PiKVCache(Cache):
         if self.batch is None:
             self.batch = self.store.new_batch(rows)
             weakref.finalize(self, self.store.abandoned.append, self.batch)
-        batch, error, tokens = self.batch, None, None
+        batch, error = self.batch, None
         if len(batch) != rows:
             error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
         elif attention_mask is not None and attention_mask.dim() != 2:
@@ -75,17 +76,36 @@ class PiKVCache(Cache):
         elif not self.idle and not any(batch.alive):
             error = "the cache has been released (an error releases it, too); use a new one"
         new = [width if alive and not self.idle else 0 for alive in batch.alive]
+        tokens = None
         if attention_mask is not None and not self.generating and any(new) and error is None:
             mask = attention_mask[:, self.columns : self.columns + width].bool()
             if mask.shape[1] != width:
                 error = f"attention_mask has {attention_mask.shape[1]} columns, cache and batch {self.columns + width}"
             elif not bool(mask.all()):
-                alive = torch.tensor(batch.alive, device=mask.device)
-                tokens = mask & alive[:, None]
+                tokens = mask & torch.tensor(batch.alive, device=mask.device)[:, None]
                 new = tokens.sum(1).tolist()
-        self.store.begin_step(batch, new if error is None else [0] * len(batch), tokens, error)
+        if tokens is None and not all(new):
+            tokens = (torch.tensor(new, device=key.device)[:, None] > 0).expand(-1, width)
+        self.places = None if tokens is None else tokens.nonzero(as_tuple=True)  # type: ignore[assignment]
+        self.store.begin_step(batch, new if error is None else [0] * len(batch), error)
         self.columns += 0 if self.idle else width
         return batch
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The tokens of this pass side by side: ``[B, T, ...]`` to ``[N, ...]``."""
+        return x.flatten(0, 1) if self.places is None else x[self.places]
+
+    def unpack(self, x: Tensor, like: Tensor) -> Tensor:
+        """Packed tokens ``[N, ...]`` back in their rows and columns, zeros elsewhere.
+
+        Args:
+            like: ``[B, T, ...]``, the sizes.
+        """
+        if self.places is None:
+            return x.unflatten(0, like.shape[:2])
+        out = x.new_zeros(*like.shape[:2], *x.shape[1:])
+        out[self.places] = x
+        return out
 
     def release(self, rows: list[int] | None = None) -> None:
         """Gives back finished sequences (all of them by default)."""

@@ -17,6 +17,13 @@ int4 packs channel ``d`` into the low and channel ``d + D/2`` into the high nibb
 int2 packs channels ``d``, ``d + D/4``, ``d + D/2``, ``d + 3D/4`` into byte ``d``, lowest bits first:
 unpacking is a mask and a shift that give contiguous pieces of a row. ``csrc/layout.h`` computes the
 same offsets for the kernels.
+
+*Latent pages* (multi-head latent attention, DeepSeek-V2, arXiv:2405.04434, section 2.1) have keys and
+key scales only: the values of a token are the first `value_dim` channels of its key, so they are
+stored once. Integers and fp8 then quantize the values as they do the keys, per channel of the page: an
+element of a value is off by at most half a step of its *channel's* range over the page's tokens, where
+ordinary values are off by half a step of their *token's* range over its channels. A latent leaves an
+RMSNorm, so its tokens are all of one size, and the outliers that it has are channels.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 ALIGNMENT = 16
 """Bytes; each section starts aligned, so that kernels can use 128-bit loads."""
@@ -49,6 +57,31 @@ class PageLayout:
     """Type of the model's keys and values."""
     element: str
     """Type of a stored element, one of `BITS`."""
+    latent_dim: int | None = None
+    """Latent pages: how many leading channels of the keys are the values; None: values have a section of their own."""
+
+    def __post_init__(self) -> None:
+        if self.latent_dim is not None and not 0 < self.latent_dim <= self.head_dim:
+            raise ValueError(
+                f"latent_dim = {self.latent_dim}: the values are that many of the keys' {self.head_dim} channels; "
+                f"use 1 to {self.head_dim}, or None for values of their own"
+            )
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a value, and of an attention output."""
+        return self.head_dim if self.latent_dim is None else self.latent_dim
+
+    def values(self, keys: Tensor, values: Tensor | None) -> Tensor:
+        """The values ``[..., value_dim]`` that go with keys ``[..., D]``: of latent pages a view of them.
+
+        Args:
+            values: None for latent pages.
+        """
+        if self.latent_dim is not None:
+            return keys[..., : self.latent_dim]
+        assert values is not None, "only latent pages have their values in their keys"
+        return values
 
     @property
     def code(self) -> int:
@@ -66,7 +99,7 @@ class PageLayout:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the keys of one page (the values take the same)."""
+        """Bytes of the keys of one page (values of their own take the same)."""
         return self.num_kv_heads * self.page_size * self.head_dim * self.bits // 8
 
     @property
@@ -83,6 +116,7 @@ class PageLayout:
 
     @property
     def value_offset(self) -> int:
+        """Where the values begin; latent pages end here."""
         return self.key_scale_offset + _aligned(self.key_scale_bytes)
 
     @property
@@ -92,6 +126,8 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         """Bytes of a whole page, scales and padding included."""
+        if self.latent_dim is not None:
+            return self.value_offset
         return self.value_scale_offset + _aligned(self.value_scale_bytes)
 
     @property

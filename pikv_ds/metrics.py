@@ -85,12 +85,13 @@ def wire_bytes_per_token_layer(cache: ExpertShardedKVCache) -> int:
     """What a decoded token costs on the wire at one layer, whatever the context (the README's
     invariant 5).
 
-    ``(G - 1) * H * (D * q + D * p + 4)``: the query goes to the G - 1 other ranks in the model's
-    dtype of q bytes, an output in the partial dtype of p bytes and a float32 log-sum-exp return.
+    ``(G - 1) * H * (D * q + V * p + 4)``: the query goes to the G - 1 other ranks in the model's
+    dtype of q bytes, an output in the partial dtype of p bytes and a float32 log-sum-exp return. V is
+    D, but of latent attention the latent's size.
     """
     shape, peers = cache.shape, cache.exchange.size - 1
     partial = cache.exchange.partial_dtype.itemsize
-    return peers * shape.num_heads * (shape.head_dim * (shape.dtype.itemsize + partial) + 4)
+    return peers * shape.num_heads * (shape.head_dim * shape.dtype.itemsize + shape.value_dim * partial + 4)
 
 
 def table(figures: dict[str, Any], title: str = "KV cache") -> Table:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.errors import PoolFullError
-from pikv_ds.slabs import Slabs
+from pikv_ds.slabs import Slabs, lasting_zeros
 
 NULL_SLOT = 0
 POISON_BYTE = 0xFF
@@ -177,7 +177,7 @@ class PagePool:
             self._refs.extend([0] * self.slab_pages)
             self._used_in_slab.append(0)
         for slabs in (self.slabs, self.summary_slabs):
-            slabs.put(slab, torch.empty(self.slab_pages, slabs.row_bytes, dtype=torch.uint8, device=self.device))
+            slabs.put(slab, lasting_zeros([self.slab_pages, slabs.row_bytes], torch.uint8, self.device))
         self._poison(slab, slice(None))
         for slot in range(slab * self.slab_pages, (slab + 1) * self.slab_pages):
             if slot == NULL_SLOT:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pikv_ds.errors import PoolFullError
-from pikv_ds.exchange import Exchange, PagesInFlight, StepPlan
+from pikv_ds.errors import PeerError, PoolFullError
+from pikv_ds.exchange import SHARED_SOURCE, Exchange, PagesInFlight, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
@@ -127,16 +127,19 @@ class PageSender:
         assert len(staged) == counts[rank], f"{len(staged)} pages staged, {counts[rank]} announced"
         if sum(counts) == 0:
             return
-        owners = self._place(staged, fair_shares(plan.free, counts)[rank])
+        if plan.shared:  # the others have the same pages, and take one rank's word for their homes
+            counts = [n if r == SHARED_SOURCE else 0 for r, n in enumerate(counts)]
+        placed = staged if counts[rank] else []
+        owners = self._place(placed, fair_shares(plan.free, counts)[rank])
         rows = [
             [page.batch.ids[page.row], page.layer, page.page_idx, owner]
-            for page, owner in zip(staged, owners, strict=True)
+            for page, owner in zip(placed, owners, strict=True)
         ]
         headers = self.exchange.all_gather_ragged(rows, HEADER, counts, kind="page_header")
         homeless = sum(row[3] == NO_OWNER for table in headers for row in table)
         if homeless:
             self.staged = staged
-            for page, owner in zip(staged, owners, strict=True):
+            for page, owner in zip(placed, owners, strict=True):
                 if owner != NO_OWNER:
                     page.batch.loads[page.layer][page.row][owner] -= 1
             raise PoolFullError(
@@ -144,6 +147,10 @@ class PageSender:
                 f"{homeless * self.layout.page_size} tokens ({homeless * self.pool.page_bytes} bytes) more are "
                 "needed. Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
             )
+        self.counters["seals"] += len(placed)
+        self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
+        if plan.shared:
+            owners = self._adopt(staged, headers[SHARED_SOURCE], known=bool(placed))
         incoming: list[tuple[tuple[int, int], int, int]] = []  # from the others, in rank order
         receive_counts = [0] * self.exchange.size
         for source, table in enumerate(headers):
@@ -151,15 +158,18 @@ class PageSender:
                 plan.free[owner] -= 1
                 key = (source, sequence)
                 self.num_sealed[key] = max(self.num_sealed.get(key, 0), page_idx + 1)
-                if owner == rank and source != rank:
+                if owner == rank and source != rank and not plan.shared:
                     incoming.append((key, layer, page_idx))
                     receive_counts[source] += 1
         kept = [page for page, owner in zip(staged, owners, strict=True) if owner == rank]
         if kept:
             slots = self.pool.allocate(len(kept))
             self._store(slots, torch.stack([p.payload for p in kept]))
+            source = SHARED_SOURCE if plan.shared else rank
             for page, slot in zip(kept, slots, strict=True):
-                self.table.add((rank, page.batch.ids[page.row]), page.layer, page.page_idx, slot)
+                self.table.add((source, page.batch.ids[page.row]), page.layer, page.page_idx, slot)
+        if plan.shared:  # what is not kept lies on another rank
+            return
         slots = self.pool.allocate(len(incoming))
         for (key, layer, page_idx), slot in zip(incoming, slots, strict=True):
             self.table.add(key, layer, page_idx, slot)
@@ -171,9 +181,28 @@ class PageSender:
             if leaving
             else torch.empty(0, row_bytes, dtype=torch.uint8, device=self.pool.device)
         )
-        self.counters["seals"] += len(staged)
-        self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(staged, owners, strict=True))
         self._in_flight = (self.exchange.send_pages(payload, send_counts, receive_counts), slots)
+
+    @staticmethod
+    def _adopt(staged: list[StagedPage], table: list[list[int]], known: bool) -> list[int]:
+        """Owners of pages that every rank has, as `SHARED_SOURCE` has chosen them.
+
+        Args:
+            known: this rank chose them, so its loads count them.
+
+        Raises:
+            PeerError: the ranks' sequences are not the same.
+        """
+        if [[p.batch.ids[p.row], p.layer, p.page_idx] for p in staged] != [row[:3] for row in table]:
+            raise PeerError(
+                f"this rank's shared sequences fill {len(staged)} pages, those of rank {SHARED_SOURCE} "
+                f"{len(table)}, or others: every rank must make the same passes with the same tokens"
+            )
+        owners = [row[3] for row in table]
+        if not known:
+            for page, owner in zip(staged, owners, strict=True):
+                page.batch.loads[page.layer][page.row][owner] += 1
+        return owners
 
     def settle(self) -> None:
         """Waits for the pages under way and stores those that this rank owns."""
@@ -195,7 +224,7 @@ class PageSender:
                 batch.lengths[row] + batch.new[row],
                 self.layout.page_size,
                 self.topology,
-                self.exchange.rank,
+                None if batch.shared else self.exchange.rank,
             )
             loads = batch.loads[page.layer][row]
             owner = choose_owner(self._preference(page), loads, limits, free)

@@ -2,6 +2,11 @@
 
 All layers append the same tokens in a forward pass, so lengths, page numbers and the pages that
 fill up are known when the pass begins; only the home experts differ from layer to layer.
+
+Tokens are packed: the tensors of a pass are ``[N, heads, D]`` without padding, the tokens of a
+sequence side by side, sequences in the order of their rows. So a pass may take a whole prompt of
+one sequence and one token of another (continuous batching), and a row may be used again for a new
+sequence when the old one has been released.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pikv_ds.slabs import lasting_zeros
+
 
 @dataclass
 class Tail:
@@ -18,14 +25,46 @@ class Tail:
 
     keys: Tensor
     """``[B, K, S, D]``"""
-    values: Tensor
-    """``[B, K, S, D]``"""
+    values: Tensor | None
+    """The same; None where they are channels of the keys (see `PageLayout.values`)."""
     experts: Tensor | None = None
     """``[B, S, k]`` int16: the experts that each token chose; None where no router is."""
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.keys, self.values, self.experts) if t is not None)
+
+    def grown(self, rows: int) -> Tail:
+        """The same with room for more sequences."""
+
+        def grow(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            grown = lasting_zeros((rows, *x.shape[1:]), x.dtype, x.device)
+            grown[: len(x)] = x
+            return grown
+
+        keys = grow(self.keys)
+        assert keys is not None
+        return Tail(keys, grow(self.values), grow(self.experts))
+
+
+@dataclass(frozen=True)
+class TailPlaces:
+    """Where the tokens of those sequences go that append a single one in a pass."""
+
+    rows: Tensor
+    """int64 ``[n]``: the sequences."""
+    tokens: Tensor
+    """int64 ``[n]``: their tokens among the packed ones."""
+    slots: Tensor
+    """int64 ``[n]``: places in the tails."""
+    lengths: Tensor
+    """int32 ``[B]``: open tokens with the new one; 0 at other sequences."""
+    all_tokens: bool
+    """The pass has no other tokens."""
+    all_rows: bool
+    """Every sequence appends a single token, so packed tokens and rows are the same."""
 
 
 @dataclass
@@ -39,7 +78,8 @@ class FullPages:
     first_page: int
     keys: Tensor
     """``[N, K, S, D]``"""
-    values: Tensor
+    values: Tensor | None
+    """The same; None where they are channels of the keys."""
     experts: Tensor | None
     """``[N, S, k]``"""
 
@@ -50,23 +90,25 @@ class SequenceBatch:
     Args:
         ids: one number per sequence, unique on this rank for ever.
         num_ranks: ranks of the group, for the count of pages placed on each.
+        shared: every rank of the group has this same batch (see `ExpertShardedKVCache.new_batch`).
     """
 
-    def __init__(self, ids: list[int], num_layers: int, num_ranks: int, page_size: int) -> None:
+    def __init__(self, ids: list[int], num_layers: int, num_ranks: int, page_size: int, shared: bool = False) -> None:
         self.ids = ids
         self.num_layers = num_layers
+        self.num_ranks = num_ranks
         self.page_size = page_size
+        self.shared = shared
         self.alive = [True] * len(ids)
         self.lengths = [0] * len(ids)  # tokens, before the pass under way
         self.sealed = [0] * len(ids)  # full pages, before the pass under way
         self.new = [0] * len(ids)  # tokens of the pass under way
-        self.tokens: Tensor | None = None  # bool [B, T]: columns of this pass that are tokens; None: all
         self.tails: list[Tail | None] = [None] * num_layers
-        self.fresh: dict[int, list[tuple[Tensor, Tensor]]] = {}  # [layer][row]: tail and prompt, until routed
+        self.fresh: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}  # [layer][row]: with tail, until routed
         self.loads = [[[0] * num_ranks for _ in ids] for _ in range(num_layers)]  # pages per rank
         self._open_layers: set[int] = set()
         self._tail_nbytes: int | None = 0  # None: to be counted again
-        self._places: tuple[Tensor, Tensor, Tensor] | None = None  # of this pass; see append_one
+        self._places: TailPlaces | None = None  # of this pass
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,9 +126,40 @@ class SequenceBatch:
         """Pages of a sequence that fill up in the pass under way."""
         return (self.open_tokens(row) + self.new[row]) // self.page_size
 
-    def begin(self, new: list[int], tokens: Tensor | None) -> None:
-        """Starts a pass that appends ``new[b]`` tokens to each sequence."""
-        self.new, self.tokens, self._places = new, tokens, None
+    def slices(self) -> list[tuple[int, slice]]:
+        """``(row, its tokens among the packed ones)`` of each sequence that takes part in the pass."""
+        out, start = [], 0
+        for row, n in enumerate(self.new):
+            if n:
+                out.append((row, slice(start, start + n)))
+                start += n
+        return out
+
+    def prompts(self) -> list[tuple[int, slice]]:
+        """`slices` of those sequences that begin in this pass, with several tokens."""
+        return [(row, mine) for row, mine in self.slices() if self.new[row] > 1 and not self.lengths[row]]
+
+    def admit(self, sequence: int) -> int:
+        """Takes in one more sequence and returns its row: that of a released one, or a new one."""
+        assert not self.in_step, "sequences join between passes"
+        if False in self.alive:
+            row = self.alive.index(False)
+            self.ids[row], self.alive[row] = sequence, True
+            self.lengths[row] = self.sealed[row] = 0
+            for layer in self.loads:
+                layer[row] = [0] * self.num_ranks
+            return row
+        self.ids.append(sequence)
+        self.alive.append(True)
+        for counts in (self.lengths, self.sealed, self.new):
+            counts.append(0)
+        for layer in self.loads:
+            layer.append([0] * self.num_ranks)
+        return len(self.ids) - 1
+
+    def begin(self, new: list[int]) -> None:
+        """Starts a pass that appends ``new[row]`` tokens to each sequence."""
+        self.new, self._places = list(new), None
         self._open_layers = set(range(self.num_layers))
 
     def close_layer(self, layer: int) -> None:
@@ -97,11 +170,10 @@ class SequenceBatch:
                 self.sealed[row] += self.filling(row)
                 self.lengths[row] += self.new[row]
                 self.new[row] = 0
-            self.tokens = None
 
     def break_off(self) -> None:
         """Undoes `begin`: the pass never started."""
-        self.new, self.tokens = [0] * len(self), None
+        self.new = [0] * len(self)
         self._open_layers.clear()
 
     def release(self, rows: list[int]) -> list[int]:
@@ -126,113 +198,121 @@ class SequenceBatch:
     @property
     def fresh_nbytes(self) -> int:
         """Bytes of prompt keys and values that wait for their router."""
-        return sum(k.nbytes + v.nbytes for rows in self.fresh.values() for k, v in rows)
+        return sum(x.nbytes for rows in self.fresh.values() for kv in rows.values() for x in kv if x is not None)
 
-    def tail(self, layer: int, like: Tensor) -> Tail:
-        """The tail of a layer, allocated on first use in the shape and type of keys ``[B, K, T, D]``."""
-        tail = self.tails[layer]
+    def tail(self, layer: int, keys: Tensor, values: Tensor | None) -> Tail:
+        """The tail of a layer, with room for all sequences, in the shape and type of keys and values ``[N, K, D]``."""
+        tail, rows = self.tails[layer], len(self)
         if tail is None:
-            b, k, _, d = like.shape
-            tail = Tail(like.new_zeros(b, k, self.page_size, d), like.new_zeros(b, k, self.page_size, d))
-            self.tails[layer] = tail
+            empty = [
+                None if x is None else lasting_zeros((rows, x.shape[1], self.page_size, x.shape[2]), x.dtype, x.device)
+                for x in (keys, values)
+            ]
+            assert empty[0] is not None
+            tail = self.tails[layer] = Tail(empty[0], empty[1])
+            self._tail_nbytes = None
+        elif len(tail.keys) < rows:  # sequences have joined
+            tail = self.tails[layer] = tail.grown(max(rows, 2 * len(tail.keys)))
             self._tail_nbytes = None
         return tail
 
-    def append_one(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Writes one token per living sequence into the tail; returns the tail lengths ``[B]``.
+    def append(self, layer: int, keys: Tensor, values: Tensor | None) -> None:
+        """Takes in the tokens of this pass.
+
+        A single token goes into its sequence's tail. Several are joined with the tail and kept until
+        the layer's router has run.
 
         Args:
-            keys, values: ``[B, K, 1, D]``.
+            keys, values: ``[N, K, D]``; no values where they are channels of the keys.
         """
-        tail = self.tail(layer, keys)
-        if self._places is None:  # the same for all layers
-            rows = [r for r in range(len(self)) if self.new[r]]
-            lengths = [self.open_tokens(r) + self.new[r] if self.new[r] else 0 for r in range(len(self))]
-            self._places = (
-                torch.tensor(rows, device=keys.device),
-                torch.tensor([self.open_tokens(r) for r in rows], device=keys.device),
-                torch.tensor(lengths, dtype=torch.int32, device=keys.device),
+        tail = self.tail(layer, keys, values)
+        pairs = [(tail.keys, keys)]
+        if values is not None:
+            assert tail.values is not None
+            pairs.append((tail.values, values))
+        if any(n == 1 for n in self.new):
+            places = self.places(keys.device)
+            at = slice(None) if places.all_tokens else places.tokens
+            for kept, x in pairs:
+                kept[places.rows, :, places.slots] = x[at]
+        joined = {}
+        for row, mine in self.slices():
+            if self.new[row] > 1:
+                start = self.open_tokens(row)
+                whole = [x[mine].transpose(0, 1) for _, x in pairs]
+                if start:
+                    whole = [
+                        torch.cat([kept[row, :, :start], x], dim=1) for (kept, _), x in zip(pairs, whole, strict=True)
+                    ]
+                joined[row] = whole[0], None if values is None else whole[1]
+        if joined:
+            self.fresh[layer] = joined
+
+    def places(self, device: torch.device) -> TailPlaces:
+        """Where the single tokens of this pass go; the same at every layer."""
+        if self._places is None:
+            single = [(row, mine.start) for row, mine in self.slices() if self.new[row] == 1]
+            lengths = [self.open_tokens(r) + 1 if n == 1 else 0 for r, n in enumerate(self.new)]
+            rows, tokens = [row for row, _ in single], [token for _, token in single]
+            self._places = TailPlaces(
+                torch.tensor(rows, dtype=torch.int64, device=device),
+                torch.tensor(tokens, dtype=torch.int64, device=device),
+                torch.tensor([self.open_tokens(row) for row in rows], dtype=torch.int64, device=device),
+                torch.tensor(lengths, dtype=torch.int32, device=device),
+                all_tokens=len(single) == sum(self.new),
+                all_rows=len(single) == len(self) == sum(self.new),
             )
-        index, place, filled = self._places
-        tail.keys[index, :, place] = keys[index, :, 0]
-        tail.values[index, :, place] = values[index, :, 0]
-        return filled
+        return self._places
 
-    def append_many(self, layer: int, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Joins the tails with the tokens of this pass; kept until the layer's router has run.
-
-        Args:
-            keys, values: ``[B, K, T, D]``.
-
-        Returns:
-            Per sequence keys and values ``[K, open + new, D]``.
-        """
-        tail = self.tails[layer]
-        joined = []
-        for row in range(len(self)):
-            k, v = self.columns(keys[row], row), self.columns(values[row], row)
-            start = self.open_tokens(row)
-            if start and self.new[row]:
-                assert tail is not None
-                k = torch.cat([tail.keys[row, :, :start], k], dim=1)
-                v = torch.cat([tail.values[row, :, :start], v], dim=1)
-            joined.append((k, v))
-        self.fresh[layer] = joined
-        return joined
-
-    def columns(self, x: Tensor, row: int) -> Tensor:
-        """The columns of ``x [*, T, D]`` that are tokens of this pass for a sequence."""
-        if self.new[row] == 0:
-            return x[:, :0]
-        return x if self.tokens is None else x[:, self.tokens[row]]
-
-    def fill(self, layer: int, experts: Tensor | None, like: Tensor) -> list[FullPages]:
+    def fill(self, layer: int, experts: Tensor | None) -> list[FullPages]:
         """Takes the pages that are full out of a layer and puts the rest into its tail.
 
         Args:
-            experts: int ``[B, T, k]``, None where no router is.
-            like: keys ``[B, K, T, D]`` of this pass (shape and type).
+            experts: int ``[N, k]``, None where no router is.
         """
-        fresh = self.fresh.pop(layer, None)
+        fresh, tail = self.fresh.pop(layer, {}), self.tails[layer]
         if not any(self.new):
             return []
-        tail = self.tail(layer, like)
-        if experts is not None and tail.experts is None:
-            shape = (len(self), self.page_size, experts.shape[-1])
-            tail.experts = torch.full(shape, -1, dtype=torch.int16, device=like.device)
-            self._tail_nbytes = None
+        assert tail is not None, "a router ran before the layer's attention"
+        kept = None  # the open tokens' experts
+        if experts is not None:
+            experts = experts.to(torch.int16)
+            if tail.experts is None:
+                shape = len(tail.keys), self.page_size, experts.shape[-1]
+                tail.experts = lasting_zeros(shape, experts.dtype, experts.device)
+                self._tail_nbytes = None
+            kept, places = tail.experts, self.places(experts.device)
+            kept[places.rows, places.slots] = experts if places.all_tokens else experts[places.tokens]
         pages = []
-        for row in range(len(self)):
-            new, start, size = self.new[row], self.open_tokens(row), self.page_size
-            if new == 0:
+        for row, mine in self.slices():
+            start, size = self.open_tokens(row), self.page_size
+            full, rest = divmod(start + self.new[row], size)
+            if row in fresh:
+                keys, values = fresh[row]
+            elif full:  # its last token has gone into the tail
+                keys, values = tail.keys[row], None if tail.values is None else tail.values[row]
+            else:
                 continue
             chosen = None
-            if experts is not None:
-                assert tail.experts is not None
-                chosen = experts[row] if self.tokens is None else experts[row][self.tokens[row]]
-                chosen = torch.cat([tail.experts[row, :start], chosen.to(torch.int16)])
-            if fresh is None:  # one token, already in the tail
-                keys, values = tail.keys[row, :, : start + new], tail.values[row, :, : start + new]
-            else:
-                keys, values = fresh[row]
-            full = (start + new) // size
-            rest = start + new - full * size
+            if kept is not None and experts is not None:
+                chosen = torch.cat([kept[row, :start], experts[mine]])
             if full:
                 pages.append(
                     FullPages(
                         row,
                         self.sealed[row],
                         _as_pages(keys, full, size),
-                        _as_pages(values, full, size),
+                        None if values is None else _as_pages(values, full, size),
                         None if chosen is None else chosen[: full * size].unflatten(0, (full, size)),
                     )
                 )
-            if fresh is not None:
+            if row in fresh:
                 tail.keys[row, :, :rest] = keys[:, full * size :]
-                tail.values[row, :, :rest] = values[:, full * size :]
-            if chosen is not None:
-                assert tail.experts is not None
-                tail.experts[row, :rest] = chosen[full * size :]
+                if values is not None:
+                    assert tail.values is not None
+                    tail.values[row, :, :rest] = values[:, full * size :]
+                if kept is not None and chosen is not None:
+                    kept[row, :rest] = chosen[full * size :]
         return pages
 
 

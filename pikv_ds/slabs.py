@@ -1,9 +1,18 @@
-"""`Slabs`: rows of bytes in separately allocated pieces of memory, addressed by slot."""
+"""Memory that lasts: `Slabs` are rows of bytes in separately allocated pieces, addressed by slot."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def lasting_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that outlive the pass that makes them. It may run in inference mode, and the next one not: then a tensor
+    of the first could not be written any more."""
+    with torch.inference_mode(False):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
 class Slabs:
@@ -24,7 +33,7 @@ class Slabs:
         """Bytes of memory allocated for rows."""
         self.tensors: list[Tensor | None] = []
         """Each uint8 ``[slab_rows, row_bytes]``; None: given back."""
-        self.pointers = torch.zeros(64, dtype=torch.int64, device=self.device)
+        self.pointers = lasting_zeros([64], torch.int64, self.device)
         """Address of each slab, 0 where there is none; at least as long as `tensors`."""
 
     @classmethod
@@ -42,7 +51,9 @@ class Slabs:
         self.nbytes += (0 if storage is None else storage.nbytes) - (0 if before is None else before.nbytes)
         self.tensors[slab] = storage
         if slab >= len(self.pointers):
-            self.pointers = torch.cat([self.pointers, torch.zeros_like(self.pointers)])
+            longer = lasting_zeros([2 * len(self.pointers)], torch.int64, self.device)
+            longer[: len(self.pointers)] = self.pointers
+            self.pointers = longer
         self.pointers[slab].fill_(0 if storage is None else storage.data_ptr())
 
     def row(self, slot: int) -> Tensor:

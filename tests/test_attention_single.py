@@ -3,115 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from passes import LATENT, PAGE, Driver, check_sizes, make_cache, memory
 from torch import Tensor
 
-from pikv_ds import (
-    ExpertShardedKVCache,
-    NonFiniteError,
-    PiKVConfig,
-    PiKVError,
-    PoolFullError,
-    sealing,
-)
+from pikv_ds import NonFiniteError, PiKVError, PoolFullError, sealing
+from pikv_ds import ops as ops_module
 from pikv_ds.cache import ModelShape
-from pikv_ds.pages import POISON_BYTE
-from pikv_ds.sequences import SequenceBatch
-
-PAGE = 8
-SHAPE = ModelShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4, dtype=torch.float32)
-ROUTERS = (True, False)  # layer 1 is dense
-GARBAGE = 1e3  # keys and values at padding
-
-
-def make_cache(shape: ModelShape = SHAPE, **settings) -> ExpertShardedKVCache:
-    return ExpertShardedKVCache(
-        shape, PiKVConfig.from_dict({"page_size": PAGE, "debug": True, "slab_pages": 4} | settings)
-    )
-
-
-@dataclass
-class Driver:
-    """Runs forward passes with random queries, keys and values, and remembers them for dense attention."""
-
-    cache: ExpertShardedKVCache
-    batch: SequenceBatch
-    rng: torch.Generator
-    tolerance: float = 1e-5
-    """Float32 against float64: sums of a few hundred terms of order one, merged from partials."""
-    history: list[list[list[Tensor]]] = field(default_factory=list)  # [row][layer] = keys and values [2, K, n, D]
-
-    def __post_init__(self) -> None:
-        shape = self.cache.shape
-        empty = torch.empty(2, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype)
-        self.history = [[empty] * shape.num_layers for _ in range(len(self.batch))]
-
-    def step(self, width: int, mask: Sequence[Sequence[int]] | None = None) -> None:
-        """One pass over ``width`` columns; ``mask [B][width]`` says which are tokens."""
-        shape, rows = self.cache.shape, len(self.batch)
-        alive = torch.tensor(self.batch.alive)
-        tokens = alive[:, None].expand(rows, width) if mask is None else torch.tensor(mask).bool() & alive[:, None]
-        self.cache.begin_step(
-            self.batch, tokens.sum(1).tolist(), None if mask is None and (all(alive) or width == 1) else tokens
-        )
-        for layer in range(shape.num_layers):
-            query = torch.randn(rows, shape.num_heads, width, shape.head_dim, generator=self.rng).to(shape.dtype)
-            kv = torch.randn(2, rows, shape.num_kv_heads, width, shape.head_dim, generator=self.rng).to(shape.dtype)
-            kv.masked_fill_(~tokens[None, :, None, :, None], GARBAGE)
-            experts = torch.randint(shape.num_experts, (rows, width, 2), generator=self.rng)
-            out = self.cache.attend(self.batch, layer, query, kv[0], kv[1], 0.25)
-            assert out.shape == (rows, width, shape.num_heads, shape.head_dim)
-            assert out.dtype == shape.dtype
-            for row in range(rows):
-                columns = tokens[row]
-                assert (out[row, ~columns] == 0).all()
-                self.history[row][layer] = torch.cat([self.history[row][layer], kv[:, row][:, :, columns]], dim=2)
-                expected = dense(query[row][:, columns], *self.history[row][layer], 0.25)
-                torch.testing.assert_close(
-                    out[row, columns].double(), expected, atol=self.tolerance, rtol=self.tolerance
-                )
-            self.cache.routed(self.batch, layer, experts if ROUTERS[layer] else None, kv[0])
-        check_sizes(self.cache)
-
-    def release(self, rows: list[int]) -> None:
-        self.cache.release(self.batch, rows)
-
-
-def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last queries ``[H, T, D]`` over keys ``[K, N, D]``: float64 ``[T, H, D]``."""
-    group, t, n = query.shape[0] // keys.shape[0], query.shape[1], keys.shape[1]
-    keys, values = (x.double().repeat_interleave(group, 0) for x in (keys, values))
-    scores = query.double() @ keys.transpose(1, 2) * scale
-    later = torch.ones(t, n, dtype=torch.bool).triu(n - t + 1)
-    return (scores.masked_fill(later, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-
-
-def memory(tensors: list[Tensor | None]) -> int:
-    """Bytes of the memory behind some tensors, each allocation once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
-    return sum(s.nbytes() for s in storages.values())
-
-
-def check_sizes(cache: ExpertShardedKVCache) -> None:
-    """The README's invariants 1 and 8 between two passes: tokens counted in memory, bytes as allocated."""
-    batches, layers = cache._batches, cache.shape.num_layers
-    tails = [t for b in batches for t in b.tails if t is not None]
-    assert cache.kv_bytes == memory(
-        [
-            *cache.pool.slabs.tensors,
-            *(x for t in tails for x in (t.keys, t.values, t.experts)),
-            *(p.payload for p in cache.sender.staged),
-        ]
-    )
-    slots = torch.cat([s for s in cache.pool.slabs.tensors if s is not None] or [torch.empty(0, 1, dtype=torch.uint8)])
-    pages = int((slots != POISON_BYTE).any(1).sum())  # unused slots are poisoned
-    assert cache.pool.num_used == cache.table.num_pages() == pages
-    open_tokens = sum(b.open_tokens(r) * layers for b in batches for r in range(len(b)) if b.alive[r])
-    assert cache.stored_tokens == (pages + len(cache.sender.staged)) * PAGE + open_tokens
 
 
 def check_nothing_is_missing(driver: Driver) -> None:
@@ -157,6 +57,74 @@ def test_backends_are_exact(backend: str, rng) -> None:
     check_nothing_is_missing(driver)
 
 
+@pytest.mark.parametrize("lookup", ["exact", {"name": "quest", "budget": 1}])
+def test_latent_attention_equals_dense_attention(lookup, rng) -> None:
+    cache = make_cache(LATENT, lookup=lookup)
+    driver = Driver(cache, cache.new_batch(2), rng)
+    for width in (19, 1, 1, 12, 8, 1):
+        driver.step(width)
+    for _ in range(30):
+        driver.mixed_pass()
+    check_nothing_is_missing(driver)
+    assert cache.layout.page_bytes == PAGE * LATENT.head_dim * 4  # one vector per token, and nothing else
+
+
+def test_latent_tokens_are_kept_once_also_in_tails_and_prompts_under_way(rng) -> None:
+    cache = make_cache(LATENT)
+    batch = cache.new_batch(2)
+    query, key = torch.randn(40, 6, 20, generator=rng), torch.randn(40, 1, 20, generator=rng)
+    cache.begin_step(batch, [20, 20])
+    cache.attend(batch, 0, query, key, None, 0.25)
+    assert cache.kv_bytes == key.nbytes + 2 * PAGE * 20 * 4  # prompts and tails
+    assert LATENT.token_bytes == 2 * 20 * 4
+
+
+def test_whoever_attends_to_its_prompts_itself_gets_the_rest(rng) -> None:
+    def passes(attend_prompts: bool) -> list[Tensor]:
+        rng, found = torch.Generator().manual_seed(5), []
+        cache = make_cache(LATENT)
+        batch = cache.new_batch(3)
+        for new in ([0, 20, 0], [15, 1, 9], [1, 9, 0], [1, 1, 1]):  # a prompt alone; two and a token; a chunk; tokens
+            cache.begin_step(batch, new)
+            mine = [x for _, m in batch.prompts() for x in range(m.start, m.stop)]
+            for layer in range(2):
+                query, key = (torch.randn(sum(new), h, 20, generator=rng) for h in (6, 1))
+                if not attend_prompts:
+                    query[mine] = torch.nan
+                out = cache.attend(batch, layer, query, key, None, 0.25, attend_prompts)
+                found.append(out[[i for i in range(sum(new)) if i not in mine]])
+                cache.routed(batch, layer, None)
+        return found
+
+    for mine, expected in zip(passes(attend_prompts=False), passes(attend_prompts=True), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_latent_pages_and_backends_that_have_no_kernels_for_them(caplog) -> None:
+    for backend in ("cpp", "triton"):
+        with pytest.raises(ValueError, match=rf'backend = "{backend}": it has no kernels for latent pages'):
+            make_cache(LATENT, backend=backend)
+    ops_module._warn_once.cache_clear()
+    for _ in range(2):
+        ops = make_cache(LATENT).ops
+    assert [ops.implementation(op) for op in ops_module.READ_VALUES] == ["reference"] * 6
+    if ops_module.why_missing("cpp", "cpu") is None:
+        assert ops.implementation("merge_partials") == "cpp"
+        assert caplog.text.count("latent pages have no kernels yet: seal_pages, decode_attention") == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_pages_travel_where_they_are_fewer_bytes_than_absorbed_queries(tokens: int) -> None:
+    cache = make_cache(LATENT)
+    cache.exchange.size = 2
+    queries = tokens * 6 * (20 * 4 + 16 * 4 + 4)  # query out, output and log-sum-exp back
+    most = 2 * queries // cache.layout.page_bytes  # half of the pages are here already
+    assert cache.attention.cheaper_to_fetch(most, tokens)
+    assert not cache.attention.cheaper_to_fetch(most + 1, tokens)
+    cache.exchange.size = 1
+    assert not cache.attention.cheaper_to_fetch(1, tokens)
+
+
 def test_padding_on_the_left(rng) -> None:
     driver = new_driver(rng, rows=3)
     driver.step(21, LEFT_PADDED)
@@ -174,6 +142,34 @@ def test_padding_anywhere_and_in_every_chunk(rng) -> None:
         mask[2, : width // 2] = 0
         driver.step(width, mask.tolist())
     check_nothing_is_missing(driver)
+
+
+def test_sequences_join_leave_and_advance_as_they_like(rng) -> None:
+    driver = new_driver(rng, rows=1)
+    cache, batch = driver.cache, driver.batch
+    for _ in range(60):
+        driver.mixed_pass()
+    assert 1 < len(batch) <= 5  # rows have been used again
+    assert cache.attention.counters["pages_in_scope"] > 0
+    driver.release(list(range(len(batch))))
+    cache.begin_step(None, [])
+    assert (cache.pool.num_used, cache.stored_tokens) == (0, 0)
+    row = driver.admit()  # also into a batch that nobody is left in
+    driver.pass_of([9 if r == row else 0 for r in range(len(batch))])
+
+
+def test_passes_in_and_out_of_inference_mode_take_turns(rng) -> None:
+    with torch.inference_mode():
+        driver = new_driver(rng)
+        driver.step(20)
+    driver.step(1)
+    with torch.inference_mode():
+        driver.admit()
+        driver.pass_of([3, 1, 11])
+    for _ in range(9):
+        driver.step(1)
+    driver.release([0, 1, 2])
+    driver.cache.begin_step(None, [])
 
 
 def test_a_chunk_without_tokens_for_any_row(rng) -> None:
@@ -217,10 +213,10 @@ def test_the_same_passes_give_the_same_bits() -> None:
         for width in (30, 1, 9, 1):
             cache.begin_step(batch, [width, width])
             for layer in range(2):
-                q = torch.randn(2, 4, width, 16, generator=rng)
-                k, v = torch.randn(2, 2, 2, width, 16, generator=rng).unbind(0)
+                q = torch.randn(2 * width, 4, 16, generator=rng)
+                k, v = torch.randn(2, 2 * width, 2, 16, generator=rng).unbind(0)
                 found.append(cache.attend(batch, layer, q, k, v, 0.25))
-                cache.routed(batch, layer, None, k)
+                cache.routed(batch, layer, None)
         return found
 
     assert all(torch.equal(a, b) for a, b in zip(outputs(), outputs(), strict=True))
@@ -232,14 +228,13 @@ def test_the_same_passes_give_the_same_bits() -> None:
 def test_bytes_in_the_middle_of_a_prompt_include_what_waits_for_the_router(rng) -> None:
     cache = make_cache()
     batch = cache.new_batch(2)
-    query, kv = torch.randn(2, 4, 20, 16, generator=rng), torch.randn(2, 2, 2, 20, 16, generator=rng)
+    query, kv = torch.randn(40, 4, 16, generator=rng), torch.randn(2, 40, 2, 16, generator=rng)
     cache.begin_step(batch, [20, 20])
     cache.attend(batch, 0, query, kv[0], kv[1], 0.25)
-    assert cache.kv_bytes == kv.nbytes
-    assert cache.peak_bytes == kv.nbytes
-    cache.routed(batch, 0, None, kv[0])
     tail = batch.tails[0]
     assert tail is not None
+    assert cache.kv_bytes == cache.peak_bytes == kv.nbytes + tail.nbytes
+    cache.routed(batch, 0, None)
     assert cache.kv_bytes == memory([*cache.pool.slabs.tensors, tail.keys, tail.values])
     assert cache.peak_bytes > kv.nbytes  # pages, tail and prompt were there at once
 
@@ -361,49 +356,24 @@ def test_keys_that_are_not_finite_are_reported_with_their_layer(bad: float, rng)
     batch = cache.new_batch(1)
     cache.begin_step(batch, [4])
     for layer in range(2):
-        q, kv = torch.randn(1, 4, 4, 16, generator=rng), torch.randn(2, 1, 2, 4, 16, generator=rng)
+        q, kv = torch.randn(4, 4, 16, generator=rng), torch.randn(2, 4, 2, 16, generator=rng)
         if layer == 1:
-            kv[1, 0, 0, 2, 3] = bad
+            kv[1, 2, 0, 3] = bad
         cache.attend(batch, layer, q, kv[0], kv[1], 0.25)
-        cache.routed(batch, layer, None, kv[0])
+        cache.routed(batch, layer, None)
     with pytest.raises(NonFiniteError, match="keys or values of layer 1"):
         cache.begin_step(batch, [1])
     cache.release(batch)
     Driver(cache, cache.new_batch(1), rng).step(20)  # the cache itself goes on
 
 
-@pytest.mark.parametrize("idle", ["padding", "finished", "waiting"])
-def test_what_is_no_token_may_be_anything(idle: str, rng) -> None:
-    """NaN in padding columns, in the row of a finished sequence, and in a pass that only serves others."""
-    cache = make_cache()
-    batch = cache.new_batch(2)
-    if idle == "finished":
-        cache.release(batch, [1])
-    tokens = torch.tensor([[True] * 4, [False] * 3 + [True]]) if idle == "padding" else None
-    new = {"padding": [4, 1], "finished": [4, 0], "waiting": [0, 0]}[idle]
-
-    def make_pass(bad: float) -> None:
-        cache.begin_step(batch, list(new), tokens)
-        for layer in range(2):
-            q, kv = torch.randn(2, 4, 4, 16, generator=rng), torch.randn(2, 2, 2, 4, 16, generator=rng)
-            kv[1, 1, 0, 2, 3] = bad
-            if idle == "waiting":
-                kv[0, 0] = bad
-            cache.attend(batch, layer, q, kv[0], kv[1], 0.25)
-            cache.routed(batch, layer, None, kv[0])
-
-    make_pass(torch.nan)
-    make_pass(torch.inf)
-    cache.begin_step(None, [])
-
-
 def test_a_broken_off_pass_makes_its_batch_unusable(rng) -> None:
     cache = make_cache()
     batch = cache.new_batch(1)
     cache.begin_step(batch, [10])
-    q, kv = torch.randn(1, 4, 10, 16, generator=rng), torch.randn(2, 1, 2, 10, 16, generator=rng)
+    q, kv = torch.randn(10, 4, 16, generator=rng), torch.randn(2, 10, 2, 16, generator=rng)
     cache.attend(batch, 0, q, kv[0], kv[1], 0.25)
-    cache.routed(batch, 0, None, kv[0])  # layer 1 never runs
+    cache.routed(batch, 0, None)  # layer 1 never runs
     for _ in range(2):  # every time, not only the first
         with pytest.raises(PiKVError, match="broken off; release it"):
             cache.begin_step(batch, [1])

@@ -526,6 +526,16 @@ def test_nan_is_an_error_that_names_the_layer() -> None:
     assert_same(model.generate(ids, **options()), tiny.mixtral().generate(ids, **options()))
 
 
+def test_nan_at_padding_is_nobodys_error() -> None:
+    model, plain = attached("mixtral"), tiny.mixtral()
+    model.model.embed_tokens.weight[0] = torch.nan  # what stands at padding is no token
+    ids = prompt(2, 30).clamp(min=1)
+    mask = torch.ones_like(ids)
+    ids[1, :9], mask[1, :9] = 0, 0
+    ours, theirs = (m.generate(ids, **options(attention_mask=mask, pad_token_id=1)) for m in (model, plain))
+    assert_same(ours, theirs)
+
+
 def test_an_exception_in_a_stopping_criterion() -> None:
     def failing(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         raise KeyError("the user's own mistake")

@@ -174,6 +174,31 @@ def test_sealing_is_deterministic_and_padding_is_zero(codec: str, rng) -> None:
     assert codec == "none" or (~used).any()  # this shape has padding where there are scales
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_values_in_the_keys_are_off_by_half_a_step_of_their_channel(codec: str, rng) -> None:
+    keys = torch.randn(3, 1, 32, 40, generator=rng)
+    keys[..., 7] *= 50  # an outlier costs its own channel of the values, too
+    layout = CODECS[codec].layout(1, 40, 32, torch.float32, latent_dim=36)
+    pages = torch.empty(3, layout.page_bytes, dtype=torch.uint8)
+    REFERENCE.seal_pages(keys, None, layout, pages, None, torch.zeros(1, dtype=torch.int32))
+    values = reference.unseal_pages(pages, layout)[1]
+    assert values.shape == (3, 1, 32, 36)
+    if codec == "none":
+        assert torch.equal(values, keys[..., :36])
+    else:
+        assert ((values - keys[..., :36]).abs() <= quantization_error(keys, layout.element, 2)[..., :36]).all()
+
+
+@pytest.mark.parametrize("page_size", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_a_latent_page(page_size: int, dtype: torch.dtype) -> None:
+    layouts = {c: CODECS[c].layout(1, 576, page_size, dtype, latent_dim=512) for c in CODECS}  # DeepSeek-V3
+    assert layouts["none"].page_bytes == page_size * 576 * dtype.itemsize
+    for codec, scales in {"fp8": 1, "int8": 2, "int4": 2, "int2": 2}.items():
+        assert layouts[codec].page_bytes == page_size * 576 * BITS[codec] // 8 + scales * 576 * 2
+    assert {layout.value_dim for layout in layouts.values()} == {512}
+
+
 def test_int4_refuses_an_odd_head_size() -> None:
     with pytest.raises(ValueError, match=r'pikv\.codec = "int4".*head_dim is 21; use "int8"'):
         CODECS["int4"].layout(1, 21, 8, torch.float32)
@@ -314,6 +339,40 @@ def test_decode_attention_reads_pages_in_any_order(ops: Ops, rng) -> None:
     close(forward[0], backward[0])
     again = attend_pages(ops, query, pages, *table_of([s], 9), 0.125)  # a wider table, the same bits
     assert all(torch.equal(a, b) for a, b in zip(forward, again, strict=True))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_attention_over_latent_pages_and_tails(codec: str, rng) -> None:
+    latent, dim, size = 24, 32, 8
+    layout = CODECS[codec].layout(1, dim, size, torch.float32, latent)
+    keys = torch.randn(5, 1, size, dim, generator=rng)
+    encoded = torch.empty(5, layout.page_bytes, dtype=torch.uint8)
+    REFERENCE.seal_pages(keys, None, layout, encoded, None, torch.zeros(1, dtype=torch.int32))
+    slabs = Slabs.of(torch.cat([torch.full_like(encoded[:1], 0xFF), encoded]))
+    decoded = reference.unseal_pages(encoded, layout)[0][:, 0]  # [pages, S, D]
+    query = torch.randn(3, 6, dim, generator=rng)
+    out, lse = torch.empty(3, 6, latent), torch.empty(3, 6)
+
+    rows = [[1, 3], [0, 5, 2], []]
+    REFERENCE.decode_attention(query, slabs, *table_of(rows, 4), layout, 0.2, out, lse)
+    for row, slots in enumerate(rows):
+        seen = torch.cat([torch.empty(0, dim), *(decoded[s - 1] for s in slots if s)])[None]
+        expected, expected_lse = dense(query[row : row + 1], seen, seen[..., :latent], 0.2)
+        close(out[row], expected[0])
+        close(lse[row], expected_lse[0])
+
+    REFERENCE.prefill_attention(query, slabs, torch.tensor([4, 0, 1], dtype=torch.int32), layout, 0.2, out, lse)
+    seen = torch.cat([decoded[3], decoded[0]])[None]
+    for got, expected in zip((out, lse), dense(query, seen, seen[..., :latent], 0.2), strict=True):
+        close(got, expected)
+
+    lengths = [3, 0, 8]
+    REFERENCE.tail_attention(query, keys[:3], layout.values(keys[:3], None), torch.tensor(lengths), 0.2, out, lse)
+    for row, n in enumerate(lengths):
+        seen = keys[row, :, :n]
+        expected, expected_lse = dense(query[row : row + 1], seen, seen[..., :latent], 0.2)
+        close(out[row], expected[0])
+        close(lse[row], expected_lse[0])
 
 
 @dataclass

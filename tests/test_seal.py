@@ -37,7 +37,7 @@ class Sealed:
         )
 
 
-def seal(ops: Ops | None, keys: Tensor, values: Tensor, layout: PageLayout) -> Sealed:
+def seal(ops: Ops | None, keys: Tensor, values: Tensor | None, layout: PageLayout) -> Sealed:
     """With an op set, or with the reference (None)."""
     n = len(keys)
     pages = torch.full((n, layout.page_bytes), UNTOUCHED, dtype=torch.uint8)
@@ -114,6 +114,29 @@ def test_the_same_token_for_all(ops: Ops, codec: str, rng) -> None:
     keys = torch.randn(1, 2, 1, 64, generator=rng).bfloat16().expand(3, 2, 16, 64)
     layout = layout_of(keys, codec)
     assert seal(ops, keys, keys, layout) == seal(None, keys.contiguous(), keys.contiguous(), layout)
+
+
+@codecs
+@dtypes
+def test_latent_pages_are_the_keys_of_ordinary_ones(codec: str, dtype: torch.dtype, rng) -> None:
+    keys = difficult((9, 1, 16, 40), dtype, rng)
+    ordinary = layout_of(keys, codec)
+    latent = CODECS[codec].layout(1, 40, 16, dtype, latent_dim=32)
+    expected, sealed = seal(None, keys, keys, ordinary), seal(None, keys, None, latent)
+    assert latent.page_bytes == ordinary.value_offset
+    assert torch.equal(sealed.pages, expected.pages[:, : latent.page_bytes])
+    assert torch.equal(sealed.bounds, expected.bounds)
+    decoded_keys, decoded_values = reference.unseal_pages(sealed.pages, latent)
+    assert torch.equal(decoded_keys, reference.unseal_pages(expected.pages, ordinary)[0])
+    assert torch.equal(decoded_values, decoded_keys[..., :32])
+    keys[4, 0, 3, 35] = torch.inf
+    assert seal(None, keys, None, latent).nonfinite.item() == 1
+
+
+@pytest.mark.parametrize("latent_dim", [0, -1, 41])
+def test_a_latent_that_no_key_can_hold_is_refused(latent_dim: int) -> None:
+    with pytest.raises(ValueError, match=rf"latent_dim = {latent_dim}: .* use 1 to 40"):
+        CODECS["none"].layout(1, 40, 16, torch.float32, latent_dim)
 
 
 def test_nothing_to_seal_and_no_bounds(ops: Ops, rng) -> None:

@@ -34,35 +34,27 @@ class Stream:
     pages: list[list[tuple[int, Tensor, Tensor, Tensor | None]]] = field(default_factory=lambda: [[], []])
 
 
-def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int], width: int, masked: bool, rng) -> None:
-    """One forward pass of all layers; with a mask, each row's tokens lie at random columns."""
-    columns = [sorted(torch.randperm(width, generator=rng)[:n].tolist()) for n in new]
-    tokens = None
-    if masked:
-        tokens = torch.zeros(len(new), width, dtype=torch.bool)
-        for row, places in enumerate(columns):
-            tokens[row, places] = True
-    batch.begin(list(new), tokens)
+def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int]) -> None:
+    """One forward pass of all layers over packed tokens."""
+    batch.begin(new)
     for layer in range(LAYERS):
-        keys = torch.full((len(new), KV_HEADS, width, HEAD_DIM), torch.nan)  # padding must not get in
-        experts = torch.full((len(new), width, TOP_K), 99)
-        for row, places in enumerate(columns):
-            for i, column in enumerate(places):
-                keys[row, :, column] = token(row, layer, streams[row].length + i)
-                experts[row, column] = torch.tensor(experts_of(row, streams[row].length + i))
-        one = width == 1 and not masked
-        if one:
-            lengths = batch.append_one(layer, keys, -keys)
-            assert lengths.tolist() == [batch.open_tokens(r) + n if n else 0 for r, n in enumerate(new)]
-        else:
-            for row, (k, v) in enumerate(batch.append_many(layer, keys, -keys)):
-                if new[row]:
-                    first = streams[row].length // PAGE * PAGE
-                    expected = [token(row, layer, p) for p in range(first, streams[row].length + new[row])]
-                    assert torch.equal(k, torch.stack(expected, dim=1))
-                    assert torch.equal(v, -k)
-            assert batch.fresh_nbytes > 0 or not any(new)
-        for pages in batch.fill(layer, experts if ROUTERS[layer] else None, keys):
+        places = [(row, streams[row].length + i) for row, n in enumerate(new) for i in range(n)]
+        keys = torch.empty(len(places), KV_HEADS, HEAD_DIM)
+        experts = torch.empty(len(places), TOP_K, dtype=torch.int64)
+        for i, (row, position) in enumerate(places):
+            keys[i] = token(row, layer, position)
+            experts[i] = torch.tensor(experts_of(row, position))
+        batch.append(layer, keys, -keys)
+        joined = batch.fresh.get(layer, {})
+        assert set(joined) == {row for row, n in enumerate(new) if n > 1}
+        for row, (k, v) in joined.items():
+            first = streams[row].length // PAGE * PAGE
+            expected = [token(row, layer, p) for p in range(first, streams[row].length + new[row])]
+            assert torch.equal(k, torch.stack(expected, dim=1))
+            assert torch.equal(v, -k)
+        single = batch.places(keys.device)
+        assert single.lengths.tolist() == [batch.open_tokens(r) + 1 if n == 1 else 0 for r, n in enumerate(new)]
+        for pages in batch.fill(layer, experts if ROUTERS[layer] else None):
             chosen = pages.experts
             assert (chosen is None) is (not ROUTERS[layer])
             for i in range(len(pages.keys)):
@@ -108,40 +100,37 @@ def new_batch(rows: int) -> tuple[SequenceBatch, list[Stream]]:
 @given(data=st.data())
 def test_any_split_of_a_stream_gives_the_same_pages(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 3))
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     batch, streams = new_batch(rows)
-    for width in data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 5, 8, 9, 20]), min_size=1, max_size=12)):
-        masked = data.draw(st.booleans())
-        counts = st.integers(0, width) if masked else st.just(width)
-        new = data.draw(st.lists(counts, min_size=rows, max_size=rows))
-        run_pass(batch, streams, new, width, masked, rng)
+    counts = st.lists(st.sampled_from([0, 1, 1, 1, 2, 5, 8, 9, 20]), min_size=rows, max_size=rows)
+    for new in data.draw(st.lists(counts, min_size=1, max_size=12)):
+        run_pass(batch, streams, new)
         check(batch, streams)
 
 
 @pytest.mark.parametrize("widths", [[1] * 21, [21], [7, 7, 7], [8, 8, 5], [20, 1], [1, 20]])
-def test_some_splits_of_21_tokens(widths: list[int], rng) -> None:
+def test_some_splits_of_21_tokens(widths: list[int]) -> None:
     batch, streams = new_batch(2)
     for width in widths:
-        run_pass(batch, streams, [width, width], width, False, rng)
+        run_pass(batch, streams, [width, width])
     assert streams[0].length == 21
     check(batch, streams)
 
 
-def test_finished_sequences_stand_still(rng) -> None:
+def test_finished_sequences_stand_still() -> None:
     batch, streams = new_batch(3)
-    run_pass(batch, streams, [5, 5, 5], 5, False, rng)
+    run_pass(batch, streams, [5, 5, 5])
     assert batch.release([1]) == [11]
     assert batch.release([1]) == []  # once only
     for _ in range(6):
-        run_pass(batch, streams, [1, 0, 1], 1, False, rng)
+        run_pass(batch, streams, [1, 0, 1])
     check(batch, streams)
     assert batch.lengths == [11, 5, 11]
 
 
-def test_release_gives_the_tails_back(rng) -> None:
+def test_release_gives_the_tails_back() -> None:
     batch, streams = new_batch(2)
     assert batch.tail_nbytes == 0
-    run_pass(batch, streams, [5, 5], 5, False, rng)
+    run_pass(batch, streams, [5, 5])
     keys_and_values = 2 * LAYERS * 2 * KV_HEADS * PAGE * HEAD_DIM * 4
     assert batch.tail_nbytes == keys_and_values + 2 * PAGE * TOP_K * 2  # int16 experts at layer 0
     batch.release([0])
@@ -151,12 +140,26 @@ def test_release_gives_the_tails_back(rng) -> None:
     assert batch.tails == [None] * LAYERS
 
 
-def test_a_pass_that_never_started_leaves_nothing(rng) -> None:
+def test_a_pass_that_never_started_leaves_nothing() -> None:
     batch, streams = new_batch(2)
-    run_pass(batch, streams, [5, 5], 5, False, rng)
-    batch.begin([3, 3], None)
+    run_pass(batch, streams, [5, 5])
+    batch.begin([3, 3])
     batch.break_off()
     assert not batch.in_step
     assert batch.filling(0) == 0
-    run_pass(batch, streams, [9, 9], 9, False, rng)
+    run_pass(batch, streams, [9, 9])
     check(batch, streams)
+
+
+def test_a_row_is_used_again_for_a_new_sequence() -> None:
+    batch, streams = new_batch(2)
+    run_pass(batch, streams, [21, 1])
+    batch.release([0])
+    assert batch.admit(77) == 0
+    streams[0] = Stream()
+    assert batch.admit(78) == 2
+    streams.append(Stream())
+    assert (batch.ids, batch.lengths, batch.sealed) == ([77, 11, 78], [0, 1, 0], [0, 0, 0])
+    for new in ([3, 1, 0], [1, 1, 19], [9, 0, 1]):
+        run_pass(batch, streams, new)
+        check(batch, streams)

@@ -34,6 +34,15 @@ from pikv_ds.ops.state import UtilityState
 __all__ = ["BACKENDS", "OPS", "Ops", "UtilityState", "why_missing"]
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
+READ_VALUES = (
+    "seal_pages",
+    "decode_attention",
+    "prefill_attention",
+    "context_attention",
+    "tail_attention",
+    "key_scores",
+)
+"""Ops whose kernels expect values as wide as the keys, in a section of their own: no kernel reads latent pages."""
 
 
 class Ops:
@@ -43,9 +52,10 @@ class Ops:
         backend: "auto" takes the fastest that is there, op by op; "cpp" and "triton" take theirs
             (an op that a backend does not have runs as the reference); "reference" takes no other.
         device_type: "cpu" or "cuda".
+        latent: for latent pages (see `PageLayout`); `READ_VALUES` then run as the reference.
 
     Raises:
-        ValueError: the backend cannot run here, with the reason and the remedy.
+        ValueError: the backend cannot run here, or not on such pages, with the reason and the remedy.
     """
 
     seal_pages = staticmethod(reference.seal_pages)
@@ -61,8 +71,13 @@ class Ops:
     update_utility = staticmethod(reference.update_utility)
     choose_victims = staticmethod(reference.choose_victims)
 
-    def __init__(self, backend: str = "auto", device_type: str = "cpu") -> None:
-        self.backend, self.device_type = backend, device_type
+    def __init__(self, backend: str = "auto", device_type: str = "cpu", latent: bool = False) -> None:
+        self.backend, self.device_type, self.latent = backend, device_type, latent
+        if latent and backend not in ("auto", "reference"):
+            raise ValueError(
+                f'pikv.backend = "{backend}": it has no kernels for latent pages (multi-head latent attention); '
+                'use "auto" or "reference"'
+            )
         self._owners: dict[str, str] = {}
         fastest_first = ("cpp", "triton") if device_type == "cuda" else ("cpp",)  # nobody wants Triton interpreted
         for name in {"auto": fastest_first, "reference": ()}.get(backend, (backend,)):
@@ -73,11 +88,13 @@ class Ops:
                 raise ValueError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
         if backend == "auto" and not self._owners:
             _warn_once(f"the ops run as plain torch, which is slow: {why_missing('cpp', device_type)}")
+        elif backend == "auto" and latent:
+            _warn_once(f"latent pages have no kernels yet: {', '.join(READ_VALUES)} run as plain torch, which is slow")
 
     def _take(self, name: str, module: Any) -> None:
         """Takes the ops of a backend that none before it has."""
         for op in module.supported(self.device_type):
-            if op not in self._owners:
+            if op not in self._owners and not (self.latent and op in READ_VALUES):
                 self._owners[op] = name
                 setattr(self, op, getattr(module, op))
 

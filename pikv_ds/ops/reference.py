@@ -2,10 +2,10 @@
 every other backend is tested against.
 
 Shape letters: R query rows, B table rows (R a multiple of B: the query rows of one sequence follow
-each other and share its table), H query heads, K KV heads, D head size, S page size, P pages,
-N any number, T tokens. Log-sum-exps are natural logarithms in float32; an empty partial is
-``out = 0, lse = -inf``. All ops write into tensors that the caller owns. Slot 0 in a table is a
-hole; entries at and beyond ``counts`` are never read.
+each other and share its table), H query heads, K KV heads, D head size, V size of a value (D, but of
+latent pages less), S page size, P pages, N any number, T tokens. Log-sum-exps are natural logarithms
+in float32; an empty partial is ``out = 0, lse = -inf``. All ops write into tensors that the caller
+owns. Slot 0 in a table is a hole; entries at and beyond ``counts`` are never read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ ZERO = 0.0
 
 
 def seal_pages(
-    keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+    keys: Tensor, values: Tensor | None, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
 ) -> None:
     """Encodes full pages, in one pass over the input (KIVI, Liu et al. 2024, for the integers).
 
     Args:
-        keys, values: ``[N, K, S, D]`` in ``layout.dtype``, any strides with contiguous channels.
+        keys, values: ``[N, K, S, D]`` in ``layout.dtype``, any strides with contiguous channels;
+            values of latent pages are None.
         out: uint8 ``[N, page_bytes]``, rows contiguous (they may be part of a longer row); padding
             bytes are written as 0.
         bounds: uint8 ``[N, bounds_bytes]`` likewise: each page's key minima and maxima per KV
@@ -36,12 +37,14 @@ def seal_pages(
             or minimum beyond float16; such a page's bytes are undefined.
     """
     out.zero_()  # padding between sections: pages are compared and logged byte by byte
-    bad = ~(keys.isfinite().all() & values.isfinite().all())
+    bad = torch.zeros((), dtype=torch.bool, device=keys.device)
     # keys per channel: over the page's tokens; values per token: over the channels
-    for x, dim, offset, scale_offset in (
-        (keys, 2, 0, layout.key_scale_offset),
-        (values, 3, layout.value_offset, layout.value_scale_offset),
-    ):
+    sections = [(keys, 2, 0, layout.key_scale_offset)]
+    if layout.latent_dim is None:
+        assert values is not None
+        sections.append((values, 3, layout.value_offset, layout.value_scale_offset))
+    for x, dim, offset, scale_offset in sections:
+        bad |= ~x.isfinite().all()
         codes, scales = _encode(x, layout, dim)
         _put(out, offset, codes.flatten(1))
         if scales is not None:
@@ -53,13 +56,13 @@ def seal_pages(
 
 
 def unseal_pages(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Decodes pages uint8 ``[N, page_bytes]`` into float32 keys and values ``[N, K, S, D]``."""
+    """Decodes pages uint8 ``[N, page_bytes]`` into float32 keys ``[N, K, S, D]`` and values ``[N, K, S, V]``."""
     n, k, s, d = pages.shape[0], layout.num_kv_heads, layout.page_size, layout.head_dim
     out = []
-    for dim, size, offset, scale_offset, scale_bytes in (
-        (2, d, 0, layout.key_scale_offset, layout.key_scale_bytes),
-        (3, s, layout.value_offset, layout.value_scale_offset, layout.value_scale_bytes),
-    ):
+    sections = [(2, d, 0, layout.key_scale_offset, layout.key_scale_bytes)]
+    if layout.latent_dim is None:
+        sections.append((3, s, layout.value_offset, layout.value_scale_offset, layout.value_scale_bytes))
+    for dim, size, offset, scale_offset, scale_bytes in sections:
         x = _decode(_get(pages, offset, layout.data_bytes), layout, (n, k, s, d))
         if layout.scale_rows:
             scales = _get(pages, scale_offset, scale_bytes).view(torch.float16).float()
@@ -67,7 +70,7 @@ def unseal_pages(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
             x = x * scales[:, 0]
             x = x + scales[:, 1] if layout.scale_rows == 2 else x
         out.append(x)
-    return out[0], out[1]
+    return out[0], layout.values(out[0], out[-1])
 
 
 def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:
@@ -105,7 +108,7 @@ def decode_attention(
         table: int32 slots ``[B, P]``, or ``[B, K, P]`` with a selection per KV head.
         counts: int32 ``[B]``.
         scale: factor on ``q . k``.
-        out, lse: float32 ``[R, H, D]``, ``[R, H]``.
+        out, lse: float32 ``[R, H, V]``, ``[R, H]``.
         page_lse: float32 ``[R, H, P]``, on request: the log-sum-exp of each page's scores, -inf at
             holes and beyond ``counts``. ``exp(page_lse - lse)`` is the page's attention mass; with
             the merged lse of all ranks it is the mass over the whole sequence (H2O).
@@ -113,10 +116,11 @@ def decode_attention(
     for row in range(len(query)):  # rows are ragged; a reference may take them one by one
         keys, values, there = _visible_pages(slabs, table, counts, layout, row * len(table) // len(query))
         scores = _page_scores(query[row], keys, there, scale)  # [H, P, S]
-        flat = scores.flatten(1)
-        row_lse = flat.logsumexp(-1)
-        weights = torch.exp(flat - row_lse.nan_to_num(neginf=0.0)[:, None]).unflatten(0, (layout.num_kv_heads, -1))
-        out[row] = (weights @ values.transpose(0, 1).flatten(1, 2)).flatten(0, 1)
+        row_lse = scores.flatten(1).logsumexp(-1)
+        weights = torch.exp(scores - row_lse.nan_to_num(neginf=0.0)[:, None, None])
+        weights = weights.unflatten(0, (layout.num_kv_heads, -1))  # [K, G, P, S]
+        # Page by page first: a matrix product may add up a long row in one float32.
+        out[row] = torch.einsum("kgps,pksd->pkgd", weights, values).sum(0).flatten(0, 1)
         lse[row] = row_lse
         if page_lse is not None:
             page_lse[row] = -torch.inf
@@ -141,7 +145,7 @@ def key_scores(
 def _visible_pages(
     slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, row: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values ``[P, K, S, D]`` of a table row, zeros at holes, and where pages are, bool ``[K, P]``."""
+    """Keys and values ``[P, K, S, D or V]`` of a table row, zeros at holes, and where pages are, bool ``[K, P]``."""
     slots = table[row, ..., : int(counts[row])]  # [P] or [K, P]
     used, place = slots.unique(return_inverse=True)
     encoded = torch.zeros(len(used), layout.page_bytes, dtype=torch.uint8, device=table.device)
@@ -168,7 +172,7 @@ def prefill_attention(
     Args:
         query: ``[T, H, D]``.
         slots: int32 ``[P]``, the pages of one sequence; 0 is a hole.
-        out, lse: float32 ``[T, H, D]``, ``[T, H]``.
+        out, lse: float32 ``[T, H, V]``, ``[T, H]``.
     """
     slots = slots[slots > 0]
     pages = torch.empty(len(slots), layout.page_bytes, dtype=torch.uint8, device=slots.device)
@@ -190,14 +194,14 @@ def context_attention(
 
     Args:
         query: ``[T, H, D]``.
-        keys, values: ``[K, N, D]``.
+        keys, values: ``[K, N, D]``, ``[K, N, V]``.
         first_query: index of the key that belongs to query 0 (causal: query ``t`` sees keys up
             to ``first_query + t``); None: every query sees every key.
-        out, lse: float32 ``[T, H, D]``, ``[T, H]``.
+        out, lse: float32 ``[T, H, V]``, ``[T, H]``.
     """
     t, num_heads, d = query.shape
     k, n, _ = keys.shape
-    group = num_heads // k
+    group, v = num_heads // k, values.shape[-1]
     keys, values = keys.float(), values.float()
     for start in range(0, t, 128):  # blocks of queries bound the memory of the scores
         q = query[start : start + 128]
@@ -211,7 +215,7 @@ def context_attention(
         block_lse = scores.logsumexp(-1)  # [K, m, group]
         weights = torch.exp(scores - block_lse.nan_to_num(neginf=0.0)[..., None])
         block = weights.view(k, m * group, n) @ values
-        out[start : start + m] = block.view(k, m, group, d).permute(1, 0, 2, 3).reshape(m, num_heads, d)
+        out[start : start + m] = block.view(k, m, group, v).permute(1, 0, 2, 3).reshape(m, num_heads, v)
         lse[start : start + m] = block_lse.permute(1, 0, 2).reshape(m, num_heads)
 
 
@@ -228,9 +232,9 @@ def tail_attention(
 
     Args:
         query: ``[N, H, D]``.
-        keys, values: ``[N, K, S, D]``; tokens at and beyond ``lengths`` are never used.
+        keys, values: ``[N, K, S, D]``, ``[N, K, S, V]``; tokens at and beyond ``lengths`` are never used.
         lengths: int32 ``[N]``, 0 gives an empty partial.
-        out, lse: float32 ``[N, H, D]``, ``[N, H]``.
+        out, lse: float32 ``[N, H, V]``, ``[N, H]``.
     """
     b, num_heads, d = query.shape
     k, s = keys.shape[1], keys.shape[2]
@@ -241,7 +245,7 @@ def tail_attention(
     row_lse = scores.logsumexp(-1)
     weights = torch.exp(scores - row_lse.nan_to_num(neginf=0.0)[..., None])
     clean = values.float().masked_fill(unused[:, None, :, None], 0.0)  # 0 * NaN would be NaN
-    out.copy_((weights @ clean).view(b, num_heads, d))
+    out.copy_((weights @ clean).view(out.shape))
     lse.copy_(row_lse.view(b, num_heads))
 
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -34,16 +33,6 @@ def test_a_feature_can_need_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(compat, "version", lambda: "0.15.0")
     with pytest.raises(compat.MegatronVersionError, match=r"the server needs 0\.16 to"):
         compat.require(compat.ENGINE_SINCE, "the server")
-
-
-def test_the_expert_group_is_found_wherever_a_version_keeps_it() -> None:
-    group = object()
-    for layer in (
-        SimpleNamespace(ep_group=group),
-        SimpleNamespace(pg_collection=SimpleNamespace(ep=group)),
-        SimpleNamespace(model_comm_pgs=SimpleNamespace(ep=group)),
-    ):
-        assert compat.ep_group(layer) is group
 
 
 REPORT = """

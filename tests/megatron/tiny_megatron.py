@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 VOCAB = 128
-EOS = 1
 EXPERTS = 4
 LAYERS = 2
 MAX_LENGTH = 512
@@ -40,20 +40,29 @@ def initialize(seed: int = 1234) -> None:
     cpu.seed(seed)
 
 
-def build(layers: int = LAYERS) -> Any:
-    """A GPTModel; the weights of an expert depend on its number in the group, not on its rank."""
+def build(
+    layers: int = LAYERS, spec: Callable[[Any], Any] = lambda spec: spec, latent: dict[str, Any] | None = None
+) -> Any:
+    """A GPTModel; the weights of an expert depend on its number in the group, not on its rank.
+
+    Args:
+        spec: changes the layers' spec.
+        latent: for latent attention, settings of an `MLATransformerConfig`.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.enums import AttnBackend
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    from megatron_patch import compat
 
     world = dist.get_world_size()
-    config = TransformerConfig(
+    config = (TransformerConfig if latent is None else MLATransformerConfig)(
         num_layers=layers,
         hidden_size=32,
         num_attention_heads=4,
-        num_query_groups=2,
+        num_query_groups=2 if latent is None else 4,
         ffn_hidden_size=64,
         moe_ffn_hidden_size=32,
         num_moe_experts=EXPERTS,
@@ -71,11 +80,20 @@ def build(layers: int = LAYERS) -> Any:
         expert_tensor_parallel_size=1,
         params_dtype=torch.float32,
         attention_backend=AttnBackend.local,
+        **latent or {},
     )
-    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=EXPERTS,
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        multi_latent_attention=latent is not None,
+        qk_layernorm=latent is not None,
+    )
+    if latent is not None:
+        layer.submodules.self_attention.submodules.core_attention = compat.latent_dot_product_attention()
     model = GPTModel(
         config,
-        spec,
+        spec(layer),
         vocab_size=VOCAB,
         max_sequence_length=MAX_LENGTH,
         position_embedding_type="rope",
@@ -91,7 +109,6 @@ def build(layers: int = LAYERS) -> Any:
                 if "norm" in name
                 else torch.randn(parameter.shape, generator=generator) * 0.3
             )
-        model.output_layer.weight[EOS] = 0  # never the largest logit: answers are as long as asked for
     return model
 
 

@@ -1,0 +1,279 @@
+"""Megatron's inference contexts as batches of the store, and one forward pass over each.
+
+A static context is a batch of sequences of one length, ``[s, b, ...]``; a dynamic one has requests
+that join, leave and pause at any step, packed as ``[T, 1, ...]``. Either way a pass packs its tokens
+as the store wants them and puts the result back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_patch import compat, dynamic
+from pikv_ds.cache import ExpertShardedKVCache
+from pikv_ds.config import ConfigError
+from pikv_ds.errors import PiKVError
+from pikv_ds.sequences import SequenceBatch
+
+if TYPE_CHECKING:
+    from megatron_patch.attention import LayerTap
+
+
+class Pass:
+    """One forward pass of this rank's batch."""
+
+    idle = False
+    """Nothing is appended: the pass serves the other ranks."""
+
+    def __init__(self, store: ExpertShardedKVCache, batch: SequenceBatch, shape: tuple[int, int]) -> None:
+        self.store, self.batch = store, batch
+        self.shape = shape  # of the tokens in Megatron's tensors
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Megatron's ``[*shape, ...]`` to the store's ``[N, ...]``."""
+        raise NotImplementedError
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse of `pack`, zeros where no token is."""
+        raise NotImplementedError
+
+    def adjust(
+        self, attention: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kw: Any
+    ) -> tuple[Any, ...]:
+        """What `_adjust_key_value_for_inference` returns: new keys only, and how they are rotated."""
+        raise NotImplementedError
+
+    def attend(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of one layer, in Megatron's shape: ``[*shape, H, D]``."""
+        query, key, value = (self.pack(x.view(*self.shape, *x.shape[-2:])) for x in (query, key, value))
+        out = tap.attend(self, query, key, value)
+        if not tap.has_router:
+            tap.running = None
+            self.store.routed(self.batch, tap.index, None)
+        return self.unpack(out)
+
+    def routed(self, tap: LayerTap, experts: Tensor) -> None:
+        """Seals what has filled up, by the experts ``[tokens, k]`` that this layer's router chose."""
+        self.store.routed(self.batch, tap.index, self.pack(experts.unflatten(0, self.shape)))
+
+
+class StaticPass(Pass):
+    """A pass over a static context: ``s`` new tokens of each of ``b`` sequences."""
+
+    def __init__(self, store: ExpertShardedKVCache, batch: SequenceBatch, shape: tuple[int, int], start: int) -> None:
+        super().__init__(store, batch, shape)
+        self.positions = slice(start, start + shape[0])
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).flatten(0, 1)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.shape[1], self.shape[0])).transpose(0, 1)
+
+    def adjust(
+        self, attention: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kw: Any
+    ) -> tuple[Any, ...]:
+        if rotary_pos_emb is not None:  # keys that are in the store have been rotated already
+            rotary_pos_emb = tuple(None if emb is None else emb[self.positions] for emb in rotary_pos_emb)
+        return query, key, value, rotary_pos_emb, attention.attn_mask_type, None
+
+
+class DynamicPass(Pass):
+    """A pass over a dynamic context: tokens of the active requests side by side, then padding.
+
+    Args:
+        num_tokens: without padding.
+        order: int64 ``[num_tokens]``, Megatron's place of each packed token; None: the same.
+    """
+
+    def __init__(
+        self,
+        store: ExpertShardedKVCache,
+        batch: SequenceBatch,
+        context: Any,
+        shape: tuple[int, int],
+        num_tokens: int,
+        order: Tensor | None,
+    ) -> None:
+        super().__init__(store, batch, shape)
+        self.context, self.num_tokens, self.order = context, num_tokens, order
+
+    def pack(self, x: Tensor) -> Tensor:
+        x = x[: self.num_tokens, 0]
+        return x if self.order is None else x[self.order]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(*self.shape, *x.shape[1:])
+        if self.order is None:
+            out[: self.num_tokens, 0] = x
+        else:
+            out[self.order, 0] = x
+        return out
+
+    def adjust(
+        self, attention: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kw: Any
+    ) -> tuple[Any, ...]:
+        """As Megatron does: keys are rotated here, queries later (or both here by a fused kernel)."""
+        cos_sin = compat.rotary_cos_sin(args, kw)
+        if getattr(self.context, "use_flashinfer_fused_rope", False) and cos_sin is not None:
+            query, key = self.context.apply_fused_qk_rotary_emb(query, key, cos_sin, attention.config)
+        elif rotary_pos_emb is not None:
+            query_emb, key_emb = rotary_pos_emb
+            key = compat.rotate_key(self.context, attention, key, key_emb)
+            rotary_pos_emb = query_emb, None
+        return query, key, value, rotary_pos_emb, attention.attn_mask_type, None
+
+
+class IdlePass(Pass):
+    """Megatron's dummy pass on a rank without requests: takes part in every exchange and appends nothing."""
+
+    idle = True
+
+    def pack(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[:0]
+
+    def serve(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Answers the other ranks' queries at one layer."""
+        tap.attend(self, *(self.pack(x) for x in (query, key, value)))
+        if not tap.has_router:
+            tap.running = None
+            self.store.routed(self.batch, tap.index, None)
+
+    def routed(self, tap: LayerTap, experts: Tensor) -> None:
+        self.store.routed(self.batch, tap.index, experts[:0])
+
+
+class StaticRequests:
+    """The batches of one static context: one for each part of it that Megatron runs by itself.
+
+    Args:
+        shared: whether every rank of the group runs the same batch; None: find out at each prompt.
+    """
+
+    def __init__(self, store: ExpertShardedKVCache, shared: bool | None) -> None:
+        self.store, self.shared = store, shared
+        self.batches: dict[int, SequenceBatch] = {}  # by the offset of its first sequence
+
+    def begin(self, context: Any, key: Tensor) -> Pass:
+        """Starts a pass with the first layer's new keys ``[s, b, K, D]``, not rotated yet."""
+        (size, rows), start, offset = key.shape[:2], context.sequence_len_offset, context.batch_size_offset
+        if start == 0:
+            if offset in self.batches:
+                self.store.release(self.batches.pop(offset))
+            shared = self.shared
+            if shared is None:
+                digests = self.store.exchange.all_gather([rows, *fingerprint(key)])
+                shared = self.store.exchange.size > 1 and all(d == digests[0] for d in digests)
+            self.batches[offset] = self.store.new_batch(rows, shared)
+        batch, error = self.batches.get(offset), None
+        if batch is None or len(batch) != rows or batch.lengths[0] != start:
+            seen = None if batch is None else (len(batch), batch.lengths[0])
+            batch = batch or self.store.new_batch(0)
+            error = (
+                f"the static context continues {rows} sequences at token {start}, but the store has {seen} "
+                "(sequences, tokens) of it; reset the context to start anew"
+            )
+        digest = fingerprint(key)[0] if batch.shared else 0
+        self.store.begin_step(batch, [size] * len(batch) if error is None else [0] * len(batch), error, digest)
+        return StaticPass(self.store, batch, (size, rows), start)
+
+    def release(self) -> None:
+        """Gives back everything; the pages go with the next step plan."""
+        for batch in self.batches.values():
+            self.store.release(batch)
+        self.batches.clear()
+
+
+class DynamicRequests:
+    """The requests of one dynamic context as rows of one batch.
+
+    Raises:
+        ConfigError: a request as long as the context allows would never be admitted.
+    """
+
+    def __init__(self, store: ExpertShardedKVCache, context: Any) -> None:
+        capacity, longest = store.rank_capacity, context.max_sequence_length
+        if capacity is not None and capacity < store.bound(longest):
+            raise ConfigError(
+                f"pikv.capacity_tokens = {store.config.capacity_tokens}: {capacity} without the watermark; of one "
+                f"as long as the context's max_sequence_length = {longest} a rank may have to keep "
+                f"{store.bound(longest)}; raise the one or lower the other"
+            )
+        self.store = store
+        self.batch = store.new_batch(0)
+        self.rows: dict[int, int] = {}  # by request id
+
+    def committed(self, context: Any) -> int:
+        """See `ExpertShardedKVCache.committed_tokens`; of all requests of a context."""
+        return sum(self.store.bound(length) for length in dynamic.final_lengths(context))
+
+    def may_admit(self, context: Any, num_tokens: int) -> bool:
+        """Whether the ranks' pools have room for a request that may grow to so many tokens."""
+        grant = self.store.grant()
+        if grant is None:
+            return True
+        told = self.store.committed_by_rank[self.store.exchange.rank]
+        return self.committed(context) + self.store.bound(num_tokens) <= told + grant
+
+    def begin(self, context: Any, key: Tensor) -> Pass:
+        """Starts a pass over the context's active requests; key ``[T, 1, K, D]``."""
+        if dynamic.uses_cuda_graph(context):
+            raise PiKVError(
+                "PiKV exchanges pages of any number between ranks, which a CUDA graph cannot capture; build the "
+                "context with num_cuda_graphs=None and the engine with enable_cuda_graph=False"
+            )
+        known, active = dynamic.requests(context)
+        self.release([r for r in self.rows if r not in known])
+        error = None
+        for request in active:
+            row = self.rows.get(request.id)
+            if row is not None and request.offset == 0:  # evicted and started anew
+                self.release([request.id])
+                row = None
+            if row is None:
+                row = self.rows[request.id] = self.store.admit(self.batch)
+            if self.batch.lengths[row] != request.offset:
+                error = (
+                    f"request {request.id} continues at token {request.offset}, but {self.batch.lengths[row]} are in "
+                    "the store; PiKV needs all tokens of a request (no prefix caching, no restored context)"
+                )
+        new = [0] * len(self.batch)
+        for request in active:
+            new[self.rows[request.id]] = request.num_tokens
+        self.store.begin_step(self.batch, new if error is None else [0] * len(new), error)
+        order = _order([(self.rows[r.id], r.num_tokens) for r in active], key.device)
+        return DynamicPass(self.store, self.batch, context, (key.shape[0], 1), sum(new), order)
+
+    def release(self, requests: list[int] | None = None) -> None:
+        """Gives back finished requests, all by default; the pages go with the next step plan."""
+        requests = list(self.rows) if requests is None else requests
+        rows = [self.rows.pop(r) for r in requests if r in self.rows]
+        if rows:
+            self.store.release(self.batch, rows)
+
+
+def _order(requests: list[tuple[int, int]], device: torch.device) -> Tensor | None:
+    """Places of tokens, sorted by row, from ``(row, tokens)`` in their present order; None if they are sorted."""
+    rows = [row for row, _ in requests]
+    if rows == sorted(rows):
+        return None
+    starts, at = {}, 0
+    for row, tokens in requests:
+        starts[row] = range(at, at + tokens)
+        at += tokens
+    return torch.tensor([place for row in sorted(rows) for place in starts[row]], device=device)
+
+
+def fingerprint(key: Tensor) -> list[int]:
+    """Two sums over the first layer's keys that tell batches with different tokens apart.
+
+    Keys of the first layer follow from the tokens alone, without any layer between that may round
+    differently from rank to rank, and peers with other heads have others.
+    """
+    sample = key[..., :8].float().contiguous().view(torch.int32).flatten().long()
+    weights = torch.arange(1, len(sample) + 1, device=key.device)
+    sums = torch.stack([sample.sum(), (sample * (weights * 2654435761 % 2**31)).sum()])
+    return [int(x) for x in sums.tolist()]
