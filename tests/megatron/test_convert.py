@@ -295,6 +295,50 @@ def test_the_bias_of_a_bf16_model_chooses_the_same_experts(tmp_path: Path) -> No
             torch.testing.assert_close(layer.mlp.router.expert_bias, bias, atol=0, rtol=0)
 
 
+def through_megatron(rank: int, folder: str, saved: str, ep: int, save: bool) -> torch.Tensor:
+    """Logits of a checkpoint that Megatron has written (``save``: writes it first, from Hugging Face's)."""
+    from megatron.core import parallel_state
+
+    from megatron_patch import cpu
+
+    cpu.install()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
+    cpu.seed(1)
+    hf = models.load_config(folder)
+    model = models.build_model(hf, models.transformer_config(hf, ep=ep))
+    if save:
+        convert.load_hf(model, folder)
+        convert.save_megatron(model, saved)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    convert.load_megatron(model, saved)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+    with torch.inference_mode():
+        logits = model(tokens(), torch.arange(LENGTH)[None].expand(2, -1), mask, runtime_gather_output=True)
+    parallel_state.destroy_model_parallel()
+    return logits
+
+
+@pytest.mark.distributed
+def test_a_megatron_checkpoint_of_another_parallel_size(two: Ranks, tmp_path: Path) -> None:
+    folder, saved = save(tmp_path / "hf", "mixtral"), tmp_path / "megatron"
+    expected = hf_logits(folder)
+    for ep, write in ((2, True), (1, False)):
+        for logits in two.run(through_megatron, folder=str(folder), saved=str(saved), ep=ep, save=write):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / convert.LATEST).write_text("12\n")
+    saved.rename(tmp_path / "run" / "iter_0000012")
+    arguments = {"folder": str(folder), "saved": str(tmp_path / "run"), "ep": 2, "save": False}
+    torch.testing.assert_close(two.run(through_megatron, **arguments)[0], expected, atol=1e-4, rtol=0)
+
+
+def test_a_folder_without_a_megatron_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(convert.CheckpointError, match=r"no metadata\.json there"):
+        convert.load_megatron(None, tmp_path)
+
+
 # -- what cannot be ---------------------------------------------------------------------------------
 
 
