@@ -184,9 +184,9 @@ void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t s
                      Tensor out, Tensor lse, std::optional<Tensor> page_lse, int64_t num_splits,
                      std::optional<Tensor> scratch) {
   Args args("decode_attention", Traits<kKernel>::kDevice, query);
-  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
-                                         counts, element, num_kv_heads, page_size, latent_dim,
-                                         scale);
+  DecodeAttentionParams p =
+      DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table, counts, element,
+                   num_kv_heads, page_size, latent_dim, scale);
   const int64_t r = p.num_rows, h = p.num_heads;
   p.out = args.Out<float>("out", out, {r, h, p.layout.ValueDim()}, "[R, H, V]");
   p.lse = args.Out<float>("lse", lse, {r, h}, "[R, H]");
@@ -211,9 +211,9 @@ void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_ro
                int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
                Tensor out, int64_t num_splits) {
   Args args("key_scores", Traits<kKernel>::kDevice, query);
-  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
-                                         counts, element, num_kv_heads, page_size, latent_dim,
-                                         scale);
+  DecodeAttentionParams p =
+      DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table, counts, element,
+                   num_kv_heads, page_size, latent_dim, scale);
   p.num_splits = args.Int32("num_splits", num_splits, 1);
   p.page_lse = args.Out<float>("out", out, {p.num_rows, p.num_heads, p.table_width}, "[R, H, P]");
   Launch<kKernel>(p, args);
@@ -222,8 +222,7 @@ void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_ro
 template <auto kKernel>
 void PrefillAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
                       int64_t row_bytes, const Tensor& slots, int64_t element, int64_t num_kv_heads,
-                      int64_t page_size, int64_t latent_dim, double scale, Tensor out,
-                      Tensor lse) {
+                      int64_t page_size, int64_t latent_dim, double scale, Tensor out, Tensor lse) {
   Args args("prefill_attention", Traits<kKernel>::kDevice, query);
   args.CheckDim("query", query, 3, "[T, H, D]");
   args.CheckDim("slots", slots, 1, "[P]");
@@ -295,8 +294,8 @@ void TailAttention(const Tensor& query, const Tensor& keys, const Tensor& values
   p.query = args.In("query", query, {n, h, d}, "[N, H, D]", dtype);
   p.keys = args.In("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype);
   p.value_dim = args.ValueDim(keys, values);
-  p.values = p.value_dim < d ? p.keys
-                             : args.In("values", values, {n, k, s, d}, "[N, K, S, D]", dtype);
+  p.values =
+      p.value_dim < d ? p.keys : args.In("values", values, {n, k, s, d}, "[N, K, S, D]", dtype);
   p.lengths = args.In<int32_t>("lengths", lengths, {n}, "[N]");
   p.out = args.Out<float>("out", out, {n, h, p.value_dim}, "[N, H, V]");
   p.lse = args.Out<float>("lse", lse, {n, h}, "[N, H]");

@@ -8,7 +8,8 @@
 //   value scales  [scale_rows, K, S]  float16, per token: scale, then minimum
 // int4: byte d of D/2 holds channel d (low nibble) and d + D/2. int2: byte d of D/4 holds channels
 // d, d + D/4, d + D/2, d + 3D/4, lowest bits first. A decoded element is code * scale + minimum.
-// Latent pages end after the key scales: their values are the first latent_dim channels of the keys.
+// Latent pages end after the key scales: their values are the first latent_dim channels of the
+// keys.
 #pragma once
 
 #include <cstdint>
