@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything is installed into .venv and nothing outside this folder.
 #
-# Variables: RANKS (ranks of the demo), PYTHON=/path/to/python (use that environment as it is,
+# Variables: RANKS (ranks of the demos), PORT (of server-demo), PYTHON=/path/to/python (use that environment as it is,
 # instead of .venv), PYTHON3 (the Python that makes .venv), VENV (its folder).
 
 PYTHON3 ?= python3
@@ -30,7 +30,9 @@ RUN = PATH="$(BIN):$$PATH"
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-.PHONY: help venv demo test lint format clean check-python
+PORT ?= 8000
+
+.PHONY: help venv demo server-demo test lint format clean check-python
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +113,16 @@ demo: $(READY)  ## serve an MoE model on RANKS ranks (default 2) and verify its 
 	if python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then \
 	  command=(env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 "$${command[@]}"); fi; \
 	echo "$${command[*]}"; "$${command[@]}"
+
+server-demo: $(READY)  ## start Megatron's inference server on RANKS ranks, ask it, stop it
+	@export $(RUN) PYTHONPATH="$$PWD" PYTHONWARNINGS=ignore PYTHON=python; \
+	model=$$(python -c 'from pikv_ds import reference_model; print(reference_model.build())'); \
+	command=(launch/megatron_server.sh --model "$$model" --ranks $(RANKS) --port $(PORT)); \
+	echo "$${command[*]} &"; "$${command[@]}" & server=$$!; \
+	trap 'kill -TERM $$server 2>/dev/null || true; wait $$server || true' EXIT; \
+	client=(python examples/openai_client.py --url "http://127.0.0.1:$(PORT)" --wait 120); \
+	echo "$${client[*]}"; "$${client[@]}"; \
+	kill -TERM $$server; wait $$server && echo "the server has ended with exit code 0"; trap - EXIT
 
 test: $(READY)  ## run all tests
 	@$(RUN) $(PYTHON) -m pytest

@@ -53,7 +53,7 @@ class PiKVAttention:
         if self.training:  # type: ignore[attr-defined]
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
         running = tap.attachment.pass_of(tap, inference_context, key)
-        if running is None or running.batch.in_step is False:
+        if running is None:
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
         tap.running = running
         if running.idle:  # Megatron's dummy pass: the token is attended as ever, and the others are served

@@ -8,7 +8,10 @@ slices of them where tensor parallelism splits them, so that no rank ever holds 
 from __future__ import annotations
 
 import json
+import math
 import re
+import resource
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +36,20 @@ class Report:
     """Bytes read from the files."""
     checkpoint_bytes: int
     """Bytes of all tensors in the files."""
+    peak_host_bytes: int
+    """Most host memory that this process has had resident so far, mapped parts of the files included."""
+
+
+STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes per number of the types, in safetensors' words, whose numbers are the weights themselves."""
+
+MAPPED_BYTES = 64 * 2**20
+"""How much of a file is read before it is opened anew. What was read of a mapped file counts as this
+process's memory until the file is closed; without this a rank would hold its weights twice."""
 
 
 class Checkpoint:
-    """The tensors of a folder with safetensors files, read in slices.
+    """The tensors of a folder with safetensors files, read in slices, one file open at a time.
 
     Raises:
         CheckpointError: no such files, or one that cannot be read.
@@ -45,41 +58,72 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.read_bytes = 0
-        self._open: dict[str, Any] = {}  # the file of each tensor
+        self.nbytes = 0
+        """Bytes of all tensors."""
+        self._paths: dict[str, Path] = {}  # the file of each tensor
+        self._file: tuple[Path, Any] | None = None  # the open one
+        self._mapped_bytes = 0
+        for path in self._files():
+            file = self._open(path)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                self.nbytes += math.prod(part.get_shape()) * STORED.get(part.get_dtype(), 1)
+                self._paths[name] = path
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._paths
+
+    def shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        return list(self._open(self._path(name)).get_slice(name).get_shape())
+
+    def read(self, name: str, *index: slice | int) -> Tensor:
+        """A tensor, or a part of it; what is not asked for is not read.
+
+        Raises:
+            CheckpointError: it is not there, or it is quantised.
+        """
+        path = self._path(name)
+        file = self._open(path)
+        dtype = file.get_slice(name).get_dtype()
+        if dtype not in STORED:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {dtype}, which means nothing without its scales; "
+                "dequantise the checkpoint to bf16 first"
+            )
+        tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        self.read_bytes += tensor.nbytes
+        self._mapped_bytes += tensor.nbytes
+        return tensor
+
+    def _path(self, name: str) -> Path:
+        if name not in self._paths:
+            raise CheckpointError(f"{self.directory}: no tensor {name!r} there; is it a checkpoint of this model?")
+        return self._paths[name]
+
+    def _files(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
         single = self.directory / "model.safetensors"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif single.is_file():
-            names = [single.name]
-        else:
-            raise CheckpointError(
-                f"{self.directory}: neither {single.name} nor {index.name} there; PiKV loads safetensors only"
-            )
-        for name in names:
-            path = self.directory / name
             try:
-                file = safe_open(path, framework="pt")
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index}: no table of tensors and files in it ({error!r})") from error
+            return [self.directory / name for name in names]
+        if single.is_file():
+            return [single]
+        raise CheckpointError(
+            f"{self.directory}: neither {single.name} nor {index.name} there; PiKV loads safetensors only"
+        )
+
+    def _open(self, path: Path) -> Any:
+        if self._file is None or self._file[0] != path or self._mapped_bytes >= MAPPED_BYTES:
+            try:
+                self._file = (path, safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: {error}; the checkpoint is incomplete or damaged") from error
-            self._open |= dict.fromkeys(file.keys(), file)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._open
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        slices = (file.get_slice(name) for name, file in self._open.items())
-        return sum(_elements(s.get_shape()) * _ITEM_BYTES.get(s.get_dtype(), 4) for s in slices)
-
-    def read(self, name: str, *index: slice | int) -> Tensor:
-        """A tensor, or a part of it; what is not asked for is not read."""
-        if name not in self._open:
-            raise CheckpointError(f"{self.directory}: no tensor {name!r} there; is it a checkpoint of this model?")
-        tensor = self._open[name].get_slice(name)[index] if index else self._open[name].get_tensor(name)
-        self.read_bytes += tensor.nbytes
-        return tensor
+            self._mapped_bytes = 0
+        return self._file[1]
 
 
 @dataclass(frozen=True)
@@ -92,6 +136,8 @@ class Part:
     tp: int
     prefix: str
     """Hugging Face's name of the layer, with a dot at its end."""
+    num_held: int
+    """Rows of the parameter on this rank."""
     expert: int | None = None
     """Its number in the whole model."""
 
@@ -103,13 +149,24 @@ class Part:
 
     def rows(self, template: str, num: int) -> Tensor:
         """This rank's share of the ``num`` first dimensions."""
-        return self.whole(template, self._share(num))
+        return self.whole(template, self._share(template, 0, num))
 
     def columns(self, template: str, num: int) -> Tensor:
         """This rank's share of the ``num`` second dimensions."""
-        return self.whole(template, slice(None), self._share(num))
+        return self.whole(template, slice(None), self._share(template, 1, num))
 
-    def _share(self, num: int) -> slice:
+    def rows_or_whole(self, template: str, num: int) -> Tensor:
+        """As the parameter is: Transformer Engine keeps the projections down to the latents whole on every rank."""
+        return self.whole(template) if self.num_held == num else self.rows(template, num)
+
+    def _share(self, template: str, dim: int, num: int) -> slice:
+        name = self.name(template)
+        shape = self.checkpoint.shape(name)
+        if len(shape) <= dim or shape[dim] != num:
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {name} has shape {shape}, but dimension {dim} is {num} according to "
+                "config.json, which does not describe these weights"
+            )
         size = num // self.tp
         return slice(self.tp_rank * size, (self.tp_rank + 1) * size)
 
@@ -181,15 +238,40 @@ LAYER_RULES: list[tuple[str, Make]] = [
         r"self_attention\.linear_proj\.weight",
         lambda p: p.columns("self_attn.o_proj.weight", p.config.num_attention_heads * _value_dim(p.config)),
     ),
-    (r"self_attention\.(q_layernorm|q_norm)\.weight", lambda p: p.whole(_latent(p, "q_norm", "q_a_layernorm"))),
-    (r"self_attention\.(k_layernorm|k_norm)\.weight", _norm("self_attn.k_norm")),
+    (r"self_attention\.q_layernorm\.weight", lambda p: p.whole(_latent(p, "q_norm", "q_a_layernorm"))),
+    (r"self_attention\.k_layernorm\.weight", _norm("self_attn.k_norm")),
+    # norms over all heads, of which a rank has its own (see `olmoe`)
+    (
+        r"self_attention\.q_norm\.weight",
+        lambda p: p.rows("self_attn.q_norm.weight", p.config.num_attention_heads * p.config.kv_channels),
+    ),
+    (
+        r"self_attention\.k_norm\.weight",
+        lambda p: p.rows("self_attn.k_norm.weight", p.config.num_query_groups * p.config.kv_channels),
+    ),
     # latent attention
-    (r"self_attention\.linear_q_proj\.weight", lambda p: p.whole("self_attn.q_proj.weight")),
-    (r"self_attention\.linear_q_down_proj\.weight", lambda p: p.whole("self_attn.q_a_proj.weight")),
-    (r"self_attention\.linear_q_up_proj\.weight", lambda p: p.whole("self_attn.q_b_proj.weight")),
+    (r"self_attention\.linear_q_proj\.weight", lambda p: p.rows("self_attn.q_proj.weight", _query_rows(p.config))),
+    (
+        r"self_attention\.linear_q_down_proj\.weight",
+        lambda p: p.rows_or_whole("self_attn.q_a_proj.weight", p.config.q_lora_rank),
+    ),
+    (
+        r"self_attention\.linear_q_up_proj\.weight",
+        lambda p: p.rows("self_attn.q_b_proj.weight", _query_rows(p.config)),
+    ),
     (r"self_attention\.linear_q_up_proj\.layer_norm_weight", _norm("self_attn.q_a_layernorm")),
-    (r"self_attention\.linear_kv_down_proj\.weight", lambda p: p.whole("self_attn.kv_a_proj_with_mqa.weight")),
-    (r"self_attention\.linear_kv_up_proj\.weight", lambda p: p.whole("self_attn.kv_b_proj.weight")),
+    (
+        r"self_attention\.linear_kv_down_proj\.weight",
+        lambda p: p.rows_or_whole(
+            "self_attn.kv_a_proj_with_mqa.weight", p.config.kv_lora_rank + p.config.qk_pos_emb_head_dim
+        ),
+    ),
+    (
+        r"self_attention\.linear_kv_up_proj\.weight",
+        lambda p: p.rows(
+            "self_attn.kv_b_proj.weight", p.config.num_attention_heads * (p.config.qk_head_dim + p.config.v_head_dim)
+        ),
+    ),
     (
         r"self_attention\.(kv_layernorm\.weight|linear_kv_up_proj\.layer_norm_weight)",
         _norm("self_attn.kv_a_layernorm"),
@@ -225,6 +307,11 @@ def _value_dim(config: Any) -> int:
     return int(config.v_head_dim if config.multi_latent_attention else config.kv_channels)
 
 
+def _query_rows(config: Any) -> int:
+    """Rows of the query projection of latent attention."""
+    return int(config.num_attention_heads * (config.qk_head_dim + config.qk_pos_emb_head_dim))
+
+
 def _latent(part: Part, plain: str, latent: str) -> str:
     return f"self_attn.{latent if part.config.multi_latent_attention else plain}.weight"
 
@@ -246,12 +333,18 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
         progress: wraps the loop over the parameters (`tqdm`, say).
 
     Raises:
-        CheckpointError: a missing or damaged file, a missing tensor, or one of another shape.
+        CheckpointError: a missing or damaged file, a tensor that is missing, quantised or of another shape,
+            or a model that is cut into pipeline stages.
     """
     from megatron.core import parallel_state
 
-    checkpoint = Checkpoint(directory)
     config = model.config
+    if config.pipeline_model_parallel_size > 1:
+        raise CheckpointError(
+            f"pipeline_model_parallel_size = {config.pipeline_model_parallel_size}: each stage numbers its layers "
+            "from 0, so that they cannot be told apart; use tensor and expert parallelism"
+        )
+    checkpoint = Checkpoint(directory)
     tp_rank, tp = parallel_state.get_tensor_model_parallel_rank(), config.tensor_model_parallel_size
     experts = (config.num_moe_experts or 1) // config.expert_model_parallel_size
     first_expert = parallel_state.get_expert_model_parallel_rank() * experts
@@ -263,12 +356,12 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
     for name, target in progress(targets.items()):
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
         if layer is None:
-            part = Part(checkpoint, config, tp_rank, tp, "")
+            part = Part(checkpoint, config, tp_rank, tp, "", target.shape[0])
             tensor = _rule(OUTER_RULES, name)(part, model.vocab_size)
         else:
             number = re.search(r"(?:local_experts\.|weight)(\d+)", layer[2])
             expert = None if number is None else first_expert + int(number[1])
-            part = Part(checkpoint, config, tp_rank, tp, f"model.layers.{layer[1]}.", expert)
+            part = Part(checkpoint, config, tp_rank, tp, f"model.layers.{layer[1]}.", target.shape[0], expert)
             tensor = _rule(LAYER_RULES, layer[2])(part)
         if tensor.shape != target.shape:
             raise CheckpointError(
@@ -277,7 +370,7 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
             )
         with torch.no_grad():
             target.copy_(tensor)
-    return Report(len(targets), checkpoint.read_bytes, checkpoint.nbytes)
+    return Report(len(targets), checkpoint.read_bytes, checkpoint.nbytes, _peak_host_bytes())
 
 
 def _rule(rules: list[tuple[str, Any]], name: str) -> Any:
@@ -287,14 +380,10 @@ def _rule(rules: list[tuple[str, Any]], name: str) -> Any:
     raise CheckpointError(f"no rule tells where Megatron's {name} comes from; this kind of model is not supported")
 
 
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "BOOL": 1}
-
-
-def _elements(shape: list[int]) -> int:
-    out = 1
-    for size in shape:
-        out *= size
-    return out
+def _peak_host_bytes() -> int:
+    """Of this process since its start."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
 __all__ = ["Checkpoint", "CheckpointError", "Report", "load_hf"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.inference.engines import DynamicInferenceEngine as Engine
 from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
     AbstractModelInferenceWrapper as Wrapper,
 )
@@ -139,7 +140,9 @@ def serve_dummy_passes(attachment: Any, attached: Callable[[Any], Any]) -> None:
 
     * the inference wrapper's `dummy_forward`, the pass of an EP rank that is idle while others work;
     * the controller's step, which makes no pass at all where requests wait but none is active. The
-      other ranks make one, so this rank must, too.
+      other ranks make one, so this rank must, too;
+    * the engine's question whether any rank has work: pages of finished requests are work, so that they
+      are returned by one more pass and not by the next request's.
 
     Args:
         attached: from a model to its attachment, or None.
@@ -165,7 +168,16 @@ def serve_dummy_passes(attachment: Any, attached: Callable[[Any], Any]) -> None:
             self.dummy_forward()
         return None
 
+    has_work = Engine._ep_group_has_work
+
+    @functools.wraps(has_work)
+    async def has_work_or_pages(self: Any, local_work: int) -> bool:
+        attachment = attached(self.controller.inference_wrapped_model.model)
+        pages = attachment is not None and attachment.has_to_release
+        return await has_work(self, local_work or int(pages))
+
     for cls, name, method in (
+        (Engine, "_ep_group_has_work", has_work_or_pages),
         (Wrapper, "dummy_forward", dummy_forward),
         (Controller, "async_generate_output_tokens_dynamic_batch", step_or_serve),
     ):

@@ -6,8 +6,55 @@ import math
 from typing import Any
 
 from megatron_patch import compat, cpu
+from pikv_ds import launch_env
 
 DEFAULT_SEED = 1234
+
+
+def initialize(tp: int = 1, seed: int = DEFAULT_SEED) -> Any:
+    """The job's process groups, all ranks one expert-parallel group, and Megatron's random numbers.
+
+    Args:
+        tp: ranks over which attention is split; experts are not.
+
+    Returns:
+        A key-value store that all ranks read and write.
+    """
+    import torch
+    import torch.distributed as dist
+
+    compat.require()
+    cpu.install()
+    from megatron.core import parallel_state
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(launch_env.device())
+    if launch_env.launched():
+        store, rank, size = next(dist.rendezvous("env://"))
+    else:  # alone: no port is needed
+        store, rank, size = dist.HashStore(), 0, 1
+    group_store = dist.PrefixStore("world", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=group_store, rank=rank, world_size=size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=size, expert_tensor_parallel_size=1
+    )
+    cpu.seed(seed)
+    return dist.PrefixStore("figures", store)
+
+
+def greedy(num_tokens: int, end: int | None = None) -> Any:
+    """`SamplingParams` of a greedy answer of at most so many tokens, which ends with token ``end``."""
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    return SamplingParams(num_tokens_to_generate=num_tokens, top_k=1, termination_id=-1 if end is None else end)
+
+
+def static_context(max_batch: int, max_length: int) -> Any:
+    """A `StaticInferenceContext` for so many sequences of so many tokens, for loops of one's own."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    return StaticInferenceContext(max_batch, max_length)
 
 
 def static_engine(
@@ -27,10 +74,9 @@ def static_engine(
     """
     compat.repair()
     cpu.install()
-    from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines.static_engine import StaticInferenceEngine
 
-    context = StaticInferenceContext(max_batch, max_length)
+    context = static_context(max_batch, max_length)
     controller = _controller(model, tokenizer, context, max_batch, max_length)
     return StaticInferenceEngine(controller, random_seed=seed, **compat.legacy_static(StaticInferenceEngine))
 

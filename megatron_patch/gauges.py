@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 PREFIX = "megatron:"
 KV_PREFIX = "pikv:"
+USAGE = PREFIX + "kv_cache_usage_perc"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
@@ -43,14 +44,22 @@ def engine_figures(engine: Any) -> dict[str, float]:
     return {
         PREFIX + "num_requests_running": context.total_request_count - context.paused_request_count,
         PREFIX + "num_requests_waiting": len(engine.waiting_request_ids) + context.paused_request_count,
-        PREFIX + "kv_cache_usage_perc": allocator.get_total_used() / max(1, allocator.total_count - 1),
+        USAGE: allocator.get_total_used() / max(1, allocator.total_count - 1),
     }
 
 
 HELP = {
     PREFIX + "num_requests_running": "Requests in this rank's batch.",
     PREFIX + "num_requests_waiting": "Requests that wait on this rank, paused ones included.",
-    PREFIX + "kv_cache_usage_perc": "Share of the blocks of Megatron's KV buffer that are in use (1 is all).",
+    USAGE: "Share of the blocks of Megatron's KV buffer that are in use (1 is all).",
+    KV_PREFIX + "tokens": "Tokens per layer that lie on this rank, those of other ranks' sequences included.",
+    KV_PREFIX + "own_tokens": "Tokens of this rank's own sequences: what Megatron would keep here.",
+    KV_PREFIX + "pages": "Pages of all layers in this rank's pool.",
+    KV_PREFIX + "kv_bytes": "Bytes allocated for keys and values: pool, open tails, pages under way.",
+    KV_PREFIX + "pool_bytes": "The part of it that holds sealed pages, scales and slack included.",
+    KV_PREFIX + "summary_bytes": "Bytes allocated for the pages' summaries.",
+    KV_PREFIX + "peak_kv_bytes": "Most bytes at any moment.",
+    KV_PREFIX + "kv_cache_usage_perc": "Share of pikv.capacity_tokens that is in use (1 is all).",
 }
 
 

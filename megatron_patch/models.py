@@ -66,17 +66,21 @@ def transformer_config(
         _refuse("sliding_window", hf.sliding_window, "windows are not supported; set it to null if the model allows")
     if hf.hidden_act != "silu":
         _refuse("hidden_act", hf.hidden_act, "only silu is known")
-    if getattr(hf, "attention_bias", False):
-        _refuse("attention_bias", True, "Megatron would add biases to every linear layer")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(hf, name, False):
+            _refuse(name, True, "Megatron would add biases to every linear layer")
+    if getattr(hf, "quantization_config", None):
+        _refuse("quantization_config", hf.quantization_config, "dequantise the checkpoint to bf16 and drop this key")
     experts = _num_experts(hf)
-    for name, value, parts in (
-        ("num_attention_heads", hf.num_attention_heads, tp),
-        ("num_key_value_heads", hf.num_key_value_heads, tp),
-        ("vocab_size", hf.vocab_size, tp),
-        ("number of experts", experts, ep),
+    if experts is None and ep > 1:
+        _refuse("model_type", hf.model_type, f"a dense model has no experts for {ep} expert-parallel ranks; use ep=1")
+    for name, value, parts, kind in (
+        ("num_attention_heads", hf.num_attention_heads, tp, "tensor"),
+        ("num_key_value_heads", hf.num_key_value_heads, tp, "tensor"),
+        ("vocab_size", hf.vocab_size, tp, "tensor"),
+        ("number of experts", experts or ep, ep, "expert"),
     ):
         if value % parts:
-            kind = "expert" if parts is ep and "experts" in name else "tensor"
             _refuse(name, value, f"does not divide over {parts} {kind}-parallel ranks")
     settings: dict[str, Any] = {
         "num_layers": hf.num_hidden_layers,
@@ -85,11 +89,6 @@ def transformer_config(
         "num_query_groups": hf.num_key_value_heads,
         "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         "ffn_hidden_size": hf.intermediate_size,
-        "moe_ffn_hidden_size": getattr(hf, "moe_intermediate_size", None) or hf.intermediate_size,
-        "num_moe_experts": experts,
-        "moe_router_topk": hf.num_experts_per_tok,
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",  # the one that takes any number of tokens per rank
         "normalization": "RMSNorm",
         "layernorm_epsilon": hf.rms_norm_eps,
         "gated_linear_unit": True,
@@ -109,7 +108,18 @@ def transformer_config(
     }
     if not torch.cuda.is_available():
         settings |= {"use_cpu_initialization": True, "attention_backend": AttnBackend.local}
-    settings |= family(hf) | overrides
+    if experts is not None:
+        settings |= {
+            "moe_ffn_hidden_size": getattr(hf, "moe_intermediate_size", None) or hf.intermediate_size,
+            "num_moe_experts": experts,
+            "moe_router_topk": hf.num_experts_per_tok,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",  # the one that takes any number of tokens per rank
+        }
+    settings |= family(hf)
+    if experts is not None and hf.num_experts_per_tok == 1 and not settings.get("moe_router_pre_softmax"):
+        _refuse("num_experts_per_tok", 1, "the weight of a single expert is 1 here, and its score in Megatron")
+    settings |= overrides
     kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
     return kind(**settings)
 
@@ -132,7 +142,26 @@ def build_model(hf: Any, config: Any, spec: Callable[[Any], Any] = lambda spec: 
         rotary_base=_rope(hf)["rope_theta"],
         share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
     )
-    return model.to(compat.device(), config.params_dtype).eval().requires_grad_(False)
+    model.to(compat.device())
+    for parameter in model.parameters():
+        # the parameters only: an expert bias stays in fp32, for rounded to bf16 it would choose other experts
+        parameter.data = parameter.data.to(config.params_dtype)
+    if config.multi_latent_attention:
+        _set_latent_epsilon(model)
+    return model.eval().requires_grad_(False)
+
+
+LATENT_EPSILON = 1e-6
+"""Of the norms of DeepSeek's latents, whatever ``rms_norm_eps`` says (`DeepseekV3Attention` in transformers)."""
+
+
+def _set_latent_epsilon(model: Any) -> None:
+    for layer in model.decoder.layers:
+        # Transformer Engine has these norms within the projections that follow them
+        for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
+            module = getattr(layer.self_attention, name, None)
+            if hasattr(module, "eps"):
+                module.eps = LATENT_EPSILON
 
 
 def block_spec(hf: Any, config: Any) -> Any:
@@ -151,6 +180,11 @@ def block_spec(hf: Any, config: Any) -> Any:
         if config.multi_latent_attention and not compat.has_transformer_engine():
             attention.submodules.core_attention = compat.latent_dot_product_attention()
     return spec
+
+
+def _llama(hf: Any) -> dict[str, Any]:
+    _default_rope(hf)
+    return {}
 
 
 def _mixtral(hf: Any) -> dict[str, Any]:
@@ -178,6 +212,10 @@ def _deepseek(hf: Any) -> dict[str, Any]:
     rope = _rope(hf)
     if rope["rope_type"] not in ("default", "yarn"):
         _refuse("rope_type", rope["rope_type"], "use default or yarn")
+    if not getattr(hf, "rope_interleave", True):
+        _refuse("rope_interleave", False, "Megatron takes latent attention's rotary channels in pairs")
+    if getattr(hf, "moe_layer_freq", 1) != 1:
+        _refuse("moe_layer_freq", hf.moe_layer_freq, "transformers has experts in every layer after the dense ones")
     settings: dict[str, Any] = {
         "multi_latent_attention": True,
         "qk_layernorm": True,  # of the latents
@@ -190,21 +228,37 @@ def _deepseek(hf: Any) -> dict[str, Any]:
         "kv_channels": hf.qk_nope_head_dim + hf.qk_rope_head_dim,
         "rotary_base": rope["rope_theta"],
         "rope_type": "rope" if rope["rope_type"] == "default" else "yarn",
-        "rotary_scaling_factor": rope.get("factor", 1.0),
+        "rotary_scaling_factor": 1.0,
         "moe_layer_freq": [int(i >= hf.first_k_dense_replace) for i in range(hf.num_hidden_layers)],
-        "moe_shared_expert_intermediate_size": hf.n_shared_experts * hf.moe_intermediate_size or None,
+        "moe_shared_expert_intermediate_size": (hf.n_shared_experts or 0) * hf.moe_intermediate_size or None,
         "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
         "moe_router_dtype": "fp32",
     }
-    if rope["rope_type"] == "yarn":
-        settings |= {
-            "original_max_position_embeddings": rope["original_max_position_embeddings"],
-            "beta_fast": rope.get("beta_fast", 32),
-            "beta_slow": rope.get("beta_slow", 1),
-            "mscale": rope.get("mscale", 1.0),
-            "mscale_all_dim": rope.get("mscale_all_dim", 0.0),
-        }
-    return settings
+    return settings | (_yarn(hf, rope) if rope["rope_type"] == "yarn" else {})
+
+
+def _yarn(hf: Any, rope: dict[str, Any]) -> dict[str, Any]:
+    """Latent attention's YaRN; both factors on the attention's scale come from the two ``mscale``."""
+    if rope.get("attention_factor") is not None:
+        _refuse("attention_factor", rope["attention_factor"], "Megatron derives it from mscale and mscale_all_dim")
+    if not rope.get("truncate", True):
+        _refuse("truncate", False, "Megatron rounds the range of dimensions that it corrects")
+    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if bool(mscale) != bool(mscale_all_dim) and (mscale, mscale_all_dim or 0) != (1, 0):
+        _refuse(
+            "mscale, mscale_all_dim",
+            (mscale, mscale_all_dim),
+            "with one of them, transformers and DeepSeek's own code disagree; give both or none",
+        )
+    original = rope["original_max_position_embeddings"]
+    return {
+        "rotary_scaling_factor": rope.get("factor") or hf.max_position_embeddings / original,
+        "original_max_position_embeddings": original,
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "mscale": mscale or 1.0,
+        "mscale_all_dim": mscale_all_dim or 0.0,
+    }
 
 
 def _deepseek_v2(hf: Any) -> dict[str, Any]:
@@ -214,6 +268,8 @@ def _deepseek_v2(hf: Any) -> dict[str, Any]:
             hf.topk_method,
             "Megatron ranks groups by the sum of their best, not by the best; use greedy",
         )
+    if hf.norm_topk_prob:
+        _refuse("norm_topk_prob", True, "transformers' DeepSeek-V2 ignores it, DeepSeek's own code does not")
     return _deepseek(hf) | {"moe_router_pre_softmax": True}
 
 
@@ -233,6 +289,7 @@ def _deepseek_v3(hf: Any) -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "llama": _llama,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "olmoe": _olmoe,
@@ -242,11 +299,12 @@ FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
 """By Hugging Face's ``model_type``: what differs from the settings of all."""
 
 
-def _num_experts(hf: Any) -> int:
+def _num_experts(hf: Any) -> int | None:
+    """Routed experts of a layer, None for a dense model."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if isinstance(getattr(hf, name, None), int):
             return int(getattr(hf, name))
-    raise UnsupportedCheckpointError(f"model type {hf.model_type!r}: its configuration names no number of experts")
+    return None
 
 
 def _rope(hf: Any) -> dict[str, Any]:

@@ -81,6 +81,11 @@ class Attachment:
             self._store = ExpertShardedKVCache(shape, self.config, self.exchange, device)
         return self._store
 
+    @property
+    def has_to_release(self) -> bool:
+        """Whether finished requests still have their pages."""
+        return self._store is not None and self._store.has_to_release
+
     def pass_of(self, tap: LayerTap, context: Any, key: torch.Tensor) -> Pass | None:
         """The pass under way, started by its first layer; None where PiKV has no part in it."""
         if tap.index > 0:

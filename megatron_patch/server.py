@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +56,8 @@ class Loaded(NamedTuple):
         model: a GPTModel on this rank's device.
         tokenizer: such as `tokenizer.HFTokenizer`.
         context_length: the model's own, in tokens.
-        kv_stats: figures of this rank's KV store by name, shown in ``/metrics`` as ``pikv:NAME`` with
-            the rank; called between two steps of the engine.
+        kv_stats: where PiKV is under the model: figures of this rank's KV store by name, shown in
+            ``/metrics`` as ``pikv:NAME`` with the rank; called between two steps of the engine.
     """
 
     model: Any
@@ -166,23 +166,51 @@ def pikv_config(args: argparse.Namespace) -> PiKVConfig | None:
 
 def load_checkpoint(args: argparse.Namespace) -> Loaded:
     """This rank's part of the checkpoint, with PiKV under its attention unless ``--no-pikv``."""
-    from transformers import AutoConfig
-
     import megatron_patch
     from megatron_patch import convert, models
     from megatron_patch.tokenizer import HFTokenizer
 
-    hf_config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    hf_config = models.load_config(args.model)
     dtype = _dtype(args.dtype, hf_config)
     config = models.transformer_config(hf_config, dtype=dtype, tp=args.tp, ep=dist.get_world_size())
     model = models.build_model(hf_config, config)
-    convert.load_hf(model, args.model)
-    model = model.to(launch_env.device()).eval()
+    report = convert.load_hf(model, args.model, progress=_progress)
     settings = pikv_config(args)
     if settings is not None:
         megatron_patch.patch_model(model, settings)
     tokenizer = HFTokenizer.load(args.model, model.vocab_size)
-    return Loaded(model, tokenizer, hf_config.max_position_embeddings)
+    gib, whole = report.read_bytes / 2**30, report.checkpoint_bytes / 2**30
+    print(f"rank {dist.get_rank()} read {gib:.2f} of the checkpoint's {whole:.2f} GiB", flush=True)
+    return Loaded(model, tokenizer, hf_config.max_position_embeddings, kv_figures(model) if settings else None)
+
+
+def _progress(parameters: Iterable[Any]) -> Iterable[Any]:
+    """A bar on rank 0, where somebody may look."""
+    from rich.progress import track
+
+    if launch_env.world().rank or not sys.stdout.isatty():
+        return parameters
+    return track(list(parameters), description="loading weights")
+
+
+def kv_figures(model: Any) -> Figures:
+    """What a rank's KV store holds and did, for ``/metrics``; needs no other rank."""
+    from megatron_patch import attachment_of
+    from pikv_ds.metrics import rank_stats
+
+    store = attachment_of(model).store
+
+    def figures() -> dict[str, float]:
+        stats = rank_stats(store)
+        names = ("tokens", "own_tokens", "pages", "kv_bytes", "pool_bytes", "summary_bytes", "peak_kv_bytes")
+        out = {name: float(stats[name]) for name in names}
+        out |= {f"{name}_total": float(stats[name]) for name in ("steps", "seals", "overflowed_pages", "queries")}
+        out |= {f"sent_{kind}_bytes_total": float(n) for kind, n in stats["sent_bytes"].items()}
+        if store.rank_capacity is not None:
+            out["kv_cache_usage_perc"] = stats["tokens"] / store.rank_capacity
+        return out
+
+    return figures
 
 
 def _dtype(name: str, hf_config: Any) -> torch.dtype:
@@ -198,12 +226,12 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) 
     launch_env.prepare()
     world = launch_env.world()
     started = time.perf_counter()
-    from megatron_patch import coordinator, cpu, engine, http
+    import megatron_patch
+    from megatron_patch import coordinator, engine, frontend
 
     coordinator.quiet_signals()
-    bound = http.listen(args.host, args.port) if world.rank == 0 else None
-    store = _join(args.tp)
-    cpu.seed(engine.DEFAULT_SEED)
+    bound = frontend.listen(args.host, args.port) if world.rank == 0 else None
+    store = engine.initialize(args.tp)
     loaded = load(args)
     context_length = min(args.context_length or loaded.context_length, loaded.context_length)
     if args.context_length and args.context_length > loaded.context_length:
@@ -216,6 +244,8 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) 
         context_length=context_length,
         buffer_gib=args.buffer_gib,
     )
+    if loaded.kv_stats is not None:  # the engine's buffer goes before the first request comes
+        megatron_patch.patch_context(loaded.model, served.context)
     seconds = time.perf_counter() - started
     try:
         with torch.inference_mode():
@@ -228,25 +258,6 @@ def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) 
     return 0
 
 
-def _join(tp: int) -> Any:
-    """The job's process groups: all ranks are one expert-parallel group.
-
-    Returns:
-        A store that all ranks read and write.
-    """
-    from megatron.core import parallel_state
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(launch_env.device())
-    store, rank, size = next(dist.rendezvous("env://"))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=rank, world_size=size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, expert_model_parallel_size=size, expert_tensor_parallel_size=1
-    )
-    return dist.PrefixStore("figures", store)
-
-
 async def _serve(
     args: argparse.Namespace,
     engine: Any,
@@ -257,7 +268,7 @@ async def _serve(
     seconds: float,
 ) -> None:
     """Steps the engine until the server, on rank 0, has been stopped."""
-    from megatron_patch import coordinator, gauges, http, validation
+    from megatron_patch import coordinator, frontend, gauges, validation
 
     world = launch_env.world()
     loop = asyncio.get_running_loop()
@@ -269,7 +280,7 @@ async def _serve(
         limits = validation.Limits(context_length, loaded.model.vocab_size)
         name = args.served_model_name or Path(args.model).resolve().name
         port = bound.getsockname()[1]
-        front = http.Frontend(bound, address, loaded.tokenizer, limits, gauges.Metrics(board), name)
+        front = frontend.Frontend(bound, address, loaded.tokenizer, limits, gauges.Metrics(board), name)
         stop = front.stop
         tasks.append(asyncio.wrap_future(front.done))
         print(
@@ -302,8 +313,9 @@ async def _publish(board: Any, engine: Any, kv_stats: Figures | None) -> None:
     coordinator = getattr(engine, "inference_coordinator_process", None)
     while True:
         figures = gauges.engine_figures(engine)
-        for name, value in (kv_stats() if kv_stats else {}).items():
-            figures[gauges.KV_PREFIX + name] = value
+        if kv_stats is not None:
+            del figures[gauges.USAGE]  # of a buffer that is not there
+            figures |= {gauges.KV_PREFIX + name: value for name, value in kv_stats().items()}
         board.publish(figures)
         await asyncio.sleep(PUBLISH_SECONDS)
         if os.getppid() != parent:

@@ -204,6 +204,11 @@ class ExpertShardedKVCache:
             self._batches.append(batch)
         return batch.admit(self._new_id(batch.shared))
 
+    @property
+    def has_to_release(self) -> bool:
+        """Whether finished sequences of this rank still have their pages, which go with the next step plan."""
+        return bool(self._released or self.abandoned)
+
     def _new_id(self, shared: bool) -> int:
         if shared:  # the same on every rank, and none that a rank gives its own sequences
             self._next_shared_id -= 1

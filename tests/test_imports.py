@@ -113,6 +113,14 @@ def test_foreign_packages_are_imported_in_their_own_files(package: str, allowed:
     assert {n for n in NAMES if package in outside(n)} <= allowed
 
 
+def test_only_megatron_patch_imports_megatron() -> None:
+    """Tests may look into Megatron, too."""
+    root = ROOT.parent
+    for folder in ("examples", "benchmarks"):
+        for path in (root / folder).glob("*.py"):
+            assert not {i for i in _imports(ast.parse(path.read_text())) if i.split(".")[0] == "megatron"}, path
+
+
 def _uses_environment(tree: ast.AST) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "putenv", "unsetenv"):

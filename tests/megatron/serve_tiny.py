@@ -1,4 +1,4 @@
-"""The server with a small random model: ``serve_tiny.py --model FOLDER_OF_A_TOKENIZER --no-pikv ...``."""
+"""The server with a small random model: ``serve_tiny.py --model FOLDER_OF_A_TOKENIZER ...``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import megatron_patch
 from megatron_patch import server
 
 
@@ -18,7 +19,10 @@ def load(args: argparse.Namespace) -> server.Loaded:
 
     model = tiny_megatron.build()
     tokenizer = HFTokenizer.load(args.model, tiny_megatron.VOCAB)
-    return server.Loaded(model, tokenizer, tiny_megatron.MAX_LENGTH, lambda: {"stored_bytes": 7.0})
+    settings = server.pikv_config(args)
+    if settings is not None:
+        megatron_patch.patch_model(model, settings)
+    return server.Loaded(model, tokenizer, tiny_megatron.MAX_LENGTH, server.kv_figures(model) if settings else None)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 import transformers
 from harness import Ranks, ranks_fixture
+from safetensors.torch import load_file, save_file
 
 from megatron_patch import convert, models
 
@@ -62,6 +67,11 @@ YARN = {
     "beta_slow": 1,
 }
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {k: v for k, v in SHARED.items() if k != "num_experts_per_tok"} | {"head_dim": 12},
+    ),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", SHARED | {"num_local_experts": EXPERTS, "head_dim": 12}),
     "mixtral-tied": (
         "MixtralForCausalLM",
@@ -87,11 +97,31 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DeepseekV3Config",
         LATENT | {"norm_topk_prob": True, "rope_parameters": YARN},
     ),
+    "deepseek_v3-plain-yarn": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        LATENT | {"norm_topk_prob": True, "rope_parameters": YARN | {"mscale": None, "mscale_all_dim": None}},
+    ),
+    "deepseek_v3-epsilon": (  # so large that it shows: the norms of the latents have another
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        LATENT | {"q_lora_rank": 20, "norm_topk_prob": True, "rms_norm_eps": 0.05},
+    ),
+    "deepseek_v2-yarn": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        LATENT | {"topk_method": "greedy", "rope_parameters": YARN},
+    ),
 }
+TWO_RANKS = ["mixtral", "mixtral-tied", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3"]
 
 
-def save(folder: Path, family: str, **changes: Any) -> Path:
-    """A tiny random checkpoint, its norms and biases random, too."""
+def save(folder: Path, family: str, fused: bool = False, **changes: Any) -> Path:
+    """A tiny random checkpoint, its norms and biases random, too.
+
+    Args:
+        fused: with all experts of a layer in one tensor, as transformers holds them, not as the hub does.
+    """
     model_class, config_class, settings = FAMILIES[family]
     # Random routers can be as good as tied between two experts, and rounding then decides: with seed 0 and
     # deepseek_v2 all tokens of a sequence from one on differ, with this one and four others none does.
@@ -102,7 +132,7 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
             tensor.data = 1 + 0.2 * torch.randn_like(tensor)
         elif "e_score_correction_bias" in name:
             tensor.data = 0.3 * torch.randn_like(tensor)
-    model.eval().float().save_pretrained(folder, max_shard_size="60KB")  # several files
+    model.eval().float().save_pretrained(folder, max_shard_size="60KB", save_original_format=not fused)
     return folder
 
 
@@ -110,8 +140,9 @@ def tokens() -> torch.Tensor:
     return torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, convert.Report]:
-    """Logits ``[2, LENGTH, VOCAB]`` of the checkpoint in Megatron over this job's ranks."""
+@contextlib.contextmanager
+def megatron_groups(tp: int = 1, ep: int = 1) -> Iterator[None]:
+    """Megatron's groups over this job's ranks; a job of this process alone where there is none."""
     from megatron.core import parallel_state
 
     from megatron_patch import cpu
@@ -124,22 +155,43 @@ def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, conve
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
     )
     cpu.seed(1)
-    hf = models.load_config(folder)
-    model = models.build_model(hf, models.transformer_config(hf, tp=tp, ep=ep))
-    for parameter in model.parameters():
-        parameter.fill_(torch.nan)  # whatever is not loaded shows
-    report = convert.load_hf(model, folder)
-    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-    positions = torch.arange(LENGTH)[None].expand(2, -1)
-    with torch.inference_mode():
-        logits = model(tokens(), positions, mask, runtime_gather_output=True)
+    yield
     parallel_state.destroy_model_parallel()
+
+
+def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, convert.Report]:
+    """Logits ``[2, LENGTH, VOCAB]`` of the checkpoint in Megatron over this job's ranks."""
+    with megatron_groups(tp, ep):
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, tp=tp, ep=ep))
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)  # whatever is not loaded shows
+        report = convert.load_hf(model, folder)
+        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+        positions = torch.arange(LENGTH)[None].expand(2, -1)
+        with torch.inference_mode():
+            logits = model(tokens(), positions, mask, runtime_gather_output=True)
     return logits, report
 
 
 def hf_logits(folder: Path) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    rope = model.config.rope_parameters
+    if model.config.model_type == "deepseek_v2" and rope["rope_type"] == "yarn":
+        # transformers 5.2 forgets this factor of DeepSeek's own code (huggingface/transformers, pull request 47435)
+        mscale = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
+        for layer in model.model.layers:
+            layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5 * mscale**2
     with torch.inference_mode():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()(tokens()).logits
+        return model(tokens()).logits
+
+
+def expert_bytes(folder: Path) -> int:
+    """Of all routed experts in fp32."""
+    c = models.load_config(folder)
+    dense = len(getattr(c, "mlp_only_layers", [])) + getattr(c, "first_k_dense_replace", 0)
+    size = getattr(c, "moe_intermediate_size", c.intermediate_size)
+    return (LAYERS - dense) * models._num_experts(c) * 3 * size * c.hidden_size * 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,18 +211,63 @@ def case(rank: int, folder: str, tp: int, ep: int) -> tuple[torch.Tensor, conver
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", TWO_RANKS)
 def test_ranks_read_only_what_they_own(family: str, tp: int, ep: int, two: Ranks, tmp_path: Path) -> None:
     folder = save(tmp_path, family)
-    expected, config = hf_logits(folder), json.loads((folder / "config.json").read_text())
-    size = config.get("moe_intermediate_size", config["intermediate_size"])
-    sparse = LAYERS - len(config.get("mlp_only_layers", []))
-    expert_bytes = sparse * EXPERTS * 3 * size * config["hidden_size"] * 4
+    expected = hf_logits(folder)
     for logits, report in two.run(case, folder=str(folder), tp=tp, ep=ep):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        most = report.checkpoint_bytes - expert_bytes + expert_bytes // ep
+        most = report.checkpoint_bytes - expert_bytes(folder) * (ep - 1) // ep
         assert report.read_bytes <= most
         assert (report.read_bytes == most) is (tp == 1)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_in_one_tensor_are_read_in_slices(family: str, two: Ranks, tmp_path: Path) -> None:
+    folder = save(tmp_path, family, fused=True)
+    assert any("experts.gate_up_proj" in name for name in convert.Checkpoint(folder)._paths)
+    expected = hf_logits(folder)
+    for logits, report in two.run(case, folder=str(folder), tp=1, ep=2):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert report.read_bytes == report.checkpoint_bytes - expert_bytes(folder) // 2
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def memory_case(rank: int, folder: str) -> tuple[int, convert.Report]:
+    """How much the resident memory of a rank grows at most while it loads its share of two."""
+    with megatron_groups(ep=2):
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, ep=2))  # allocated, not yet touched
+        convert.MAPPED_BYTES, before = 4 * 2**20, convert.MAPPED_BYTES
+        seen = [resident_bytes()]
+
+        def watch(parameters: Iterable[Any]) -> Iterator[Any]:
+            for parameter in parameters:
+                yield parameter
+                seen.append(resident_bytes())
+
+        report = convert.load_hf(model, folder, progress=watch)
+        convert.MAPPED_BYTES = before
+    return max(seen) - seen[0], report
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_no_rank_holds_more_than_its_share(two: Ranks, tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        **FAMILIES["mixtral"][2] | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)  # one file
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    experts = LAYERS * 8 * 3 * 256 * 1024 * 4  # 75 MB, half of it on each rank
+    for grown, report in two.run(memory_case, folder=str(tmp_path)):
+        assert report.checkpoint_bytes - report.read_bytes == experts // 2
+        assert experts // 2 < grown < experts * 3 // 4
+        assert report.peak_host_bytes > grown
 
 
 @pytest.mark.distributed
@@ -179,9 +276,23 @@ def test_ranks_read_only_what_they_own(family: str, tp: int, ep: int, two: Ranks
 def test_four_ranks(family: str, four: Ranks, tmp_path: Path) -> None:
     folder = save(tmp_path, family)
     expected = hf_logits(folder)
-    tp = 1 if family.startswith("deepseek") else 2
-    for logits, _ in four.run(case, folder=str(folder), tp=tp, ep=4):
+    for logits, _ in four.run(case, folder=str(folder), tp=2, ep=4):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_the_bias_of_a_bf16_model_chooses_the_same_experts(tmp_path: Path) -> None:
+    folder = save(tmp_path, "deepseek_v3")
+    with megatron_groups():
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, dtype=torch.bfloat16))
+        convert.load_hf(model, folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    stored = convert.Checkpoint(folder)
+    for number, layer in enumerate(model.decoder.layers):
+        if number >= hf.first_k_dense_replace:
+            bias = stored.read(f"model.layers.{number}.mlp.gate.e_score_correction_bias")
+            assert not torch.equal(bias, bias.bfloat16().float())
+            torch.testing.assert_close(layer.mlp.router.expert_bias, bias, atol=0, rtol=0)
 
 
 # -- what cannot be ---------------------------------------------------------------------------------
@@ -196,7 +307,23 @@ def test_four_ranks(family: str, four: Ranks, tmp_path: Path) -> None:
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
         ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method = 'group_limited_greedy'"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False"),
+        ("deepseek_v3", {"num_experts_per_tok": 1, "n_group": 1}, "num_experts_per_tok = 1"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
+        ("deepseek_v3", {"num_experts_per_tok": 4, "topk_group": 1, "n_group": 2}, "topk_group = 1"),
+        ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.3}}, "attention_factor = 1.3"),
+        ("deepseek_v3", {"rope_parameters": YARN | {"truncate": False}}, "truncate = False"),
+        (
+            "deepseek_v3",
+            {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": None}},
+            "mscale, mscale_all_dim = (0.7, None)",
+        ),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob = True"),
         ("mixtral", {"rope_parameters": YARN}, "rope_type = 'yarn'"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = {'quant_method': 'fp8'}"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = True"),
+        ("llama", {"attention_bias": True}, "attention_bias = True"),
     ],
 )
 def test_what_megatron_would_compute_otherwise_is_refused(family: str, changes: dict, message: str) -> None:
@@ -215,8 +342,10 @@ def test_ranks_that_do_not_divide_are_refused() -> None:
     ):
         with pytest.raises(models.UnsupportedCheckpointError, match=message):
             models.transformer_config(config, **sizes)
-    with pytest.raises(models.UnsupportedCheckpointError, match="model type 'llama' is not one of mixtral"):
-        models.transformer_config(transformers.LlamaConfig())
+    with pytest.raises(models.UnsupportedCheckpointError, match="model type 'gpt2' is not one of llama, mixtral"):
+        models.transformer_config(transformers.GPT2Config())
+    with pytest.raises(models.UnsupportedCheckpointError, match="a dense model has no experts for 2"):
+        models.transformer_config(transformers.LlamaConfig(), ep=2)
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
@@ -245,11 +374,46 @@ def test_an_incomplete_or_damaged_checkpoint_names_the_file_or_tensor(tmp_path: 
     index.write_text(json.dumps(table))
     with pytest.raises(convert.CheckpointError, match=r"no tensor 'model\."):
         megatron_logits(folder, 1, 1)
+    index.write_text("{}")
+    with pytest.raises(convert.CheckpointError, match=r"index\.json: no table of tensors and files"):
+        megatron_logits(folder, 1, 1)
 
 
-def test_weights_of_another_model_name_the_tensor_and_both_shapes(tmp_path: Path) -> None:
+def test_quantised_tensors_are_no_weights(tmp_path: Path) -> None:
     folder = save(tmp_path, "mixtral")
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({k: v.to(torch.float8_e4m3fn) if "o_proj" in k else v for k, v in tensors.items()}, path)
+    with pytest.raises(convert.CheckpointError, match=r"layers\.0\.self_attn\.o_proj\.weight is stored as F8_E4M3"):
+        megatron_logits(folder, 1, 1)
+
+
+def test_pipeline_stages_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, "mixtral")
+    with megatron_groups():
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf))
+        model.config.pipeline_model_parallel_size = 2
+        with pytest.raises(convert.CheckpointError, match="pipeline_model_parallel_size = 2"):
+            convert.load_hf(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"intermediate_size": 40}, r"linear_fc1.weight has shape \[80, 32\] .* \[96, 32\]"),
+        # smaller than the tensors: a slice of them would fit
+        ("mixtral", {"vocab_size": 32}, r"embed_tokens\.weight has shape \[64, 32\], .* dimension 0 is 32"),
+        ("mixtral", {"num_attention_heads": 2}, r"o_proj\.weight has shape \[32, 48\], .* dimension 1 is 24"),
+        ("deepseek_v3", {"intermediate_size": 16}, r"gate_proj\.weight has shape \[48, 32\], .* dimension 0 is 16"),
+        ("deepseek_v3", {"q_lora_rank": 40}, r"q_a_proj\.weight has shape \[20, 32\]|\[40, 32\] .* \[20, 32\]"),
+    ],
+)
+def test_weights_of_another_model_name_the_tensor_and_both_shapes(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path, family)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 40}))
-    with pytest.raises(convert.CheckpointError, match=r"linear_fc1.weight has shape \[80, 32\] .* \[96, 32\]"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(convert.CheckpointError, match=message):
         megatron_logits(folder, 1, 1)

@@ -48,9 +48,7 @@ class Ids:
 
 
 def sampling(count: int = COUNT) -> Any:
-    from megatron.core.inference.sampling_params import SamplingParams
-
-    return SamplingParams(num_tokens_to_generate=count, top_k=1, termination_id=-1)
+    return engine.greedy(count)
 
 
 def dynamic(model: Any, prompts: list[list[int]], **changes: Any) -> tuple[Any, list[list[int]]]:

@@ -35,6 +35,8 @@ COMPLETION_PATHS = {
 }
 """Megatron's paths, and whether each is for chats."""
 
+KNOWN_PATHS = "/health, /metrics, /v1/models, /v1/completions and /v1/chat/completions"
+
 MOST_CONNECTIONS = 256
 """Requests in work or waiting at the same time; each has a thread. More wait for one."""
 
@@ -143,9 +145,9 @@ def application(client: Any, tokenizer: Any, limits: validation.Limits, metrics:
         answer = response.get_json()
         for index, (choice, request) in enumerate(zip(answer["choices"], requests, strict=True)):
             choice.update(index=index, finish_reason=finish_reason(request, tokenizer.eod))
-            for name in ("token_logprobs", "top_logprobs") if choice["logprobs"] else ():
+            for field in ("token_logprobs", "top_logprobs") if choice["logprobs"] else ():
                 # Megatron puts a None in front, as for a prompt's first token, which is not among its tokens.
-                choice["logprobs"][name] = (choice["logprobs"][name] or [None])[1:] or None
+                choice["logprobs"][field] = (choice["logprobs"][field] or [None])[1:] or None
         prompt = len(requests[0].prompt_tokens) if chat else sum(len(r.prompt_tokens) for r in requests)
         generated = sum(len(r.generated_tokens) for r in requests)
         usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
@@ -164,8 +166,7 @@ def application(client: Any, tokenizer: Any, limits: validation.Limits, metrics:
 
     @app.errorhandler(HTTPException)
     def refuse_http(error: HTTPException) -> flask.Response:
-        known = ", ".join(p for p in ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions"))
-        more = f" This server has {known}." if error.code == 404 else ""
+        more = f" This server has {KNOWN_PATHS}." if error.code == 404 else ""
         return _error(f"{error.description}{more}", error.code or 500)
 
     return app
@@ -241,7 +242,7 @@ class Frontend:
         config.bind = [f"fd://{self._bound.detach()}"]
         config.graceful_timeout = DRAIN_SECONDS
         config.wsgi_max_body_size = MOST_BODY_BYTES
-        config.errorlog = logging.getLogger("megatron_patch.http")
+        config.errorlog = logging.getLogger("megatron_patch.frontend")
         app = application(client, self._tokenizer, self._limits, self._metrics, self._name)
         try:
             await serve(app, config, shutdown_trigger=self._asked_to_stop, mode="wsgi")

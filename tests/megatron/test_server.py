@@ -1,0 +1,302 @@
+"""The server end to end: two ranks, a small random model with PiKV, real HTTP, real signals."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("flask")
+pytest.importorskip("hypercorn")
+pytest.importorskip("openai")
+pytest.importorskip("prometheus_client")
+
+import tiny_megatron
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU"),
+]
+
+SCRIPT = Path(__file__).with_name("serve_tiny.py")
+ROOT = SCRIPT.parents[2]
+SECONDS = 60.0
+CONTEXT = 200
+
+
+class Server:
+    """A server in processes of its own."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        self.output = folder / "output.txt"
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), "--model", str(folder), "--port", "0", "--context-length", str(CONTEXT),
+             *arguments],
+            env=environment, stdout=self.output.open("w"), stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.url = ""
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = re.search(r"http://127\.0\.0\.1:\d+", self.output.read_text())
+            if found:
+                self.url = found[0]
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"the server is not ready:\n{self.output.read_text()}")
+
+    def request(self, path: str, body: Any = None, timeout: float = SECONDS) -> tuple[int, Any]:
+        """Status and answer, decoded where it is JSON; a body that is not bytes is sent as JSON."""
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                status, text = answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read().decode()
+        with contextlib.suppress(json.JSONDecodeError):
+            return status, json.loads(text)
+        return status, text
+
+    def figures(self, name: str) -> dict[str, float]:
+        """A gauge of every rank."""
+        text = self.request("/metrics")[1]
+        return {
+            rank: float(value) for rank, value in re.findall(rf'^{name}{{rank="(\d)"}} (\S+)$', text, re.MULTILINE)
+        }
+
+    def counter(self, name: str) -> float:
+        """A figure of the whole server."""
+        found = re.search(rf"^{name} (\S+)$", self.request("/metrics")[1], re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal and returns the exit code; nothing of the job may be left."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(number)
+        code = self.process.wait(SECONDS)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive, f"left behind: {alive}"
+        return code
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_megatron.save_tokenizer(path)
+    (path / "config.json").write_text("{}")
+    (path / "pikv.json").write_text(json.dumps({"page_size": 8, "capacity_tokens": 600, "timeout_s": 20}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    made = Server(folder, "--ranks", "2", "--pikv-config", str(folder / "pikv.json"))
+    try:
+        made.wait_until_ready()
+        yield made
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    tiny_megatron.initialize()
+    return tiny_megatron.build()
+
+
+def completion(server: Server, ids: list[int], count: int) -> tuple[int, Any]:
+    return server.request("/v1/completions", {"prompt": ids, "max_tokens": count, "temperature": 0})
+
+
+def text_of(folder: Path, ids: list[int]) -> str:
+    from megatron_patch.tokenizer import HFTokenizer
+
+    return HFTokenizer.load(str(folder), tiny_megatron.VOCAB).detokenize(ids)
+
+
+def expected(model: Any, folder: Path, prompt: list[int], count: int) -> str:
+    """What a model without any cache answers, up to the end-of-text token."""
+    ids = tiny_megatron.greedy(model, prompt, count)
+    return text_of(folder, ids[: ids.index(1) + 1] if 1 in ids else ids)
+
+
+def test_completions_are_those_of_the_model(server: Server, model: Any, folder: Path) -> None:
+    prompt = [(5 * i + 2) % 100 for i in range(70)]
+    status, answer = completion(server, prompt, 30)
+    assert status == 200
+    assert answer["choices"][0]["text"] == expected(model, folder, prompt, 30)
+    assert answer["usage"]["prompt_tokens"] == 70
+    assert answer["usage"]["completion_tokens"] <= 30
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+def test_log_probabilities_belong_to_the_tokens(server: Server) -> None:
+    body = {"prompt": [[2, 3], [4]], "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    status, answer = server.request("/v1/completions", body)
+    assert status == 200
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for choice in answer["choices"]:
+        shown = choice["logprobs"]
+        assert len(shown["tokens"]) == len(shown["token_logprobs"]) == len(shown["top_logprobs"]) > 0
+        assert all(value <= 0 for value in shown["token_logprobs"])
+
+
+def test_chat_goes_through_the_template(server: Server, model: Any, folder: Path) -> None:
+    from megatron_patch.tokenizer import HFTokenizer
+
+    messages = [{"role": "user", "content": "the old whale"}]
+    body = {"messages": messages, "max_tokens": 8, "temperature": 0}
+    status, answer = server.request("/v1/chat/completions", body)
+    assert status == 200
+    prompt = HFTokenizer.load(str(folder)).tokenize("user : the old whale assistant :")
+    assert answer["choices"][0]["message"]["content"] == expected(model, folder, prompt, 8)
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+
+
+def test_many_clients_at_once_get_their_own_answers(server: Server, model: Any, folder: Path) -> None:
+    prompts = [[(seed * i + seed) % 100 + 2 for i in range(5 + 9 * seed)] for seed in range(1, 13)]
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda p: completion(server, p, 12), prompts))
+    assert [status for status, _ in answers] == [200] * len(prompts)
+    for prompt, (_, answer) in zip(prompts, answers, strict=True):
+        assert answer["choices"][0]["text"] == expected(model, folder, prompt, 12)
+
+
+def test_the_official_client_chats(server: Server) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "the old whale"}]
+    answer = client.chat.completions.create(model="any", messages=messages, max_tokens=5, temperature=0)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 5
+    assert client.models.list().data[0].id
+    with pytest.raises(openai.BadRequestError, match="stream is not supported"):
+        client.chat.completions.create(model="any", messages=messages, stream=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "the body is not JSON"),
+        (b"\xff\xfe\xfa", "the body is not JSON"),
+        (b"", "the body is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        ([1], "the body must be a JSON object, not a list"),
+        ({}, "prompt is missing or empty"),
+        ({"prompt": {"a": 1}}, "prompt must be text, token ids or a list of such, not an object"),
+        ({"prompt": [1, 10**6]}, "token id 1000000 is not in the vocabulary"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"prompt": "a", "max_tokens": "many"}, "max_tokens must be a whole number"),
+        ({"prompt": "a", "temperature": -1}, "temperature is -1"),
+        ({"prompt": [2] * 190, "max_tokens": 20}, "the prompt has 190 tokens and max_tokens is 20, 210 in all"),
+    ],
+)
+def test_what_cannot_be_served_is_a_400_with_the_reason(server: Server, body: Any, words: str) -> None:
+    before = server.counter("megatron:prompt_tokens_total")
+    status, answer = server.request("/v1/completions", body)
+    assert status == 400
+    assert words in answer["error"]["message"]
+    assert server.counter("megatron:prompt_tokens_total") == before  # it did not reach the engine
+
+
+def test_a_method_that_a_path_does_not_have_is_a_405(server: Server) -> None:
+    assert server.request("/v1/completions")[0] == 405
+
+
+def test_an_unknown_path_is_a_404_that_names_the_known_ones(server: Server) -> None:
+    status, answer = server.request("/v2/nothing")
+    assert status == 404
+    assert "/v1/completions" in answer["error"]["message"]
+
+
+def test_a_client_that_goes_away_harms_nobody_and_leaves_no_page(server: Server, model: Any, folder: Path) -> None:
+    port = int(server.url.rsplit(":", 1)[1])
+    body = json.dumps({"prompt": [3] * 100, "max_tokens": 90, "temperature": 0}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for sent in (head + body, head + body, head + body[:10], head[:20]):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(sent)
+    assert completion(server, [4, 5], 5)[1]["choices"][0]["text"] == expected(model, folder, [4, 5], 5)
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        held = server.figures("pikv:pages"), server.figures("pikv:tokens")
+        if server.figures("megatron:num_requests_running") == {"0": 0, "1": 0} and not any(held[0].values()):
+            break
+        time.sleep(0.05)
+    assert held == ({"0": 0, "1": 0}, {"0": 0, "1": 0})
+    assert server.figures("pikv:seals_total")["0"] > 0
+    assert server.figures("megatron:kv_cache_usage_perc") == {}  # that buffer is not there
+    assert server.figures("pikv:kv_cache_usage_perc") == {"0": 0, "1": 0}
+
+
+def test_sigterm_answers_what_is_running_and_ends_with_0(server: Server) -> None:
+    """The last one: it stops the module's server."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(completion, server, [7 + i] * 40, 60) for i in range(4)]
+        deadline = time.monotonic() + SECONDS
+        while not sum(server.figures("megatron:num_requests_running").values()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert server.stop() == 0
+        assert [r.result()[0] for r in running] == [200] * 4
+
+
+def test_a_rank_that_dies_ends_the_job(folder: Path) -> None:
+    made = Server(folder, "--ranks", "2")
+    made.wait_until_ready()
+    children = psutil.Process(made.process.pid).children()
+    ranks = [child for child in children if "serve_tiny" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    family = psutil.Process(made.process.pid).children(recursive=True)
+    ranks[1].kill()
+    assert made.process.wait(SECONDS) != 0
+    assert "rank 1 was killed by SIGKILL" in made.output.read_text()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "nowhere"), "--model nowhere: no config.json there"),
+        (("--pikv-config", "nowhere.json"), "nowhere.json: no such file"),
+        (("--ranks", "3", "--tp", "2"), "--tp 2 does not divide the 3 rank(s)"),
+    ],
+)
+def test_a_users_mistake_is_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:
+    command = [sys.executable, "-m", "megatron_patch.server", "--model", str(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        made = Server(folder, "--port", str(taken.getsockname()[1]))
+        assert made.process.wait(SECONDS) == 2
+        assert "in use" in made.output.read_text()
