@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--words", type=int, default=2000, metavar="N", help="most words of the document (default: 2000)"
     )
-    parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="of the answer (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="of the answer (default: %(default)s)")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="wait so long for the server to be up"
     )
