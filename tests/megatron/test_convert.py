@@ -22,10 +22,13 @@ import transformers
 from harness import Ranks, ranks_fixture
 from safetensors.torch import load_file, save_file
 
+import megatron_patch
 from megatron_patch import convert, models
+from pikv_ds import PiKVConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny models live on a CPU")
 two, four = ranks_fixture(2), ranks_fixture(4)
+fresh = ranks_fixture(2)  # whose allocators hold no freed memory yet
 
 VOCAB, EXPERTS, LAYERS, LENGTH = 64, 4, 3, 21
 SHARED = {
@@ -257,14 +260,14 @@ def memory_case(rank: int, folder: str) -> tuple[int, convert.Report]:
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_no_rank_holds_more_than_its_share(two: Ranks, tmp_path: Path) -> None:
+def test_no_rank_holds_more_than_its_share(fresh: Ranks, tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
-        **FAMILIES["mixtral"][2] | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}
+        **FAMILIES["mixtral"][2] | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16}
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)  # one file
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    experts = LAYERS * 8 * 3 * 256 * 1024 * 4  # 75 MB, half of it on each rank
-    for grown, report in two.run(memory_case, folder=str(tmp_path)):
+    experts = LAYERS * 16 * 3 * 256 * 1024 * 4  # 151 MB, half of it on each rank
+    for grown, report in fresh.run(memory_case, folder=str(tmp_path)):
         assert report.checkpoint_bytes - report.read_bytes == experts // 2
         assert experts // 2 < grown < experts * 3 // 4
         assert report.peak_host_bytes > grown
@@ -293,6 +296,39 @@ def test_the_bias_of_a_bf16_model_chooses_the_same_experts(tmp_path: Path) -> No
             bias = stored.read(f"model.layers.{number}.mlp.gate.e_score_correction_bias")
             assert not torch.equal(bias, bias.bfloat16().float())
             torch.testing.assert_close(layer.mlp.router.expert_bias, bias, atol=0, rtol=0)
+
+
+def decode_case(rank: int, folder: str, tp: int, ep: int) -> tuple[torch.Tensor, int]:
+    """Logits ``[2, LENGTH - 8, VOCAB]``, with PiKV, of a prompt of 9 tokens and of the others one by one."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    with megatron_groups(tp, ep):
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, tp=tp, ep=ep))
+        convert.load_hf(model, folder)
+        megatron_patch.patch_model(model, PiKVConfig(page_size=8))
+        context, ids, logits = StaticInferenceContext(2, LENGTH), tokens(), []
+        with torch.inference_mode():
+            for start, end in [(0, 9), *((i, i + 1) for i in range(9, LENGTH))]:
+                mask = torch.ones(9, 9, dtype=torch.bool).triu(1)[None, None] if end == 9 else None
+                positions = torch.arange(start, end)[None].expand(2, -1)
+                new = model(ids[:, start:end], positions, mask, inference_context=context, runtime_gather_output=True)
+                logits.append(new[:, -1:])
+                context.increment_sequence_len_offset(end - start)
+                context.enable_decode_mode()
+        pages = megatron_patch.stats(model)["pages_in_scope"]
+        megatron_patch.unpatch_model(model)
+    return torch.cat(logits, dim=1), pages
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3"])
+def test_tensor_parallel_ranks_decode_with_pikv(family: str, two: Ranks, tmp_path: Path) -> None:
+    folder = save(tmp_path, family)
+    expected = hf_logits(folder)[:, 8:]
+    for logits, pages in two.run(decode_case, folder=str(folder), tp=2, ep=2):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert pages > 0
 
 
 # -- what cannot be ---------------------------------------------------------------------------------
