@@ -62,15 +62,16 @@ void Launch(const typename Traits<kKernel>::Params& params, const Args& args) {
 }
 
 template <auto kKernel>
-void SealPages(const Tensor& keys, const Tensor& values, int64_t element, int64_t num_kv_heads,
-               int64_t page_size, Tensor out, std::optional<Tensor> bounds, Tensor nonfinite) {
+void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element,
+               int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, Tensor out,
+               std::optional<Tensor> bounds, Tensor nonfinite) {
   Args args("seal_pages", Traits<kKernel>::kDevice, keys);
   args.CheckDim("keys", keys, 4, "[N, K, S, D]");
   const int64_t n = keys.size(0), k = num_kv_heads, s = page_size, d = keys.size(3);
   const ScalarType dtype = keys.scalar_type();
 
   SealPagesParams p{};
-  p.layout = args.LayoutOf(element, k, s, d);
+  p.layout = args.LayoutOf(element, k, s, d, latent_dim);
   p.dtype = args.FloatingDtype("keys", dtype);
   // Plain elements have the number of their type.
   if (ScaleRows(p.layout.element) == 0 && element != static_cast<int64_t>(p.dtype)) {
@@ -79,7 +80,11 @@ void SealPages(const Tensor& keys, const Tensor& values, int64_t element, int64_
   }
   p.num_pages = n;
   p.keys = args.StridedIn("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype, p.key_strides);
-  p.values = args.StridedIn("values", values, {n, k, s, d}, "[N, K, S, D]", dtype, p.value_strides);
+  if (latent_dim == 0) {
+    if (!values) args.Fail("values must have shape [N, K, S, D], got None");
+    p.values =
+        args.StridedIn("values", *values, {n, k, s, d}, "[N, K, S, D]", dtype, p.value_strides);
+  }
   p.out = args.RowsOut("out", out, n, p.layout.PageBytes(), "[N, page_bytes]", &p.out_stride);
   if (bounds) {
     const int64_t bounds_bytes = 2 * k * d * static_cast<int64_t>(keys.element_size());
@@ -120,14 +125,14 @@ void GatherPages(const Tensor& slab_pointers, int64_t slab_rows, int64_t row_byt
 DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor& slab_pointers,
                                    int64_t slab_rows, int64_t row_bytes, const Tensor& table,
                                    const Tensor& counts, int64_t element, int64_t num_kv_heads,
-                                   int64_t page_size, double scale) {
+                                   int64_t page_size, int64_t latent_dim, double scale) {
   args.CheckDim("query", query, 3, "[R, H, D]");
   args.CheckDim("counts", counts, 1, "[B]");
   const int64_t r = query.size(0), h = query.size(1), d = query.size(2), b = counts.size(0);
   const ScalarType dtype = query.scalar_type();
 
   DecodeAttentionParams p{};
-  p.layout = args.LayoutOf(element, num_kv_heads, page_size, d);
+  p.layout = args.LayoutOf(element, num_kv_heads, page_size, d, latent_dim);
   args.CheckMultiple("query heads", h, "num_kv_heads", num_kv_heads);
   args.CheckMultiple("query rows", r, "table rows", b);
   p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
@@ -175,14 +180,15 @@ int64_t ChooseVictimsScratch(int64_t num_slots, int64_t num_victims) {
 template <auto kKernel>
 void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
                      int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
-                     int64_t num_kv_heads, int64_t page_size, double scale, Tensor out, Tensor lse,
-                     std::optional<Tensor> page_lse, int64_t num_splits,
+                     int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
+                     Tensor out, Tensor lse, std::optional<Tensor> page_lse, int64_t num_splits,
                      std::optional<Tensor> scratch) {
   Args args("decode_attention", Traits<kKernel>::kDevice, query);
-  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
-                                         counts, element, num_kv_heads, page_size, scale);
-  const int64_t r = p.num_rows, h = p.num_heads, d = p.layout.head_dim;
-  p.out = args.Out<float>("out", out, {r, h, d}, "[R, H, D]");
+  DecodeAttentionParams p =
+      DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table, counts, element,
+                   num_kv_heads, page_size, latent_dim, scale);
+  const int64_t r = p.num_rows, h = p.num_heads;
+  p.out = args.Out<float>("out", out, {r, h, p.layout.ValueDim()}, "[R, H, V]");
   p.lse = args.Out<float>("lse", lse, {r, h}, "[R, H]");
   if (page_lse) {
     p.page_lse = args.Out<float>("page_lse", *page_lse, {r, h, p.table_width}, "[R, H, P]");
@@ -202,11 +208,12 @@ void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t s
 template <auto kKernel>
 void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
                int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
-               int64_t num_kv_heads, int64_t page_size, double scale, Tensor out,
-               int64_t num_splits) {
+               int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
+               Tensor out, int64_t num_splits) {
   Args args("key_scores", Traits<kKernel>::kDevice, query);
-  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table,
-                                         counts, element, num_kv_heads, page_size, scale);
+  DecodeAttentionParams p =
+      DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table, counts, element,
+                   num_kv_heads, page_size, latent_dim, scale);
   p.num_splits = args.Int32("num_splits", num_splits, 1);
   p.page_lse = args.Out<float>("out", out, {p.num_rows, p.num_heads, p.table_width}, "[R, H, P]");
   Launch<kKernel>(p, args);
@@ -215,7 +222,7 @@ void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_ro
 template <auto kKernel>
 void PrefillAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
                       int64_t row_bytes, const Tensor& slots, int64_t element, int64_t num_kv_heads,
-                      int64_t page_size, double scale, Tensor out, Tensor lse) {
+                      int64_t page_size, int64_t latent_dim, double scale, Tensor out, Tensor lse) {
   Args args("prefill_attention", Traits<kKernel>::kDevice, query);
   args.CheckDim("query", query, 3, "[T, H, D]");
   args.CheckDim("slots", slots, 1, "[P]");
@@ -223,14 +230,14 @@ void PrefillAttention(const Tensor& query, const Tensor& slab_pointers, int64_t 
   const ScalarType dtype = query.scalar_type();
 
   PrefillAttentionParams p{};
-  p.layout = args.LayoutOf(element, num_kv_heads, page_size, d);
+  p.layout = args.LayoutOf(element, num_kv_heads, page_size, d, latent_dim);
   args.CheckMultiple("query heads", h, "num_kv_heads", num_kv_heads);
   p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
   p.dtype = args.FloatingDtype("query", dtype);
   p.query = args.In("query", query, {t, h, d}, "[T, H, D]", dtype);
   p.num_pages = slots.size(0);
   p.slots = args.In<int32_t>("slots", slots, {p.num_pages}, "[P]");
-  p.out = args.Out<float>("out", out, {t, h, d}, "[T, H, D]");
+  p.out = args.Out<float>("out", out, {t, h, p.layout.ValueDim()}, "[T, H, V]");
   p.lse = args.Out<float>("lse", lse, {t, h}, "[T, H]");
   p.scale = static_cast<float>(scale);
   p.num_queries = t;
@@ -256,8 +263,10 @@ void ContextAttention(const Tensor& query, const Tensor& keys, const Tensor& val
   p.dtype = args.FloatingDtype("query", dtype);
   p.query = args.StridedIn("query", query, {t, h, d}, "[T, H, D]", dtype, p.query_strides);
   p.keys = args.StridedIn("keys", keys, {k, n, d}, "[K, N, D]", dtype, p.key_strides);
-  p.values = args.StridedIn("values", values, {k, n, d}, "[K, N, D]", dtype, p.value_strides);
-  p.out = args.Out<float>("out", out, {t, h, d}, "[T, H, D]");
+  p.value_dim = args.ValueDim(keys, values);
+  p.values =
+      args.StridedIn("values", values, {k, n, p.value_dim}, "[K, N, V]", dtype, p.value_strides);
+  p.out = args.Out<float>("out", out, {t, h, p.value_dim}, "[T, H, V]");
   p.lse = args.Out<float>("lse", lse, {t, h}, "[T, H]");
   p.scale = static_cast<float>(scale);
   p.num_queries = t;
@@ -284,9 +293,11 @@ void TailAttention(const Tensor& query, const Tensor& keys, const Tensor& values
   p.dtype = args.FloatingDtype("query", dtype);
   p.query = args.In("query", query, {n, h, d}, "[N, H, D]", dtype);
   p.keys = args.In("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype);
-  p.values = args.In("values", values, {n, k, s, d}, "[N, K, S, D]", dtype);
+  p.value_dim = args.ValueDim(keys, values);
+  p.values =
+      p.value_dim < d ? p.keys : args.In("values", values, {n, k, s, d}, "[N, K, S, D]", dtype);
   p.lengths = args.In<int32_t>("lengths", lengths, {n}, "[N]");
-  p.out = args.Out<float>("out", out, {n, h, d}, "[N, H, D]");
+  p.out = args.Out<float>("out", out, {n, h, p.value_dim}, "[N, H, V]");
   p.lse = args.Out<float>("lse", lse, {n, h}, "[N, H]");
   p.scale = static_cast<float>(scale);
   p.num_rows = n;
@@ -426,11 +437,11 @@ void ChooseVictims(const Tensor& mass, const Tensor& last_step, const Tensor& vi
 
 // The types of the arguments that several ops take: storage, pages in it, attention's result.
 #define PIKV_SLABS "Tensor slab_pointers, int slab_rows, int row_bytes, "
-#define PIKV_LAYOUT "int element, int num_kv_heads, int page_size, "
+#define PIKV_LAYOUT "int element, int num_kv_heads, int page_size, int latent_dim, "
 #define PIKV_PARTIAL "Tensor(a!) out, Tensor(b!) lse"
 
 STABLE_TORCH_LIBRARY(pikv_ds, m) {
-  m.def("seal_pages(Tensor keys, Tensor values, " PIKV_LAYOUT
+  m.def("seal_pages(Tensor keys, Tensor? values, " PIKV_LAYOUT
         "Tensor(a!) out, Tensor(b!)? bounds, Tensor(c!) nonfinite) -> ()");
   m.def("gather_pages(" PIKV_SLABS "Tensor slots, Tensor(a!) out) -> ()");
   m.def("decode_attention(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT

@@ -190,8 +190,9 @@ class Args {
     return SlabsOf(pointers, slab_rows, row_bytes);
   }
 
-  PageLayout LayoutOf(int64_t element, int64_t num_kv_heads, int64_t page_size,
-                      int64_t head_dim) const {
+  // `latent_dim`: 0 for pages that are not latent.
+  PageLayout LayoutOf(int64_t element, int64_t num_kv_heads, int64_t page_size, int64_t head_dim,
+                      int64_t latent_dim) const {
     constexpr int64_t kLast = static_cast<int64_t>(Element::kInt2);
     if (element < 0 || element > kLast) {
       Fail("element must be from 0 to ", kLast, ", got ", element);
@@ -204,7 +205,35 @@ class Args {
     if (const int per_byte = 8 / ElementBits(layout.element); per_byte && head_dim % per_byte) {
       Fail("head_dim must be a multiple of the ", per_byte, " elements in a byte, got ", head_dim);
     }
+    layout.latent_dim = Int32("latent_dim", latent_dim, 0);
+    if (latent_dim > head_dim) {
+      Fail("latent_dim must be at most head_dim = ", head_dim, ", got ", latent_dim);
+    }
+    if (latent_dim > 0) CheckLatent();
     return layout;
+  }
+
+  // Of latent attention keys serve as values; only the CPU's kernels know it.
+  void CheckLatent() const {
+    if (device_ != Device::kCpu) Fail("there are no CUDA kernels for latent attention");
+  }
+
+  // Values [..., V] of plain keys [..., D]: as wide as these, or a view of their first V channels.
+  // Returns V.
+  int64_t ValueDim(const Tensor& keys, const Tensor& values) const {
+    const auto key_sizes = keys.sizes(), sizes = values.sizes();
+    if (values.dim() != keys.dim() || sizes.back() == key_sizes.back()) return key_sizes.back();
+    const auto key_strides = keys.strides(), strides = values.strides();
+    CheckLatent();
+    if (sizes.back() < 1 || sizes.back() > key_sizes.back() ||
+        !std::equal(sizes.begin(), sizes.end() - 1, key_sizes.begin()) ||
+        !std::equal(strides.begin(), strides.end(), key_strides.begin()) ||
+        values.scalar_type() != keys.scalar_type() ||
+        values.const_data_ptr() != keys.const_data_ptr()) {
+      Fail("values must be as wide as keys, or a view of their first channels, got shapes ",
+           ShapeString(key_sizes), " and ", ShapeString(sizes));
+    }
+    return sizes.back();
   }
 
   void CheckMultiple(const char* name, int64_t number, const char* of, int64_t divisor) const {

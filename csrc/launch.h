@@ -9,6 +9,7 @@
 //   R  query rows             B  table rows; R is a multiple of B, T = R / B queries share a row
 //   H  query heads            K  KV heads; H is a multiple of K
 //   D  head size              S  page size             P  width of a table, or partials to merge
+//   V  size of a value: D, but latent_dim of latent pages, which CUDA has no kernels for
 //   N  any number
 //
 // XCpu runs on torch's OpenMP threads. XCuda enqueues on the given stream: no synchronisation, no
@@ -30,7 +31,7 @@ enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct SealPagesParams {
   const void* keys;    // [N, K, S, D] by strides below, channels contiguous
-  const void* values;  // [N, K, S, D]
+  const void* values;  // [N, K, S, D]; null for latent pages
   uint8_t* out;        // [N, page_bytes], rows out_stride bytes apart
   uint8_t* bounds;     // [N, 2, K, D] of dtype, rows bounds_stride bytes apart; or null
   int32_t* nonfinite;  // [1], set to 1 or left alone
@@ -55,7 +56,7 @@ struct DecodeAttentionParams {
   Slabs slabs;
   const int32_t* table;   // [B, P], or [B, K, P] where table_per_head
   const int32_t* counts;  // [B]
-  float* out;             // [R, H, D]; null: key scores only, values are not read
+  float* out;             // [R, H, V]; null: key scores only, values are not read
   float* lse;             // [R, H]; null with out
   float* page_lse;        // [R, H, P]; may be null
   float* scratch;         // CUDA: split partials, see DecodeScratchFloats; else null
@@ -74,7 +75,7 @@ struct PrefillAttentionParams {
   const void* query;  // [T, H, D] of dtype
   Slabs slabs;
   const int32_t* slots;  // [P], 0 is a hole
-  float* out;            // [T, H, D]
+  float* out;            // [T, H, V]
   float* lse;            // [T, H]
   PageLayout layout;
   Dtype dtype;
@@ -87,8 +88,8 @@ struct PrefillAttentionParams {
 struct ContextAttentionParams {
   const void* query;   // [T, H, D] of dtype, by strides below, channels contiguous
   const void* keys;    // [K, N, D] of dtype
-  const void* values;  // [K, N, D] of dtype
-  float* out;          // [T, H, D]
+  const void* values;  // [K, N, D] of dtype; where V < D these are the keys
+  float* out;          // [T, H, V]
   float* lse;          // [T, H]
   Dtype dtype;
   float scale;
@@ -97,6 +98,7 @@ struct ContextAttentionParams {
   int64_t num_kv_heads;
   int64_t num_keys;
   int64_t head_dim;
+  int64_t value_dim;         // V
   int64_t query_strides[2];  // of T and H, in elements
   int64_t key_strides[2];    // of K and N, in elements
   int64_t value_strides[2];
@@ -106,9 +108,9 @@ struct ContextAttentionParams {
 struct TailAttentionParams {
   const void* query;       // [N, H, D] of dtype
   const void* keys;        // [N, K, S, D] of dtype
-  const void* values;      // [N, K, S, D] of dtype
+  const void* values;      // [N, K, S, D] of dtype; where V < D these are the keys
   const int32_t* lengths;  // [N]
-  float* out;              // [N, H, D]
+  float* out;              // [N, H, V]
   float* lse;              // [N, H]
   Dtype dtype;
   float scale;
@@ -117,6 +119,7 @@ struct TailAttentionParams {
   int64_t num_kv_heads;
   int64_t page_size;
   int64_t head_dim;
+  int64_t value_dim;  // V
 };
 
 // Merges P partial attentions over disjoint sets of keys into the attention over their union.

@@ -8,6 +8,8 @@
 //   value scales  [scale_rows, K, S]  float16, per token: scale, then minimum
 // int4: byte d of D/2 holds channel d (low nibble) and d + D/2. int2: byte d of D/4 holds channels
 // d, d + D/4, d + D/2, d + 3D/4, lowest bits first. A decoded element is code * scale + minimum.
+// Latent pages end after the key scales: their values are the first latent_dim channels of the
+// keys.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +61,7 @@ struct PageLayout {
   int32_t head_dim;
   int32_t page_size;
   Element element;
+  int32_t latent_dim;  // 0: values have a section of their own
 
   PIKV_HOST_DEVICE static constexpr int64_t Aligned(int64_t bytes) {
     return (bytes + 15) / 16 * 16;
@@ -77,7 +80,11 @@ struct PageLayout {
   PIKV_HOST_DEVICE constexpr int64_t ValueScaleOffset() const {
     return ValueOffset() + Aligned(DataBytes());
   }
+  PIKV_HOST_DEVICE constexpr int32_t ValueDim() const {
+    return latent_dim > 0 ? latent_dim : head_dim;
+  }
   PIKV_HOST_DEVICE constexpr int64_t PageBytes() const {
+    if (latent_dim > 0) return ValueOffset();
     return ValueScaleOffset() + Aligned(int64_t{2} * ScaleRows(element) * num_kv_heads * page_size);
   }
 };

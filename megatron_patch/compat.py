@@ -64,7 +64,7 @@ def require(oldest: str = OLDEST, what: str = "PiKV") -> None:
         MegatronVersionError: it names the installed version, the range and `what` asked.
     """
     installed = version()
-    if not _release(oldest) <= _release(installed)[: len(_release(oldest))] or _release(installed) > _release(NEWEST):
+    if not _release(oldest) <= _release(installed) <= _release(NEWEST):
         raise MegatronVersionError(
             f"megatron-core {installed} is installed, but {what} needs {oldest} to {NEWEST}: "
             f"pip install 'megatron-core=={NEWEST}'"

@@ -373,6 +373,50 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
     return Report(len(targets), checkpoint.read_bytes, checkpoint.nbytes, _peak_host_bytes())
 
 
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def load_megatron(model: Any, directory: str | Path) -> None:
+    """Sets the weights of a Megatron model from a Megatron checkpoint, in place; collective.
+
+    Args:
+        directory: a distributed checkpoint (``--ckpt-format torch_dist``) of any tensor- and expert-parallel
+            size, or the folder of a training run, whose latest one is taken.
+
+    Raises:
+        CheckpointError: there is none, or it is not of this model.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    path = Path(directory)
+    if (path / LATEST).is_file():
+        latest = (path / LATEST).read_text().strip()
+        path = path / (latest if latest == "release" else f"iter_{latest:0>7}")
+    if not (path / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path}: no metadata.json there; pass a distributed checkpoint (--ckpt-format torch_dist)"
+        )
+    try:
+        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+        model.load_state_dict(state["model"])
+    except (CheckpointingException, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise CheckpointError(f"{path}: not a checkpoint of this model ({reason})") from error
+
+
+def save_megatron(model: Any, directory: str | Path) -> None:
+    """Writes the weights as a distributed checkpoint of Megatron's, which other parallel sizes can load; collective.
+
+    Args:
+        directory: made if it is not there; must be empty.
+    """
+    from megatron.core import dist_checkpointing
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(directory))
+
+
 def _rule(rules: list[tuple[str, Any]], name: str) -> Any:
     for pattern, make in rules:
         if re.fullmatch(pattern, name):
@@ -386,4 +430,4 @@ def _peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
-__all__ = ["Checkpoint", "CheckpointError", "Report", "load_hf"]
+__all__ = ["Checkpoint", "CheckpointError", "Report", "load_hf", "load_megatron", "save_megatron"]

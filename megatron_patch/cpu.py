@@ -27,6 +27,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_patch import compat
 
 TORCH_USERS = (
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.inference.batch_dimensions_utils",
     "megatron.core.inference.communication_utils",
     "megatron.core.inference.contexts.attention_context.mha_metadata",

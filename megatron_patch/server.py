@@ -74,6 +74,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint of an MoE model")
+    parser.add_argument(
+        "--load",
+        metavar="DIR",
+        help="take the weights from this Megatron checkpoint (torch_dist, of any parallel size); --model then gives "
+        "configuration and tokenizer only",
+    )
     parser.add_argument("--served-model-name", metavar="NAME", help="what answers call it (default: DIR's name)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
@@ -174,13 +180,21 @@ def load_checkpoint(args: argparse.Namespace) -> Loaded:
     dtype = _dtype(args.dtype, hf_config)
     config = models.transformer_config(hf_config, dtype=dtype, tp=args.tp, ep=dist.get_world_size())
     model = models.build_model(hf_config, config)
-    report = convert.load_hf(model, args.model, progress=_progress)
+    if args.load:
+        convert.load_megatron(model, args.load)
+    else:
+        report = convert.load_hf(model, args.model, progress=_progress)
+        read, whole, peak = (
+            f"{n / 2**30:.2f}" for n in (report.read_bytes, report.checkpoint_bytes, report.peak_host_bytes)
+        )
+        print(
+            f"rank {dist.get_rank()} read {read} of the checkpoint's {whole} GiB, peak {peak} GiB of memory",
+            flush=True,
+        )
     settings = pikv_config(args)
     if settings is not None:
         megatron_patch.patch_model(model, settings)
     tokenizer = HFTokenizer.load(args.model, model.vocab_size)
-    gib, whole = report.read_bytes / 2**30, report.checkpoint_bytes / 2**30
-    print(f"rank {dist.get_rank()} read {gib:.2f} of the checkpoint's {whole:.2f} GiB", flush=True)
     return Loaded(model, tokenizer, hf_config.max_position_embeddings, kv_figures(model) if settings else None)
 
 

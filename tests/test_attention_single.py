@@ -12,6 +12,7 @@ from torch import Tensor
 from pikv_ds import NonFiniteError, PiKVError, PoolFullError, sealing
 from pikv_ds import ops as ops_module
 from pikv_ds.cache import ModelShape
+from pikv_ds.ops import Ops
 
 
 def check_nothing_is_missing(driver: Driver) -> None:
@@ -58,13 +59,17 @@ def test_backends_are_exact(backend: str, rng) -> None:
 
 
 @pytest.mark.parametrize("lookup", ["exact", {"name": "quest", "budget": 1}])
-def test_latent_attention_equals_dense_attention(lookup, rng) -> None:
-    cache = make_cache(LATENT, lookup=lookup)
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_latent_attention_equals_dense_attention(name: str, lookup, rng) -> None:
+    if name == "cpp" and (missing := ops_module.why_missing(name, "cpu")):
+        pytest.skip(missing)
+    cache = make_cache(LATENT, lookup=lookup, backend=name)
     driver = Driver(cache, cache.new_batch(2), rng)
     for width in (19, 1, 1, 12, 8, 1):
         driver.step(width)
     for _ in range(30):
         driver.mixed_pass()
+    cache.begin_step(None, [])  # the pages of sequences that have left go
     check_nothing_is_missing(driver)
     assert cache.layout.page_bytes == PAGE * LATENT.head_dim * 4  # one vector per token, and nothing else
 
@@ -100,17 +105,19 @@ def test_whoever_attends_to_its_prompts_itself_gets_the_rest(rng) -> None:
         assert torch.equal(mine, expected)
 
 
-def test_latent_pages_and_backends_that_have_no_kernels_for_them(caplog) -> None:
-    for backend in ("cpp", "triton"):
-        with pytest.raises(ValueError, match=rf'backend = "{backend}": it has no kernels for latent pages'):
-            make_cache(LATENT, backend=backend)
-    ops_module._warn_once.cache_clear()
+def test_latent_pages_and_backends_that_have_no_kernels_for_them(caplog, monkeypatch) -> None:
+    for backend, device in (("triton", "cpu"), ("triton", "cuda"), ("cpp", "cuda")):
+        with pytest.raises(ValueError, match=rf'"{backend}": it has no kernels for latent pages .* {device!r}'):
+            Ops(backend, device, latent=True)
+    if ops_module.why_missing("cpp", "cpu") is not None:
+        return
+    assert {make_cache(LATENT).ops.implementation(op) for op in ops_module.OPS} == {"cpp"}
+    assert "latent" not in caplog.text
+    monkeypatch.setattr(ops_module, "LATENT_DEVICES", {})  # as on a GPU
     for _ in range(2):
         ops = make_cache(LATENT).ops
-    assert [ops.implementation(op) for op in ops_module.READ_VALUES] == ["reference"] * 6
-    if ops_module.why_missing("cpp", "cpu") is None:
-        assert ops.implementation("merge_partials") == "cpp"
-        assert caplog.text.count("latent pages have no kernels yet: seal_pages, decode_attention") == 1
+    assert {op for op in ops_module.OPS if ops.implementation(op) == "reference"} == set(ops_module.READ_VALUES)
+    assert caplog.text.count("latent pages have no kernels on device 'cpu' yet: seal_pages, decode_") == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -341,38 +341,63 @@ def test_decode_attention_reads_pages_in_any_order(ops: Ops, rng) -> None:
     assert all(torch.equal(a, b) for a, b in zip(forward, again, strict=True))
 
 
+LATENT_SHAPES = [(32, 24, 8, 6, 1), (80, 64, 16, 33, 1), (40, 12, 32, 4, 2), (192, 128, 64, 16, 1)]
+"""Key and latent channels, page size, query heads and KV heads."""
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_attention_over_latent_pages_and_tails(codec: str, rng) -> None:
-    latent, dim, size = 24, 32, 8
-    layout = CODECS[codec].layout(1, dim, size, torch.float32, latent)
-    keys = torch.randn(5, 1, size, dim, generator=rng)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dim", "latent", "size", "heads", "kv_heads"), LATENT_SHAPES)
+def test_attention_over_latent_pages_and_tails(
+    name: str, codec: str, dtype: torch.dtype, dim: int, latent: int, size: int, heads: int, kv_heads: int, rng
+) -> None:
+    if missing := None if name == "reference" else why_missing(name, "cpu"):
+        pytest.skip(missing)
+    ops, scale = Ops(name, latent=True), dim**-0.5
+    layout = CODECS[codec].layout(kv_heads, dim, size, dtype, latent)
+    keys = (torch.randn(5, kv_heads, size, dim, generator=rng) + torch.randn(dim, generator=rng)).to(dtype)
     encoded = torch.empty(5, layout.page_bytes, dtype=torch.uint8)
     REFERENCE.seal_pages(keys, None, layout, encoded, None, torch.zeros(1, dtype=torch.int32))
     slabs = Slabs.of(torch.cat([torch.full_like(encoded[:1], 0xFF), encoded]))
-    decoded = reference.unseal_pages(encoded, layout)[0][:, 0]  # [pages, S, D]
-    query = torch.randn(3, 6, dim, generator=rng)
-    out, lse = torch.empty(3, 6, latent), torch.empty(3, 6)
+    decoded = reference.unseal_pages(encoded, layout)[0]  # [pages, K, S, D]
+    query = torch.randn(3, heads, dim, generator=rng).to(dtype)
+    # Queries with scales are rounded again where the compiled kernels multiply bytes or bfloat16.
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-4, "rtol": 2e-4}
+
+    def check(row_query: Tensor, seen: Tensor, out: Tensor, lse: Tensor, visible: Tensor | None = None) -> None:
+        expected = dense(row_query, seen, seen[..., :latent], scale, visible)
+        for got, wanted in zip((out, lse), expected, strict=True):
+            close(got, wanted, **tolerance)
+
+    def seen(slots: list[int]) -> Tensor:
+        return torch.cat([torch.empty(kv_heads, 0, dim), *(decoded[s - 1] for s in slots if s)], dim=1)
 
     rows = [[1, 3], [0, 5, 2], []]
-    REFERENCE.decode_attention(query, slabs, *table_of(rows, 4), layout, 0.2, out, lse)
-    for row, slots in enumerate(rows):
-        seen = torch.cat([torch.empty(0, dim), *(decoded[s - 1] for s in slots if s)])[None]
-        expected, expected_lse = dense(query[row : row + 1], seen, seen[..., :latent], 0.2)
-        close(out[row], expected[0])
-        close(lse[row], expected_lse[0])
+    table, counts = table_of(rows, 4)
+    out, lse = torch.empty(3, heads, latent), torch.empty(3, heads)
+    page_lse = torch.empty(3, heads, 4)
+    ops.decode_attention(query, slabs, table, counts, layout, scale, out, lse, page_lse)
+    for i, slots in enumerate(rows):
+        check(query[i : i + 1], seen(slots), out[i : i + 1], lse[i : i + 1])
+    close(page_lse.logsumexp(-1), lse, **tolerance)
+    scores = torch.empty_like(page_lse)
+    ops.key_scores(query, slabs, table, counts, layout, scale, scores)
+    close(scores, page_lse, **tolerance)
 
-    REFERENCE.prefill_attention(query, slabs, torch.tensor([4, 0, 1], dtype=torch.int32), layout, 0.2, out, lse)
-    seen = torch.cat([decoded[3], decoded[0]])[None]
-    for got, expected in zip((out, lse), dense(query, seen, seen[..., :latent], 0.2), strict=True):
-        close(got, expected)
+    ops.prefill_attention(query, slabs, torch.tensor([4, 0, 1], dtype=torch.int32), layout, scale, out, lse)
+    check(query, seen([4, 1]), out, lse)
 
-    lengths = [3, 0, 8]
-    REFERENCE.tail_attention(query, keys[:3], layout.values(keys[:3], None), torch.tensor(lengths), 0.2, out, lse)
-    for row, n in enumerate(lengths):
-        seen = keys[row, :, :n]
-        expected, expected_lse = dense(query[row : row + 1], seen, seen[..., :latent], 0.2)
-        close(out[row], expected[0])
-        close(lse[row], expected_lse[0])
+    lengths = torch.tensor([3, 0, size], dtype=torch.int32)
+    ops.tail_attention(query, keys[:3], layout.values(keys[:3], None), lengths, scale, out, lse)
+    for i, n in enumerate(lengths.tolist()):
+        check(query[i : i + 1], keys[i, :, :n].float(), out[i : i + 1], lse[i : i + 1])
+
+    plain = keys[:2].transpose(0, 1).flatten(1, 2)
+    first = 2 * size - 3
+    ops.context_attention(query, plain, layout.values(plain, None), scale, first, out, lse)
+    visible = torch.arange(2 * size)[None] <= torch.arange(3)[:, None] + first
+    check(query, plain.float(), out, lse, visible)
 
 
 @dataclass

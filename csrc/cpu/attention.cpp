@@ -70,7 +70,8 @@ struct AttentionWork {
   int num_kv_heads;
   std::vector<const BlockSource*> sources;  // per group
   std::vector<int64_t> num_blocks;          // per group
-  float* out;                               // [queries, H, D]; may be null
+  int value_dim;                            // of an output: the first so many channels
+  float* out;                               // [queries, H, V]; may be null
   float* lse;                               // [queries, H]
 };
 
@@ -121,10 +122,10 @@ class Runner {
         kernel_(FindKernel(work.task.element, work.task.head_dim)),
         num_places_(kernel_.num_places(work.task.head_dim)),
         state_stride_(StateStride(num_places_)) {
-    places_.resize(work.task.head_dim);
+    places_.resize(work.value_dim);
     for (int n = 0; n < num_places_; ++n) {
       const int channel = kernel_.channel(work.task.head_dim, n);
-      if (channel >= 0) places_[channel] = n;
+      if (channel >= 0 && channel < work.value_dim) places_[channel] = n;
     }
   }
 
@@ -245,7 +246,7 @@ class Runner {
             (query * work_.num_kv_heads + cell.first_head + head) * task.group + row % task.group;
         Finish(states + (head * num_rows + row) * state_stride_,
                num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, places_, &sums,
-               work_.out + at * task.head_dim, work_.lse + at);
+               work_.out + at * work_.value_dim, work_.lse + at);
       }
     }
   }
@@ -271,9 +272,10 @@ class PagedBlocks final : public BlockSource {
         head_stride_(head_stride),
         row_bytes_(layout.RowBytes()),
         key_scales_(layout.KeyScaleOffset()),
-        values_(layout.ValueOffset()),
+        values_(layout.latent_dim > 0 ? 0 : layout.ValueOffset()),
         value_scales_(layout.ValueScaleOffset()),
-        scale_rows_(ScaleRows(layout.element)) {}
+        scale_rows_(ScaleRows(layout.element)),
+        value_scale_rows_(layout.latent_dim > 0 ? 0 : scale_rows_) {}
 
   bool Get(int64_t index, int kv_head, KvBlock* block) const override {
     const int32_t slot = table_[kv_head * head_stride_ + index];
@@ -284,15 +286,15 @@ class PagedBlocks final : public BlockSource {
     block->values = page + values_ + rows;
     block->key_stride = block->value_stride = row_bytes_;
     block->num_tokens = layout_.page_size;
-    const auto scales = [&](int64_t section, int row, int size) {
-      return row >= scale_rows_ ? nullptr
-                                : reinterpret_cast<const uint16_t*>(page + section) +
-                                      (int64_t{row} * layout_.num_kv_heads + kv_head) * size;
+    const auto scales = [&](int64_t section, int num_rows, int row, int size) {
+      return row >= num_rows ? nullptr
+                             : reinterpret_cast<const uint16_t*>(page + section) +
+                                   (int64_t{row} * layout_.num_kv_heads + kv_head) * size;
     };
-    block->key_scales = scales(key_scales_, 0, layout_.head_dim);
-    block->key_minima = scales(key_scales_, 1, layout_.head_dim);
-    block->value_scales = scales(value_scales_, 0, layout_.page_size);
-    block->value_minima = scales(value_scales_, 1, layout_.page_size);
+    block->key_scales = scales(key_scales_, scale_rows_, 0, layout_.head_dim);
+    block->key_minima = scales(key_scales_, scale_rows_, 1, layout_.head_dim);
+    block->value_scales = scales(value_scales_, value_scale_rows_, 0, layout_.page_size);
+    block->value_minima = scales(value_scales_, value_scale_rows_, 1, layout_.page_size);
     return true;
   }
 
@@ -302,7 +304,7 @@ class PagedBlocks final : public BlockSource {
   const int32_t* table_;
   int64_t head_stride_;
   int64_t row_bytes_, key_scales_, values_, value_scales_;
-  int scale_rows_;
+  int scale_rows_, value_scale_rows_;
 };
 
 // Plain keys and values of one sequence; strides in bytes.
@@ -362,6 +364,7 @@ void DecodeAttentionCpu(const DecodeAttentionParams& p) {
   task.element = p.layout.element;
   task.dtype = p.dtype;
   task.head_dim = p.layout.head_dim;
+  task.latent = p.layout.latent_dim > 0;
   task.max_tokens = p.layout.page_size;
   task.group = static_cast<int>(p.num_heads / num_kv_heads);
   task.query = p.query;
@@ -376,6 +379,7 @@ void DecodeAttentionCpu(const DecodeAttentionParams& p) {
   work.num_groups = p.num_table_rows;
   work.queries_per_group = p.num_rows / p.num_table_rows;
   work.num_kv_heads = p.layout.num_kv_heads;
+  work.value_dim = p.layout.ValueDim();
   work.out = p.out;
   work.lse = p.lse;
   work.num_blocks.assign(p.counts, p.counts + p.num_table_rows);
@@ -430,6 +434,7 @@ void ContextAttentionCpu(const ContextAttentionParams& p) {
   work.num_groups = 1;
   work.queries_per_group = p.num_queries;
   work.num_kv_heads = static_cast<int>(p.num_kv_heads);
+  work.value_dim = static_cast<int>(p.value_dim);
   work.sources = {&blocks};
   work.num_blocks = {(p.num_keys + kContextTokens - 1) / kContextTokens};
   work.out = p.out;
@@ -456,6 +461,7 @@ void TailAttentionCpu(const TailAttentionParams& p) {
   work.num_groups = p.num_rows;
   work.queries_per_group = 1;
   work.num_kv_heads = static_cast<int>(p.num_kv_heads);
+  work.value_dim = static_cast<int>(p.value_dim);
   work.out = p.out;
   work.lse = p.lse;
   const std::array<int64_t, 2> strides = {head_bytes, token_bytes};

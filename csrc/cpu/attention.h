@@ -14,6 +14,7 @@ struct KvBlock {
   const uint8_t* values;
   int64_t key_stride;  // bytes from token to token
   int64_t value_stride;
+  // Values that are the keys (latent attention) have the keys' scales, per channel.
   const uint16_t* key_scales;    // float16 [D]; null for elements without scales
   const uint16_t* key_minima;    // float16 [D]; null for fp8
   const uint16_t* value_scales;  // float16 [tokens]
@@ -37,6 +38,7 @@ struct AttendTask {
   Element element;
   Dtype dtype;  // of the queries
   int head_dim;
+  bool latent;     // values are the keys
   int max_tokens;  // of a block
   const BlockSource* blocks;
   int64_t first_block, end_block;

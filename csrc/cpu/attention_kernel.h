@@ -13,7 +13,8 @@
 // bfloat16 for the dot-product instructions, which take 4 or 2 successive k from a 32-bit word.
 // B is packed as [block of kLanes places][k / kGroup][kLanes] words. Scales never touch B: key
 // scales go into the query and value scales into the weights, once per page and not per element;
-// minima turn into one number per query row and page. Where A is narrower than float32, a row of
+// minima turn into one number per query row and page. Values that are the keys have scales per
+// channel, which go into C. Where A is narrower than float32, a row of
 // it is split into digits: several rows of A whose products are added up again in C.
 
 #include <cstring>
@@ -337,7 +338,7 @@ struct FloatOperand {
 };
 
 // Attends one task. Memory for one thread is carved from its scratch at the start.
-template <class Operand>
+template <class Operand, bool kLatent>
 class Attention {
   using Simd = typename Operand::Simd;
   using F = typename Simd::F;
@@ -347,6 +348,10 @@ class Attention {
   static constexpr int kRowStep =
       16;  // rows at a time: what they need in between fits the L1 cache
   static constexpr float kLog2E = 1.44269504088896340736f;
+  static constexpr bool kValueScales = Code::kScales && !kLatent;  // per token
+  static constexpr bool kValueMinima = Code::kMinima && !kLatent;
+  static constexpr bool kPlaceScales = Code::kScales && kLatent;  // per channel
+  static constexpr int kFactors = 3;
 
  public:
   static void Attend(const AttendTask& task) { Attention(task).Run(); }
@@ -373,6 +378,9 @@ class Attention {
     bytes = 0;
     Carve(memory, &bytes);
     std::memset(folded_, 0, padded_dim_ * sizeof(float));  // A's padding must be zero
+    if (kPlaceScales) {
+      for (int n = 0; n < places_; ++n) place_channels_[n] = Operand::Channel(head_dim_, n);
+    }
   }
 
   // Sets the pointers into `memory` and counts what they need.
@@ -389,7 +397,10 @@ class Attention {
     take(key_minima_, padded_dim_);
     take(value_scales_, padded_tokens_);
     take(value_minima_, padded_tokens_);
-    take(row_factors_, 2 * step_rows);
+    take(place_channels_, kPlaceScales ? places_ : 0);
+    take(place_scales_, kPlaceScales ? places_ : 0);
+    take(place_minima_, kPlaceScales ? places_ : 0);
+    take(row_factors_, kFactors * step_rows);
     take(row_peaks_, step_rows);
     take(scores_, step_rows * padded_tokens_);
     take(query_a_, (Code::kScales ? ARows(kRowStep) : num_heads_ * ARows(num_rows_)) * key_groups_);
@@ -439,8 +450,8 @@ class Attention {
   void StartPrefetch(const KvBlock& kv) {
     if (Code::kScales) Prefetcher::Now(kv.key_scales, 2 * head_dim_);
     if (Code::kMinima) Prefetcher::Now(kv.key_minima, 2 * head_dim_);
-    if (Code::kScales && !task_.keys_only) Prefetcher::Now(kv.value_scales, 2 * kv.num_tokens);
-    if (Code::kMinima && !task_.keys_only) Prefetcher::Now(kv.value_minima, 2 * kv.num_tokens);
+    if (kValueScales && !task_.keys_only) Prefetcher::Now(kv.value_scales, 2 * kv.num_tokens);
+    if (kValueMinima && !task_.keys_only) Prefetcher::Now(kv.value_minima, 2 * kv.num_tokens);
     const int row_bytes = Code::RowBytes(head_dim_);
     const bool contiguous = kv.key_stride == row_bytes && kv.value_stride == row_bytes;
     prefetcher_.Start(kv.keys, task_.keys_only ? kv.keys : kv.values,
@@ -504,14 +515,15 @@ class Attention {
     if (Code::kScales) {
       LoadHalves(kv.key_scales, head_dim_, key_scales_);
       if (Code::kMinima) LoadHalves(kv.key_minima, head_dim_, key_minima_);
+      if (kPlaceScales && !task_.keys_only) PlaceScales();
     }
     PackKeys(kv, num_tokens);
     for (int first = 0; first < num_rows_; first += kRowStep) {
       const int num = Min(kRowStep, num_rows_ - first);
       Scores(first, num, num_tokens, head, index);
-      if (!task_.keys_only && Code::kScales && first == 0) {
+      if (!task_.keys_only && kValueScales && first == 0) {
         LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
-        if (Code::kMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
+        if (kValueMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
       }
       for (int m = 0; m < num; ++m) {
         RowWeights(first, m, num_tokens, head, index);
@@ -522,6 +534,15 @@ class Attention {
       Accumulate(first, num, num_tokens, head);
     }
     prefetcher_.Until(1.0f);
+  }
+
+  // Scales and minima of the keys' channels in the accumulators' order; 0 in gaps.
+  void PlaceScales() {
+    for (int n = 0; n < places_; ++n) {
+      const int channel = place_channels_[n];
+      place_scales_[n] = channel < 0 ? 0.0f : key_scales_[channel];
+      place_minima_[n] = channel < 0 || !Code::kMinima ? 0.0f : key_minima_[channel];
+    }
   }
 
   static PIKV_INLINE float Between(float begin, float end, int done, int all) {
@@ -563,7 +584,7 @@ class Attention {
   void Scores(int first, int num, int num_tokens, int head, int64_t index) {
     const float scale = task_.scale * kLog2E;
     for (int m = 0; m < num; ++m) {
-      float* factors = row_factors_ + 2 * m;
+      float* factors = row_factors_ + kFactors * m;
       factors[1] = 0.0f;
       if (Code::kScales) {
         factors[0] = FoldQuery(head, first + m, &factors[1]) * Operand::kUnit * scale;
@@ -579,7 +600,7 @@ class Attention {
       const int visible = Min(num_tokens, Visible(index, first + m));
       float* scores = scores_ + int64_t{m} * padded_tokens_;
       const float* c = c_ + int64_t{m} * query_digits_ * padded_tokens_;
-      const float* factors = row_factors_ + 2 * m;
+      const float* factors = row_factors_ + kFactors * m;
       F peaks = F{} + kMinusInfinity;
       for (int t = 0; t < visible; t += kLanes) {
         F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
@@ -608,18 +629,19 @@ class Attention {
   }
 
   // Turns a row of scores into weights relative to the largest one, as A of the output, and notes
-  // in row_factors what the accumulators (0) and the block's sums (1) must be scaled by.
+  // in row_factors what the accumulators (0) and the block's sums (1) must be scaled by, and the
+  // sum of the weights that minima per channel count (2).
   void RowWeights(int first, int step_row, int num_tokens, int head, int64_t index) {
     const int row = first + step_row;
     const int visible = Min(num_tokens, Visible(index, row));
     float* weights = scores_ + int64_t{step_row} * padded_tokens_;
-    float* factors = row_factors_ + 2 * step_row;
+    float* factors = row_factors_ + kFactors * step_row;
     const int end = RoundUp(num_tokens, 64);
     uint32_t* a = weights_a_ + int64_t{step_row} * weight_digits_ * weight_groups_;
     if (visible == 0) {
       std::memset(a, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
       factors[0] = 1.0f;
-      factors[1] = 0.0f;
+      factors[1] = factors[2] = 0.0f;
       return;
     }
 
@@ -629,9 +651,9 @@ class Attention {
     for (; t < visible; t += kLanes) {
       F weight = Exp2<Simd>(Load<F>(weights + t) - peak);
       sums = sums + weight;
-      if (Code::kMinima) minima = minima + weight * Load<F>(value_minima_ + t);
-      if (Code::kScales) weight = weight * Load<F>(value_scales_ + t);
-      if (Code::kScales && Operand::kGroup > 1) largest = Simd::Max(largest, weight);
+      if (kValueMinima) minima = minima + weight * Load<F>(value_minima_ + t);
+      if (kValueScales) weight = weight * Load<F>(value_scales_ + t);
+      if (kValueScales && Operand::kGroup > 1) largest = Simd::Max(largest, weight);
       Store(weights + t, weight);
     }
     for (; t < end; t += kLanes) Store(weights + t, F{});
@@ -653,11 +675,12 @@ class Attention {
     const float take = grew ? 1.0f : ratio;
     if (grew) state[kPeak] = peak;
     state[kSum] = state[kSum] * keep + sum * take;
-    if (Code::kMinima) state[kMinima] = state[kMinima] * keep + Simd::ReduceAdd(minima) * take;
-    const float step = Operand::Split(weights, end, Code::kScales ? Simd::ReduceMax(largest) : 1.0f,
+    if (kValueMinima) state[kMinima] = state[kMinima] * keep + Simd::ReduceAdd(minima) * take;
+    const float step = Operand::Split(weights, end, kValueScales ? Simd::ReduceMax(largest) : 1.0f,
                                       weight_digits_, a, weight_groups_);
     factors[0] = keep;
     factors[1] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
+    factors[2] = take * sum;
   }
 
   void Accumulate(int first, int num, int num_tokens, int head) {
@@ -666,9 +689,13 @@ class Attention {
     for (int m = 0; m < num; ++m) {
       float* state = State(head, first + m);
       const float* c = c_ + int64_t{m} * weight_digits_ * places_;
-      const float keep = row_factors_[2 * m], take = row_factors_[2 * m + 1];
+      const float* factors = row_factors_ + kFactors * m;
+      const float keep = factors[0], take = factors[1], sum = factors[2];
       for (int n = 0; n < places_; n += kLanes) {
-        const F taken = Operand::Combine(c + n, places_, weight_digits_) * take;
+        F taken = Operand::Combine(c + n, places_, weight_digits_) * take;
+        if (kPlaceScales) {
+          taken = taken * Load<F>(place_scales_ + n) + Load<F>(place_minima_ + n) * sum;
+        }
         Store(state + n, Load<F>(state + n) * keep + taken);
       }
     }
@@ -686,8 +713,10 @@ class Attention {
   float* folded_;                        // [padded_dim]
   float *key_scales_, *key_minima_;      // [padded_dim]
   float *value_scales_, *value_minima_;  // [padded_tokens]
+  int* place_channels_;                  // [places], of values that are keys with scales
+  float *place_scales_, *place_minima_;  // [places]
   // Of the rows of a step:
-  float* row_factors_;   // [rows, 2]
+  float* row_factors_;   // [rows, kFactors]
   float* row_peaks_;     // [rows]
   float* scores_;        // [rows, padded_tokens]
   uint32_t* query_a_;    // A: [rows * digits, key_groups]; without scales of all heads and rows
@@ -698,8 +727,18 @@ class Attention {
 };
 
 template <class Operand>
+void AttendWith(const AttendTask& task) {
+  // Without scales it makes no difference where values lie.
+  if (task.latent && Operand::Code::kScales) {
+    Attention<Operand, Operand::Code::kScales>::Attend(task);
+  } else {
+    Attention<Operand, false>::Attend(task);
+  }
+}
+
+template <class Operand>
 const AttentionKernel& KernelOf() {
-  static constexpr AttentionKernel kernel = {&Attention<Operand>::Attend, &Operand::NumPlaces,
+  static constexpr AttentionKernel kernel = {&AttendWith<Operand>, &Operand::NumPlaces,
                                              &Operand::Channel};
   return kernel;
 }

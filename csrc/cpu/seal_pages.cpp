@@ -58,6 +58,7 @@ void ZeroPadding(const PageLayout& layout, uint8_t* page) {
   };
   zero(layout.DataBytes(), layout.KeyScaleOffset());
   zero(layout.KeyScaleOffset() + scale_bytes * layout.head_dim, layout.ValueOffset());
+  if (layout.latent_dim > 0) return;
   zero(layout.ValueOffset() + layout.DataBytes(), layout.ValueScaleOffset());
   zero(layout.ValueScaleOffset() + scale_bytes * layout.page_size, layout.PageBytes());
 }

@@ -251,11 +251,12 @@ bool SealHead(const SealPagesParams& p, const Scaling& s, int64_t page, int64_t 
     return Block<T>{rows, strides[2], page_size, d};
   };
   const Block<T> keys = block(p.keys, p.key_strides, page, head);
-  const Block<T> values = block(p.values, p.value_strides, page, head);
+  const bool latent = layout.latent_dim > 0;  // keys only
   // What comes next most likely, and nothing but an address to prefetch if it does not exist.
   const Block<T> next_keys = head + 1 < layout.num_kv_heads
                                  ? block(p.keys, p.key_strides, page, head + 1)
                                  : block(p.keys, p.key_strides, page + 1, 0);
+  const Block<T> values = latent ? next_keys : block(p.values, p.value_strides, page, head);
   uint8_t* out = p.out + page * p.out_stride;
   uint8_t* key_out = out + head * page_size * layout.RowBytes();
   uint8_t* value_out = key_out + layout.ValueOffset();
@@ -273,12 +274,14 @@ bool SealHead(const SealPagesParams& p, const Scaling& s, int64_t page, int64_t 
   }
   if constexpr (kPlain) {
     Copy(keys, key_out);
+    if (latent) return finite;
     finite &= AllFinite(values);
     Copy(values, value_out);
   } else {
     finite &= FindScaling<kElement>(s, d);
     StoreScales(s, layout, d, out + layout.KeyScaleOffset() + head * d * 2);
     EncodePerChannel<kElement>(keys, s, values, key_out);
+    if (latent) return finite;
 
     finite &= RowExtremes(values, s.low, s.high);
     finite &= FindScaling<kElement>(s, page_size);

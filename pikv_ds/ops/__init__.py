@@ -42,7 +42,9 @@ READ_VALUES = (
     "tail_attention",
     "key_scores",
 )
-"""Ops whose kernels expect values as wide as the keys, in a section of their own: no kernel reads latent pages."""
+"""Ops to whose kernels latent pages are something of their own."""
+LATENT_DEVICES = {"cpp": ("cpu",)}
+"""Per backend: devices on which its kernels read latent pages."""
 
 
 class Ops:
@@ -52,7 +54,8 @@ class Ops:
         backend: "auto" takes the fastest that is there, op by op; "cpp" and "triton" take theirs
             (an op that a backend does not have runs as the reference); "reference" takes no other.
         device_type: "cpu" or "cuda".
-        latent: for latent pages (see `PageLayout`); `READ_VALUES` then run as the reference.
+        latent: for latent pages (see `PageLayout`): where a backend cannot read them, `READ_VALUES` run as the
+            reference.
 
     Raises:
         ValueError: the backend cannot run here, or not on such pages, with the reason and the remedy.
@@ -73,10 +76,10 @@ class Ops:
 
     def __init__(self, backend: str = "auto", device_type: str = "cpu", latent: bool = False) -> None:
         self.backend, self.device_type, self.latent = backend, device_type, latent
-        if latent and backend not in ("auto", "reference"):
+        if backend not in ("auto", "reference") and READ_VALUES[0] in self._unable(backend):
             raise ValueError(
-                f'pikv.backend = "{backend}": it has no kernels for latent pages (multi-head latent attention); '
-                'use "auto" or "reference"'
+                f'pikv.backend = "{backend}": it has no kernels for latent pages (multi-head latent attention) on '
+                f'device {device_type!r}; use "auto" or "reference"'
             )
         self._owners: dict[str, str] = {}
         fastest_first = ("cpp", "triton") if device_type == "cuda" else ("cpp",)  # nobody wants Triton interpreted
@@ -88,15 +91,22 @@ class Ops:
                 raise ValueError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
         if backend == "auto" and not self._owners:
             _warn_once(f"the ops run as plain torch, which is slow: {why_missing('cpp', device_type)}")
-        elif backend == "auto" and latent:
-            _warn_once(f"latent pages have no kernels yet: {', '.join(READ_VALUES)} run as plain torch, which is slow")
+        elif backend == "auto" and latent and self.implementation(READ_VALUES[0]) == "reference":
+            _warn_once(
+                f"latent pages have no kernels on device {device_type!r} yet: {', '.join(READ_VALUES)} run as plain "
+                "torch, which is slow"
+            )
 
     def _take(self, name: str, module: Any) -> None:
         """Takes the ops of a backend that none before it has."""
         for op in module.supported(self.device_type):
-            if op not in self._owners and not (self.latent and op in READ_VALUES):
+            if op not in self._owners and op not in self._unable(name):
                 self._owners[op] = name
                 setattr(self, op, getattr(module, op))
+
+    def _unable(self, backend: str) -> tuple[str, ...]:
+        """Ops whose kernels in a backend cannot read the pages."""
+        return READ_VALUES if self.latent and self.device_type not in LATENT_DEVICES.get(backend, ()) else ()
 
     def implementation(self, op: str) -> str:
         """Which backend runs an op: "reference", "cpp" or "triton"."""

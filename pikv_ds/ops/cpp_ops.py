@@ -24,7 +24,7 @@ def supported(device_type: str) -> frozenset[str]:
 
 
 def seal_pages(
-    keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+    keys: Tensor, values: Tensor | None, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
 ) -> None:
     _C.seal_pages(keys, values, *_layout(layout), out, bounds, nonfinite)
 
@@ -116,8 +116,8 @@ def _slabs(slabs: Slabs) -> tuple[Tensor, int, int]:
     return slabs.pointers, slabs.slab_rows, slabs.row_bytes
 
 
-def _layout(layout: PageLayout) -> tuple[int, int, int]:
-    return layout.code, layout.num_kv_heads, layout.page_size
+def _layout(layout: PageLayout) -> tuple[int, int, int, int]:
+    return layout.code, layout.num_kv_heads, layout.page_size, layout.latent_dim or 0
 
 
 def _num_splits(table: Tensor, layout: PageLayout) -> int:

@@ -28,7 +28,7 @@ def _names(kind: type, names: str) -> dict[str, type]:
     return dict.fromkeys(names.split(), kind)
 
 
-Layout = _struct("Layout", **_names(c_int32, "num_kv_heads head_dim page_size element"))
+Layout = _struct("Layout", **_names(c_int32, "num_kv_heads head_dim page_size element latent_dim"))
 SlabRows = _struct("SlabRows", pointers=c_void_p, slab_rows=c_int64, row_bytes=c_int64)
 SealPages = _struct(
     "SealPages",
@@ -67,7 +67,7 @@ TailAttention = _struct(
     **_names(c_void_p, "query keys values lengths out lse"),
     dtype=c_int32,
     scale=c_float,
-    **_names(c_int64, "num_rows num_heads num_kv_heads page_size head_dim"),
+    **_names(c_int64, "num_rows num_heads num_kv_heads page_size head_dim value_dim"),
 )
 MergePartials = _struct(
     "MergePartials", **_names(c_void_p, "outs lses out lse"), **_names(c_int64, "num_partials num_rows head_dim")

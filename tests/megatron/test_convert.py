@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -158,8 +159,10 @@ def megatron_groups(tp: int = 1, ep: int = 1) -> Iterator[None]:
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
     )
     cpu.seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, convert.Report]:
@@ -170,11 +173,15 @@ def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, conve
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # whatever is not loaded shows
         report = convert.load_hf(model, folder)
-        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-        positions = torch.arange(LENGTH)[None].expand(2, -1)
-        with torch.inference_mode():
-            logits = model(tokens(), positions, mask, runtime_gather_output=True)
-    return logits, report
+        return forward(model), report
+
+
+def forward(model: Any) -> torch.Tensor:
+    """Logits ``[2, LENGTH, VOCAB]`` of all tokens at once."""
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+    positions = torch.arange(LENGTH)[None].expand(2, -1)
+    with torch.inference_mode():
+        return model(tokens(), positions, mask, runtime_gather_output=True)
 
 
 def hf_logits(folder: Path) -> torch.Tensor:
@@ -329,6 +336,42 @@ def test_tensor_parallel_ranks_decode_with_pikv(family: str, two: Ranks, tmp_pat
     for logits, pages in two.run(decode_case, folder=str(folder), tp=2, ep=2):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
         assert pages > 0
+
+
+def through_megatron(rank: int, folder: str, saved: str, tp: int, ep: int, save: bool) -> torch.Tensor:
+    """Logits of a checkpoint that Megatron has written (``save``: writes it first, from Hugging Face's)."""
+    # Megatron writes from processes of its own, which a daemon, as the harness starts its ranks, may not have
+    multiprocessing.current_process()._config["daemon"] = False
+    with megatron_groups(tp, ep):
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, tp=tp, ep=ep))
+        if save:
+            convert.load_hf(model, folder)
+            convert.save_megatron(model, saved)
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        convert.load_megatron(model, saved)
+        return forward(model)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3"])
+def test_a_megatron_checkpoint_of_another_parallel_size(family: str, two: Ranks, tmp_path: Path) -> None:
+    folder, saved = save(tmp_path / "hf", family), tmp_path / "megatron"
+    expected = hf_logits(folder)
+    for tp, ep, write in ((2, 2, True), (1, 2, False), (2, 1, False)):
+        for logits in two.run(through_megatron, folder=str(folder), saved=str(saved), tp=tp, ep=ep, save=write):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / convert.LATEST).write_text("12\n")
+    saved.rename(tmp_path / "run" / "iter_0000012")
+    arguments = {"folder": str(folder), "saved": str(tmp_path / "run"), "tp": 1, "ep": 2, "save": False}
+    torch.testing.assert_close(two.run(through_megatron, **arguments)[0], expected, atol=1e-4, rtol=0)
+
+
+def test_a_folder_without_a_megatron_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(convert.CheckpointError, match=r"no metadata\.json there"):
+        convert.load_megatron(None, tmp_path)
 
 
 # -- what cannot be ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import tiny_megatron
 from harness import Ranks, ranks_fixture
 
 import megatron_patch
-from megatron_patch import engine
+from megatron_patch import compat, engine
 from megatron_patch.patch import REFUSED, UnsupportedMegatronError
 from pikv_ds.config import ConfigError
 
@@ -226,6 +226,20 @@ def test_a_patched_spec_builds_a_patched_model() -> None:
     assert dynamic(patched, PROMPTS)[1] == [tiny_megatron.greedy(plain, p, COUNT) for p in PROMPTS]
     megatron_patch.unpatch_model(patched)
     assert not [m for m in patched.modules() if any("pikv" in name for name in vars(m))]
+
+
+def test_transformer_engines_spec_builds_a_patched_model() -> None:
+    if not compat.has_transformer_engine():
+        pytest.skip("Transformer Engine is not installed here: its layers run unpatched and patched elsewhere only")
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as te_spec
+
+    tiny_megatron.initialize()
+    layer = te_spec(num_experts=tiny_megatron.EXPERTS, moe_grouped_gemm=False)
+    plain = tiny_megatron.build(spec=lambda _: layer)
+    patched = tiny_megatron.build(spec=lambda _: megatron_patch.patch_layer_spec(layer, CONFIG))
+    patched.load_state_dict(plain.state_dict())
+    assert torch.equal(*(static(m, prompts_of(0), COUNT)[1] for m in (plain, patched)))
+    megatron_patch.unpatch_model(patched)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ class Server:
             rank: float(value) for rank, value in re.findall(rf'^{name}{{rank="(\d)"}} (\S+)$', text, re.MULTILINE)
         }
 
+    def counter(self, name: str) -> float:
+        """A figure of the whole server."""
+        found = re.search(rf"^{name} (\S+)$", self.request("/metrics")[1], re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal and returns the exit code; nothing of the job may be left."""
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -148,6 +153,29 @@ def test_completions_are_those_of_the_model(server: Server, model: Any, folder: 
     assert answer["choices"][0]["finish_reason"] in ("stop", "length")
 
 
+def test_log_probabilities_belong_to_the_tokens(server: Server) -> None:
+    body = {"prompt": [[2, 3], [4]], "max_tokens": 6, "temperature": 0, "logprobs": 2}
+    status, answer = server.request("/v1/completions", body)
+    assert status == 200
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for choice in answer["choices"]:
+        shown = choice["logprobs"]
+        assert len(shown["tokens"]) == len(shown["token_logprobs"]) == len(shown["top_logprobs"]) > 0
+        assert all(value <= 0 for value in shown["token_logprobs"])
+
+
+def test_chat_goes_through_the_template(server: Server, model: Any, folder: Path) -> None:
+    from megatron_patch.tokenizer import HFTokenizer
+
+    messages = [{"role": "user", "content": "the old whale"}]
+    body = {"messages": messages, "max_tokens": 8, "temperature": 0}
+    status, answer = server.request("/v1/chat/completions", body)
+    assert status == 200
+    prompt = HFTokenizer.load(str(folder)).tokenize("user : the old whale assistant :")
+    assert answer["choices"][0]["message"]["content"] == expected(model, folder, prompt, 8)
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+
+
 def test_many_clients_at_once_get_their_own_answers(server: Server, model: Any, folder: Path) -> None:
     prompts = [[(seed * i + seed) % 100 + 2 for i in range(5 + 9 * seed)] for seed in range(1, 13)]
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
@@ -175,6 +203,9 @@ def test_the_official_client_chats(server: Server) -> None:
     ("body", "words"),
     [
         (b"{", "the body is not JSON"),
+        (b"\xff\xfe\xfa", "the body is not JSON"),
+        (b"", "the body is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
         ([1], "the body must be a JSON object, not a list"),
         ({}, "prompt is missing or empty"),
         ({"prompt": {"a": 1}}, "prompt must be text, token ids or a list of such, not an object"),
@@ -186,9 +217,15 @@ def test_the_official_client_chats(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_served_is_a_400_with_the_reason(server: Server, body: Any, words: str) -> None:
+    before = server.counter("megatron:prompt_tokens_total")
     status, answer = server.request("/v1/completions", body)
     assert status == 400
     assert words in answer["error"]["message"]
+    assert server.counter("megatron:prompt_tokens_total") == before  # it did not reach the engine
+
+
+def test_a_method_that_a_path_does_not_have_is_a_405(server: Server) -> None:
+    assert server.request("/v1/completions")[0] == 405
 
 
 def test_an_unknown_path_is_a_404_that_names_the_known_ones(server: Server) -> None:
@@ -201,9 +238,9 @@ def test_a_client_that_goes_away_harms_nobody_and_leaves_no_page(server: Server,
     port = int(server.url.rsplit(":", 1)[1])
     body = json.dumps({"prompt": [3] * 100, "max_tokens": 90, "temperature": 0}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    for _ in range(3):
+    for sent in (head + body, head + body, head + body[:10], head[:20]):
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(head + body)
+            connection.sendall(sent)
     assert completion(server, [4, 5], 5)[1]["choices"][0]["text"] == expected(model, folder, [4, 5], 5)
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
