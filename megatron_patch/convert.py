@@ -175,11 +175,11 @@ def _query_key_value(part: Part, q: str, k: str, v: str) -> Tensor:
     """Query heads, key and value of one group after the other: ``[groups * (H/K + 2) * D, hidden]``."""
     c = part.config
     heads, groups, dim = c.num_attention_heads, c.num_query_groups, c.kv_channels
-    q, k, v = (
+    by_group = [
         part.rows(name, n * dim).unflatten(0, (groups // part.tp, -1))
         for name, n in ((q, heads), (k, groups), (v, groups))
-    )
-    return torch.cat([q, k, v], dim=1).flatten(0, 1)
+    ]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
 
 
 def _gate_up(part: Part, size: int, gate: str, up: str) -> Tensor:

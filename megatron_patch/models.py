@@ -160,7 +160,7 @@ def _set_latent_epsilon(model: Any) -> None:
         # Transformer Engine has these norms within the projections that follow them
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             module = getattr(layer.self_attention, name, None)
-            if hasattr(module, "eps"):
+            if module is not None and hasattr(module, "eps"):
                 module.eps = LATENT_EPSILON
 
 

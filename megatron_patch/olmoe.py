@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from megatron_patch import compat
@@ -35,6 +36,11 @@ class SpanningRMSNorm(nn.Module):
             dist.all_reduce(square, group=self.group)
         flat = flat * torch.rsqrt(square / (flat.shape[-1] * self.num_ranks) + self.eps)
         return (self.weight * flat.to(x.dtype)).view(x.shape)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Tells Megatron's checkpoints that the weights are spread over the ranks; it takes norms for copies."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return dict(make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets))
 
 
 class OlmoeSelfAttention(SelfAttention):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,10 +23,13 @@ import transformers
 from harness import Ranks, ranks_fixture
 from safetensors.torch import load_file, save_file
 
+import megatron_patch
 from megatron_patch import convert, models
+from pikv_ds import PiKVConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny models live on a CPU")
 two, four = ranks_fixture(2), ranks_fixture(4)
+fresh = ranks_fixture(2)  # whose allocators hold no freed memory yet
 
 VOCAB, EXPERTS, LAYERS, LENGTH = 64, 4, 3, 21
 SHARED = {
@@ -155,8 +159,10 @@ def megatron_groups(tp: int = 1, ep: int = 1) -> Iterator[None]:
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
     )
     cpu.seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, convert.Report]:
@@ -167,11 +173,15 @@ def megatron_logits(folder: Path, tp: int, ep: int) -> tuple[torch.Tensor, conve
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # whatever is not loaded shows
         report = convert.load_hf(model, folder)
-        mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-        positions = torch.arange(LENGTH)[None].expand(2, -1)
-        with torch.inference_mode():
-            logits = model(tokens(), positions, mask, runtime_gather_output=True)
-    return logits, report
+        return forward(model), report
+
+
+def forward(model: Any) -> torch.Tensor:
+    """Logits ``[2, LENGTH, VOCAB]`` of all tokens at once."""
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
+    positions = torch.arange(LENGTH)[None].expand(2, -1)
+    with torch.inference_mode():
+        return model(tokens(), positions, mask, runtime_gather_output=True)
 
 
 def hf_logits(folder: Path) -> torch.Tensor:
@@ -257,14 +267,14 @@ def memory_case(rank: int, folder: str) -> tuple[int, convert.Report]:
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_no_rank_holds_more_than_its_share(two: Ranks, tmp_path: Path) -> None:
+def test_no_rank_holds_more_than_its_share(fresh: Ranks, tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
-        **FAMILIES["mixtral"][2] | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 8}
+        **FAMILIES["mixtral"][2] | {"hidden_size": 256, "intermediate_size": 1024, "num_local_experts": 16}
     )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)  # one file
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    experts = LAYERS * 8 * 3 * 256 * 1024 * 4  # 75 MB, half of it on each rank
-    for grown, report in two.run(memory_case, folder=str(tmp_path)):
+    experts = LAYERS * 16 * 3 * 256 * 1024 * 4  # 151 MB, half of it on each rank
+    for grown, report in fresh.run(memory_case, folder=str(tmp_path)):
         assert report.checkpoint_bytes - report.read_bytes == experts // 2
         assert experts // 2 < grown < experts * 3 // 4
         assert report.peak_host_bytes > grown
@@ -295,42 +305,67 @@ def test_the_bias_of_a_bf16_model_chooses_the_same_experts(tmp_path: Path) -> No
             torch.testing.assert_close(layer.mlp.router.expert_bias, bias, atol=0, rtol=0)
 
 
-def through_megatron(rank: int, folder: str, saved: str, ep: int, save: bool) -> torch.Tensor:
-    """Logits of a checkpoint that Megatron has written (``save``: writes it first, from Hugging Face's)."""
-    from megatron.core import parallel_state
+def decode_case(rank: int, folder: str, tp: int, ep: int) -> tuple[torch.Tensor, int]:
+    """Logits ``[2, LENGTH - 8, VOCAB]``, with PiKV, of a prompt of 9 tokens and of the others one by one."""
+    from megatron.core.inference.contexts import StaticInferenceContext
 
-    from megatron_patch import cpu
-
-    cpu.install()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
-    cpu.seed(1)
-    hf = models.load_config(folder)
-    model = models.build_model(hf, models.transformer_config(hf, ep=ep))
-    if save:
+    with megatron_groups(tp, ep):
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, tp=tp, ep=ep))
         convert.load_hf(model, folder)
-        convert.save_megatron(model, saved)
-    for parameter in model.parameters():
-        parameter.fill_(torch.nan)
-    convert.load_megatron(model, saved)
-    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-    with torch.inference_mode():
-        logits = model(tokens(), torch.arange(LENGTH)[None].expand(2, -1), mask, runtime_gather_output=True)
-    parallel_state.destroy_model_parallel()
-    return logits
+        megatron_patch.patch_model(model, PiKVConfig(page_size=8))
+        context, ids, logits = StaticInferenceContext(2, LENGTH), tokens(), []
+        with torch.inference_mode():
+            for start, end in [(0, 9), *((i, i + 1) for i in range(9, LENGTH))]:
+                mask = torch.ones(9, 9, dtype=torch.bool).triu(1)[None, None] if end == 9 else None
+                positions = torch.arange(start, end)[None].expand(2, -1)
+                new = model(ids[:, start:end], positions, mask, inference_context=context, runtime_gather_output=True)
+                logits.append(new[:, -1:])
+                context.increment_sequence_len_offset(end - start)
+                context.enable_decode_mode()
+        pages = megatron_patch.stats(model)["pages_in_scope"]
+        megatron_patch.unpatch_model(model)
+    return torch.cat(logits, dim=1), pages
 
 
 @pytest.mark.distributed
-def test_a_megatron_checkpoint_of_another_parallel_size(two: Ranks, tmp_path: Path) -> None:
-    folder, saved = save(tmp_path / "hf", "mixtral"), tmp_path / "megatron"
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "deepseek_v3"])
+def test_tensor_parallel_ranks_decode_with_pikv(family: str, two: Ranks, tmp_path: Path) -> None:
+    folder = save(tmp_path, family)
+    expected = hf_logits(folder)[:, 8:]
+    for logits, pages in two.run(decode_case, folder=str(folder), tp=2, ep=2):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert pages > 0
+
+
+def through_megatron(rank: int, folder: str, saved: str, tp: int, ep: int, save: bool) -> torch.Tensor:
+    """Logits of a checkpoint that Megatron has written (``save``: writes it first, from Hugging Face's)."""
+    # Megatron writes from processes of its own, which a daemon, as the harness starts its ranks, may not have
+    multiprocessing.current_process()._config["daemon"] = False
+    with megatron_groups(tp, ep):
+        hf = models.load_config(folder)
+        model = models.build_model(hf, models.transformer_config(hf, tp=tp, ep=ep))
+        if save:
+            convert.load_hf(model, folder)
+            convert.save_megatron(model, saved)
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        convert.load_megatron(model, saved)
+        return forward(model)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "deepseek_v3"])
+def test_a_megatron_checkpoint_of_another_parallel_size(family: str, two: Ranks, tmp_path: Path) -> None:
+    folder, saved = save(tmp_path / "hf", family), tmp_path / "megatron"
     expected = hf_logits(folder)
-    for ep, write in ((2, True), (1, False)):
-        for logits in two.run(through_megatron, folder=str(folder), saved=str(saved), ep=ep, save=write):
+    for tp, ep, write in ((2, 2, True), (1, 2, False), (2, 1, False)):
+        for logits in two.run(through_megatron, folder=str(folder), saved=str(saved), tp=tp, ep=ep, save=write):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / convert.LATEST).write_text("12\n")
     saved.rename(tmp_path / "run" / "iter_0000012")
-    arguments = {"folder": str(folder), "saved": str(tmp_path / "run"), "ep": 2, "save": False}
+    arguments = {"folder": str(folder), "saved": str(tmp_path / "run"), "tp": 1, "ep": 2, "save": False}
     torch.testing.assert_close(two.run(through_megatron, **arguments)[0], expected, atol=1e-4, rtol=0)
 
 
