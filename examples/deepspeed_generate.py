@@ -7,6 +7,7 @@ the reference model (built once, cached on disk) answers questions about two pub
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -30,9 +31,9 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str]) -> int:
-    def launch(ranks: int) -> list[str]:
+    def launch(ranks: int) -> int:
         launcher = shutil.which("deepspeed") or str(Path(sys.executable).with_name("deepspeed"))
-        return [launcher, "--num_accelerators", str(ranks), __file__, *argv]
+        os.execv(launcher, [launcher, "--num_accelerators", str(ranks), __file__, *argv])
 
     args = generation.parse_arguments(argv, __doc__, EXAMPLES, "the deepspeed launcher")
     return generation.main(args, launch, run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,16 +95,15 @@ def parse_arguments(argv: list[str], description: str | None, examples: str, lau
     return args
 
 
-def main(args: argparse.Namespace, launch: Callable[[int], list[str]], run: Callable[..., None]) -> int:
+def main(args: argparse.Namespace, launch: Callable[[int], int], run: Callable[..., None]) -> int:
     """Starts the ranks if that is asked for, and turns errors into one line; returns the exit code.
 
     Args:
-        launch: the command that starts so many ranks of this script.
+        launch: runs so many ranks of this script, and returns the exit code if it returns at all.
         run: what a rank does, given the arguments and its `World`.
     """
     if args.ranks is not None and not launch_env.launched():
-        command = launch(args.ranks)
-        os.execv(command[0], command)
+        return launch(args.ranks)
     launch_env.prepare()
     world = launch_env.world()
     if args.ranks not in (None, world.size):

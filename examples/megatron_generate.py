@@ -34,11 +34,12 @@ PASS_TOKENS = 512
 
 
 def main(argv: list[str]) -> int:
-    def launch(ranks: int) -> list[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        return [*torchrun, __file__, *argv]
+    def launch(count: int) -> int:
+        from megatron_patch import ranks
 
-    args = generation.parse_arguments(argv, __doc__, EXAMPLES, "torchrun")
+        return ranks.run([sys.executable, __file__, *argv], count)
+
+    args = generation.parse_arguments(argv, __doc__, EXAMPLES, "one process each")
     return generation.main(args, launch, run)
 
 
