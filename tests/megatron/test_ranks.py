@@ -19,7 +19,8 @@ WAIT = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
 signal.signal(signal.SIGTERM, lambda *_: {end})
-print("ready", os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"] == str(rank), flush=True)
+text = f"ready {{os.environ['WORLD_SIZE']}} {{os.environ['LOCAL_RANK'] == str(rank)}}\\n"
+os.write(1, text.encode())  # at once: both ranks write to one pipe
 time.sleep(60)
 sys.exit(9)
 """
@@ -49,7 +50,7 @@ def test_signals_reach_the_ranks_once_as_sigterm(number: int) -> None:
 
 
 def test_a_second_signal_kills() -> None:
-    process = job(WAIT.format(end="print('asked', flush=True)"))
+    process = job(WAIT.format(end="os.write(1, b'asked\\n')"))
     ready(process)
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
