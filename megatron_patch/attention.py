@@ -57,7 +57,7 @@ class PiKVAttention:
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
         tap.running = running
         if running.idle:  # Megatron's dummy pass: the token is attended as ever, and the others are served
-            running.serve(tap, query, key, value)
+            running.attend(tap, query, key, value)
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
         return running.adjust(self, query, key, value, rotary_pos_emb, *args, **kw)
 

@@ -136,7 +136,7 @@ def restore_buffer(context: Any) -> None:
 def serve_dummy_passes(attachment: Any, attached: Callable[[Any], Any]) -> None:
     """Lets ranks without requests take part in the store's exchanges, until `stop_serving`.
 
-    Replaces two methods of Megatron's; for a model without PiKV they do what they did:
+    Replaces three methods of Megatron's; for a model without PiKV they do what they did:
 
     * the inference wrapper's `dummy_forward`, the pass of an EP rank that is idle while others work;
     * the controller's step, which makes no pass at all where requests wait but none is active. The

@@ -135,15 +135,8 @@ class IdlePass(Pass):
     def pack(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1)[:0]
 
-    def serve(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Answers the other ranks' queries at one layer."""
-        tap.attend(self, *(self.pack(x) for x in (query, key, value)))
-        if not tap.has_router:
-            tap.running = None
-            self.store.routed(self.batch, tap.index, None)
-
-    def routed(self, tap: LayerTap, experts: Tensor) -> None:
-        self.store.routed(self.batch, tap.index, experts[:0])
+    def unpack(self, x: Tensor) -> Tensor:
+        return x
 
 
 class StaticRequests:
@@ -160,13 +153,15 @@ class StaticRequests:
     def begin(self, context: Any, key: Tensor) -> Pass:
         """Starts a pass with the first layer's new keys ``[s, b, K, D]``, not rotated yet."""
         (size, rows), start, offset = key.shape[:2], context.sequence_len_offset, context.batch_size_offset
+        sums: list[int] | None = None
         if start == 0:
             if offset in self.batches:
                 self.store.release(self.batches.pop(offset))
             shared = self.shared
             if shared is None:
-                digests = self.store.exchange.all_gather([rows, *fingerprint(key)])
-                shared = self.store.exchange.size > 1 and all(d == digests[0] for d in digests)
+                sums = fingerprint(key)
+                everyone = self.store.exchange.all_gather([rows, *sums])
+                shared = self.store.exchange.size > 1 and all(d == everyone[0] for d in everyone)
             self.batches[offset] = self.store.new_batch(rows, shared)
         batch, error = self.batches.get(offset), None
         if batch is None or len(batch) != rows or batch.lengths[0] != start:
@@ -176,15 +171,9 @@ class StaticRequests:
                 f"the static context continues {rows} sequences at token {start}, but the store has {seen} "
                 "(sequences, tokens) of it; reset the context to start anew"
             )
-        digest = fingerprint(key)[0] if batch.shared else 0
+        digest = (sums or fingerprint(key))[0] if batch.shared else 0
         self.store.begin_step(batch, [size] * len(batch) if error is None else [0] * len(batch), error, digest)
         return StaticPass(self.store, batch, (size, rows), start)
-
-    def release(self) -> None:
-        """Gives back everything; the pages go with the next step plan."""
-        for batch in self.batches.values():
-            self.store.release(batch)
-        self.batches.clear()
 
 
 class DynamicRequests:
@@ -247,9 +236,8 @@ class DynamicRequests:
         order = _order([(self.rows[r.id], r.num_tokens) for r in active], key.device)
         return DynamicPass(self.store, self.batch, context, (key.shape[0], 1), sum(new), order)
 
-    def release(self, requests: list[int] | None = None) -> None:
-        """Gives back finished requests, all by default; the pages go with the next step plan."""
-        requests = list(self.rows) if requests is None else requests
+    def release(self, requests: list[int]) -> None:
+        """Gives back finished requests; the pages go with the next step plan."""
         rows = [self.rows.pop(r) for r in requests if r in self.rows]
         if rows:
             self.store.release(self.batch, rows)

@@ -254,10 +254,8 @@ class ExpertShardedKVCache:
                     entries.append((batch.ids[row], new[row]))
         kinds = {page.batch.shared for page in self.sender.staged} | ({batch.shared} if batch is not None else set())
         if len(kinds) > 1:
-            error = (
-                error
-                or "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
-            )
+            mixed = "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
+            error = error or mixed
         shared = True in kinds
         try:
             self._exchange_plan(entries, seals, max(new, default=0), error, shared, digest)
@@ -528,7 +526,8 @@ class ExpertShardedKVCache:
     @staticmethod
     def _raise_if_not_shared(everyone: list[Announcement]) -> None:
         """A batch that every rank has must be there, the same, on every rank."""
-        if len({(a.shared, a.digest, a.seals, a.staged) for a in everyone if any(b.shared for b in everyone)}) > 1:
+        different = len({(a.shared, a.digest, a.seals, a.staged) for a in everyone}) > 1
+        if different and any(a.shared for a in everyone):
             what = "tokens" if all(a.shared for a in everyone) else "batches"
             raise PeerError(
                 f"the ranks make this pass with different {what} (digests {[a.digest for a in everyone]}), but the "
