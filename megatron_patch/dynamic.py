@@ -52,17 +52,13 @@ def token_positions(context: Any) -> Tensor:
     return context.token_to_pos_ids[: context.padded_active_token_count]
 
 
-def uses_cuda_graph(context: Any) -> bool:
-    """Whether the pass under way is replayed from a CUDA graph, or captured into one."""
-    return bool(context.using_cuda_graph_this_step())
-
-
 @dataclass
 class OwnBuffer:
     """What a dynamic context had before it gave up its KV buffer."""
 
     allocator: Any
     shape: tuple[int, ...]
+    graphs: list[Any]
 
 
 @torch.inference_mode(False)  # Megatron writes its bookkeeping outside of it, too
@@ -77,7 +73,8 @@ def give_up_buffer(context: Any, released: Callable[[list[int]], None], admits: 
         admits: asked whether there is room for a new request that may grow to so many tokens.
     """
     buffer, allocator = context.memory_buffer, context.block_allocator
-    context.__dict__[KEY] = OwnBuffer(allocator, tuple(buffer.shape))
+    context.__dict__[KEY] = OwnBuffer(allocator, tuple(buffer.shape), context.cuda_graph_batch_dimensions_list)
+    context.cuda_graph_batch_dimensions_list = []  # nothing is captured, so nothing needs to be padded for it
     _empty_buffer(context)
     enough = context.max_requests * context.max_kv_block_count
     virtual = type(allocator)(context, total_count=2 * enough + 2, paused_count=enough)
@@ -126,7 +123,7 @@ def restore_buffer(context: Any) -> None:
     for name in OVERRIDDEN.values():
         del context.__dict__[name]
     context.memory_buffer = context.memory_buffer.new_empty(own.shape)
-    context.block_allocator = own.allocator
+    context.block_allocator, context.cuda_graph_batch_dimensions_list = own.allocator, own.graphs
     context.reset()
 
 
@@ -136,13 +133,15 @@ def restore_buffer(context: Any) -> None:
 def serve_dummy_passes(attachment: Any, attached: Callable[[Any], Any]) -> None:
     """Lets ranks without requests take part in the store's exchanges, until `stop_serving`.
 
-    Replaces three methods of Megatron's; for a model without PiKV they do what they did:
+    Replaces four methods of Megatron's; for a model without PiKV they do what they did:
 
     * the inference wrapper's `dummy_forward`, the pass of an EP rank that is idle while others work;
     * the controller's step, which makes no pass at all where requests wait but none is active. The
       other ranks make one, so this rank must, too;
     * the engine's question whether any rank has work: pages of finished requests are work, so that they
       are returned by one more pass and not by the next request's.
+    * the engine's capture of CUDA graphs, which an exchange of any number of pages does not allow: the engine,
+      and Megatron's static one that is made of it, runs without them instead.
 
     Args:
         attached: from a model to its attachment, or None.
@@ -176,7 +175,18 @@ def serve_dummy_passes(attachment: Any, attached: Callable[[Any], Any]) -> None:
         pages = attachment is not None and attachment.has_to_release
         return await has_work(self, local_work or int(pages))
 
+    capture = Engine.create_cuda_graphs
+
+    @functools.wraps(capture)
+    def capture_or_take_over(self: Any, *args: Any, **kwargs: Any) -> None:
+        attachment = attached(self.controller.inference_wrapped_model.model)
+        if attachment is None:
+            capture(self, *args, **kwargs)
+        else:
+            attachment.requests_of(self.context)
+
     for cls, name, method in (
+        (Engine, "create_cuda_graphs", capture_or_take_over),
         (Engine, "_ep_group_has_work", has_work_or_pages),
         (Wrapper, "dummy_forward", dummy_forward),
         (Controller, "async_generate_output_tokens_dynamic_batch", step_or_serve),

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_patch import compat, dynamic
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import ConfigError
-from pikv_ds.errors import PiKVError
 from pikv_ds.sequences import SequenceBatch
 
 if TYPE_CHECKING:
@@ -209,11 +208,6 @@ class DynamicRequests:
 
     def begin(self, context: Any, key: Tensor) -> Pass:
         """Starts a pass over the context's active requests; key ``[T, 1, K, D]``."""
-        if dynamic.uses_cuda_graph(context):
-            raise PiKVError(
-                "PiKV exchanges pages of any number between ranks, which a CUDA graph cannot capture; build the "
-                "context with num_cuda_graphs=None and the engine with enable_cuda_graph=False"
-            )
         known, active = dynamic.requests(context)
         self.release([r for r in self.rows if r not in known])
         error = None

@@ -18,7 +18,7 @@ from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
-from pikv_ds.policies.routing import Candidates, Lookup
+from pikv_ds.policies.lookups import Candidates, Lookup
 from pikv_ds.sequences import SequenceBatch
 from pikv_ds.slabs import Slabs
 
@@ -68,6 +68,7 @@ class ShardedAttention:
         Returns:
             ``[N, H, V]`` in the query's dtype; no rows where the caller attends to all of them.
         """
+        query = query.contiguous()  # it may be a piece of one tensor with keys and values
         if batch.shared:
             return self._shared(plan, batch, layer, query, key, value, scale, attend_prompts)
         rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])

@@ -17,14 +17,8 @@ from typing import Any
 
 from pikv_ds.ops import BACKENDS
 from pikv_ds.policies.codecs import CODECS, Codec
-from pikv_ds.policies.routing import (
-    LOOKUPS,
-    PLACEMENTS,
-    ExactLookup,
-    ExpertPlacement,
-    Lookup,
-    Placement,
-)
+from pikv_ds.policies.lookups import LOOKUPS, ExactLookup, Lookup
+from pikv_ds.policies.placements import PLACEMENTS, ExpertPlacement, Placement
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 PARTIAL_DTYPES = ("float32", "bfloat16")

@@ -19,7 +19,7 @@ from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
-from pikv_ds.policies.routing import Placement
+from pikv_ds.policies.placements import Placement
 from pikv_ds.policies.summaries import KeyBounds
 from pikv_ds.sequences import FullPages, SequenceBatch
 

@@ -58,16 +58,17 @@ class Driver:
         shape, num = self.cache.shape, sum(new)
         self.cache.begin_step(self.batch, new)
         for layer in range(shape.num_layers):
-            query = torch.randn(num, shape.num_heads, shape.head_dim, generator=self.rng).to(shape.dtype)
-            kv = self._nothing(num).transpose(1, 2)
-            kv = torch.randn(kv.shape, generator=self.rng).to(shape.dtype)
+            parts = 2 if shape.latent_dim is None else 1
+            heads = shape.num_heads + parts * shape.num_kv_heads  # in one tensor, as one projection gives them
+            qkv = torch.randn(num, heads, shape.head_dim, generator=self.rng).to(shape.dtype)
+            query, *kv = qkv.split([shape.num_heads] + [shape.num_kv_heads] * parts, dim=1)
             value = kv[1] if shape.latent_dim is None else None
             experts = torch.randint(shape.num_experts, (num, 2), generator=self.votes or self.rng)
             out = self.cache.attend(self.batch, layer, query, kv[0], value, 0.25)
             assert out.shape == (*query.shape[:2], shape.value_dim)
             assert out.dtype == shape.dtype
             for row, (mine, q, x) in enumerate(
-                zip(out.split(new), query.split(new), kv.split(new, dim=1), strict=True)
+                zip(out.split(new), query.split(new), torch.stack(kv).split(new, dim=1), strict=True)
             ):
                 self.history[row][layer] = torch.cat([self.history[row][layer], x.transpose(1, 2)], dim=2)
                 keys, values = self.history[row][layer][[0, -1]]

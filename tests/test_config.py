@@ -11,7 +11,8 @@ import tiny
 import pikv_ds
 from pikv_ds import ConfigError, PiKVConfig
 from pikv_ds.config import load_json
-from pikv_ds.policies.routing import HashPlacement, QuestLookup
+from pikv_ds.policies.lookups import QuestLookup
+from pikv_ds.policies.placements import HashPlacement
 
 VALID = {
     "page_size": [8, 16, 32, 64, 128, 256],

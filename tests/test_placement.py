@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
-from pikv_ds.policies.routing import ExpertPlacement, HashPlacement, InterleavePlacement, Placement
+from pikv_ds.policies.placements import ExpertPlacement, HashPlacement, InterleavePlacement, Placement
 
 UNLIMITED = 2**40
 PLACEMENTS = [ExpertPlacement(), InterleavePlacement(), HashPlacement(), HashPlacement(period=3)]

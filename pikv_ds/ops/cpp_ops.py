@@ -45,7 +45,7 @@ def decode_attention(
     page_lse: Tensor | None = None,
 ) -> None:
     num_splits, scratch = _num_splits(table, layout), None
-    if query.is_cuda:
+    if query.device.type == "cuda":
         floats = _C.decode_scratch_floats(*query.shape, num_splits)
         scratch = torch.empty(floats, dtype=torch.float32, device=query.device)
     _C.decode_attention(
@@ -106,7 +106,7 @@ def choose_victims(
     state: UtilityState, evictable: Tensor, step: int, decay: float, weights: tuple[float, float, float], out: Tensor
 ) -> None:
     scratch = None
-    if out.is_cuda:
+    if out.device.type == "cuda":
         num_bytes = _C.choose_victims_scratch_bytes(len(evictable), len(out))
         scratch = torch.empty(num_bytes, dtype=torch.uint8, device=out.device)
     _C.choose_victims(state.mass, state.last_step, state.visits, evictable, step, decay, *weights, out, scratch)
@@ -125,7 +125,7 @@ def _num_splits(table: Tensor, layout: PageLayout) -> int:
 
     It follows from shapes alone: what a table holds is unknown here, and a captured graph replays it.
     """
-    if not table.is_cuda:
+    if table.device.type != "cuda":
         return 1
     wanted = -(-2 * _num_processors(table.device) // max(1, len(table) * layout.num_kv_heads))
     return max(1, min(wanted, table.shape[-1] // 4))  # a split of fewer pages costs more than it saves

@@ -162,6 +162,22 @@ def test_static_and_dynamic_engines_of_megatron(model: Any) -> None:
     assert [[int(i) for i in request.generated_tokens] for request in requests] == expected
 
 
+def test_megatrons_static_engine_that_is_made_of_the_dynamic_one(model: Any) -> None:
+    """It asks for CUDA graphs, which a patched model's engine goes without."""
+    from megatron.core.inference.engines import StaticInferenceEngine
+
+    megatron_patch.patch_model(model, CONFIG)
+    inner = engine.dynamic_engine(model, Ids(), **SHAPE)
+    with pytest.warns(DeprecationWarning, match="StaticInferenceEngine"):
+        served = StaticInferenceEngine(inner.controller, max_batch_size=4, buffer_size_gb=0.01, legacy=False)
+    assert not served.legacy
+    assert served.dynamic_engine.context.memory_buffer.nbytes == 0
+    results = served.dynamic_engine.generate(PROMPTS, sampling(COUNT))
+    assert [list(r.merge().generated_tokens) for r in results] == [
+        tiny_megatron.greedy(model, p, COUNT) for p in PROMPTS
+    ]
+
+
 def test_patching_twice_changes_nothing_and_unpatching_leaves_nothing(model: Any) -> None:
     from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
         AbstractModelInferenceWrapper as Wrapper,
@@ -349,7 +365,7 @@ def test_batches_that_are_not_the_same_after_all(two: Ranks) -> None:
 def random_traffic(
     rank: int, seed: int, steps: int, latent: dict[str, Any] | None = None, **config: Any
 ) -> dict[str, Any]:
-    """Requests arrive at random; the engines step as under Megatron's coordinator."""
+    """Requests arrive at random, and some are cut short; the engines step as under Megatron's coordinator."""
     tiny_megatron.initialize()
     model = tiny_megatron.build(latent=latent)
     megatron_patch.patch_model(model, CONFIG | config)
@@ -358,8 +374,14 @@ def random_traffic(
     rng = random.Random(1000 * seed + rank)
     prompts: list[tuple[list[int], int]] = []
     answers: dict[int, list[int]] = {}
-    idle, step = 0, 0
+    idle, step, cancelled = 0, 0, set()
     while True:
+        context = served.context
+        if context.total_request_count > context.paused_request_count and rng.random() < 0.05:
+            victim = rng.randrange(context.paused_request_count, context.total_request_count)
+            if context.request_query_lengths[victim] == 1:  # decoding: Megatron ends it after its next token
+                context.request_output_lengths[victim] = context.request_kv_length_offsets[victim]
+                cancelled.add(int(context.request_ids[victim]))
         if step < steps and rng.random() < (0.3 if rank == 0 or step > steps // 2 else 0.02):
             prompt = [rng.randrange(tiny_megatron.VOCAB) for _ in range(rng.choice([1, 5, 8, 40, 100]))]
             prompts.append((prompt, rng.choice([1, 3, 20, 50])))
@@ -381,7 +403,11 @@ def random_traffic(
     dist.all_gather_object(everyone, prompts)
     expected = [[tiny_megatron.greedy(model, p, n) for p, n in of_rank] for of_rank in everyone][rank]
     result = {
-        "answers": [answers[i] for i in range(len(prompts))] == expected,
+        "answers": all(
+            answers[i] == expected[i] or (i in cancelled and answers[i] == expected[i][: len(answers[i])])
+            for i in range(len(prompts))
+        ),
+        "cut short": sum(len(answers[i]) < prompts[i][1] for i in cancelled),
         "requests": len(prompts),
         "idle": idle,
         "left": left(model),
@@ -402,4 +428,5 @@ def test_requests_that_arrive_at_random(two: Ranks, config: dict[str, Any]) -> N
         assert r["answers"]
         assert r["left"] == r["buffer"] == 0
     assert results[0]["requests"] > 0
+    print(f"cut short: {[r['cut short'] for r in results]}")
     assert results[1]["idle"] > 0
