@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ CONTEXT = 200
 class Server:
     """A server in processes of its own."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, command: Sequence[str] = (str(SCRIPT),)) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         self.output = folder / "output.txt"
         self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "--model", str(folder), "--port", "0", "--context-length", str(CONTEXT),
+            [sys.executable, *command, "--model", str(folder), "--port", "0", "--context-length", str(CONTEXT),
              *arguments],
             env=environment, stdout=self.output.open("w"), stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -300,3 +300,36 @@ def test_a_port_in_use(folder: Path) -> None:
         made = Server(folder, "--port", str(taken.getsockname()[1]))
         assert made.process.wait(SECONDS) == 2
         assert "in use" in made.output.read_text()
+
+
+def test_tensor_parallel_ranks_serve_a_checkpoint(tmp_path: Path) -> None:
+    """The real server, not the tiny one's script: a Hugging Face folder on two tensor-parallel ranks."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=tiny_megatron.VOCAB, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=512, sliding_window=None, eos_token_id=1, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    plain = MixtralForCausalLM(config).eval()
+    for name, weight in plain.named_parameters():
+        if "norm" not in name:
+            weight.data.normal_(0, 0.3)
+    plain.save_pretrained(tmp_path)
+    tiny_megatron.save_tokenizer(tmp_path)
+    (tmp_path / "pikv.json").write_text(json.dumps({"page_size": 8, "timeout_s": 20}))
+    ids = torch.tensor([[(5 * i + 2) % 100 for i in range(70)]])
+    with torch.inference_mode():
+        tokens = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)[0, 70:]
+    arguments = ["--ranks", "2", "--tp", "2", "--dtype", "float32", "--pikv-config", str(tmp_path / "pikv.json")]
+    made = Server(tmp_path, *arguments, command=["-m", "megatron_patch.server"])
+    try:
+        made.wait_until_ready()
+        status, answer = completion(made, ids[0].tolist(), 20)
+        assert status == 200
+        assert answer["choices"][0]["text"] == text_of(tmp_path, tokens.tolist())
+        assert made.stop() == 0
+    finally:
+        if made.process.poll() is None:
+            made.process.kill()
