@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv_ds.eviction import Evictor, Visit
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
@@ -36,6 +37,7 @@ class ShardedAttention:
     table: PageTable
     layout: PageLayout
     lookup: Lookup
+    evictor: Evictor
     num_heads: int
     counters: Counter[str] = field(default_factory=Counter)
     """``pages_in_scope``: (KV head, page) pairs that there were; ``pages_read``: those read without a
@@ -87,7 +89,9 @@ class ShardedAttention:
             outs, lses = self.exchange.combine(handle, *self._shard(layer, asked, handle.wait(), scale))
             if asking:
                 by_rank = [*outs[:rank], own[0], *outs[rank:]], [*lses[:rank], own[1], *lses[rank:]]
-                self._merge(at, *by_rank, local, local_lse)
+                merged = self._merge(at, *by_rank, local, local_lse)
+                if self.evictor.learns:
+                    self.evictor.merged[layer] = merged
         for (_, mine), row_pages in zip(fetching, pages, strict=True):
             out, lse = self._empty(query[mine])
             slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
@@ -121,11 +125,14 @@ class ShardedAttention:
 
     def _merge(
         self, at: Tensor | slice | None, outs: list[Tensor], lses: list[Tensor], local: Tensor, lse: Tensor
-    ) -> None:
+    ) -> Tensor:
         """Merges partials ``[n, H, V]``, ``[n, H]`` of some tokens with their local ones, in place.
 
         Args:
             at: the tokens' places; None: all.
+
+        Returns:
+            The log-sum-exps over all of them, ``[n, H]``.
         """
         mine, mine_lse = (local, lse) if at is None else (local[at], lse[at])
         partials, partial_lses = torch.stack([*outs, mine]), torch.stack([*lses, mine_lse])
@@ -134,6 +141,7 @@ class ShardedAttention:
         )
         if at is not None:
             local[at] = mine
+        return mine_lse
 
     def _empty(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Room for a partial: float32 ``[n, H, V]`` and ``[n, H]``."""
@@ -168,9 +176,9 @@ class ShardedAttention:
         self.ops.gather_pages(self.pool.slabs, slots, out)
         return out
 
-    def _slots(self, layer: int, sequence: tuple[int, int]) -> Tensor:
-        """Slots of a sequence's pages that lie here, int32 ``[P]``."""
-        slots = [slot for _, slot in self.table.pages(sequence, layer)]
+    def _slots(self, unit: int, sequence: tuple[int, int]) -> Tensor:
+        """Slots of a sequence's pages of a unit that lie here, int32 ``[P]``."""
+        slots = [slot for _, slot in self.table.pages(sequence, unit)]
         return torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
 
     def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
@@ -178,11 +186,11 @@ class ShardedAttention:
 
         ``P * page_bytes / G < T * H * (D * q + V * p + 4)``, both sides G - 1 times: of P pages a share of
         1 / G lies here; a query of q bytes an element goes to all other ranks, and from each an output of p
-        bytes an element and a log-sum-exp come back. Only where all pages are read: a sparse lookup reads a
-        share of them, so its queries travel. A single token asks by its query, too, but of latent pages: an
-        absorbed query of all heads is as large as some pages.
+        bytes an element and a log-sum-exp come back. Only where all pages are read and kept: a sparse lookup
+        reads a share of them, a budget leaves a share, so there queries travel. A single token asks by its
+        query, too, but of latent pages: an absorbed query of all heads is as large as some pages.
         """
-        if self.lookup.summary is not None or self.exchange.size == 1:
+        if self.lookup.summary is not None or self.evictor.cuts or self.exchange.size == 1:
             return False
         if query_tokens == 1 and self.layout.latent_dim is None:
             return False
@@ -276,12 +284,20 @@ class ShardedAttention:
         if self.lookup.summary is not None or max(lengths) <= FEW_QUERIES:
             self._attend_rows(layer, sequences, lengths, query, scale, out, lse)
             return out, lse
-        start = 0
+        start, streams = 0, self.evictor.streams
         for sequence, tokens in zip(sequences, lengths, strict=True):
             mine = slice(start, start + tokens)
-            slots = self._slots(layer, sequence)
-            self._attend_pages(query[mine], self.pool.slabs, slots, scale, out[mine], lse[mine])
             start += tokens
+            if streams == 1:
+                slots = self._slots(layer, sequence)
+                self._attend_pages(query[mine], self.pool.slabs, slots, scale, out[mine], lse[mine])
+                continue
+            by_stream = query[mine].unflatten(1, (streams, -1)).transpose(0, 1).contiguous()  # [streams, T, G, D]
+            for stream, heads in enumerate(torch.arange(query.shape[1], device=query.device).chunk(streams)):
+                part, part_lse = self._empty(by_stream[stream])
+                slots = self._slots(layer * streams + stream, sequence)
+                self._attend_pages(by_stream[stream], self.pool.slabs, slots, scale, part, part_lse)
+                out[mine, heads[0] : heads[-1] + 1], lse[mine, heads[0] : heads[-1] + 1] = part, part_lse
         return out, lse
 
     def _attend_rows(
@@ -294,26 +310,42 @@ class ShardedAttention:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Few queries per sequence, over those of its pages here that the lookup chooses."""
-        rows = self.table.rows(layer, sequences)
-        table, counts = rows.slots, rows.counts
-        in_scope = sum(len(self.table.pages(s, layer)) * n for s, n in zip(sequences, lengths, strict=True))
+        """Few queries per sequence, over those of its pages here that the lookup chooses.
+
+        Where heads have pages of their own, each is a row of the table by itself.
+        """
+        streams, learns = self.evictor.streams, self.evictor.learns
+        units = range(layer * streams, (layer + 1) * streams)
+        rows = self.table.rows(units, sequences)
+        query, out = (x.unflatten(1, (streams, -1)).flatten(0, 1) for x in (query, out))  # [R * streams, heads, D]
+        lse = lse.view(len(query), -1)
+        table, page_idx, counts = rows.slots, rows.page_idx, rows.counts
+        in_scope = sum(len(self.table.pages(s, u)) * n for s, n in zip(sequences, lengths, strict=True) for u in units)
         in_scope *= self.layout.num_kv_heads
         self.counters["pages_in_scope"] += in_scope
         sparse = self.lookup.summary is not None
-        if sparse or len(set(lengths)) > 1:  # else the queries of a sequence share its row of the table
-            repeats = torch.tensor(lengths, device=query.device)
-            table, counts = (x.repeat_interleave(repeats, dim=0) for x in (table, counts))
+        if sparse or learns or len(set(lengths)) > 1 or (streams > 1 and lengths[0] > 1):
+            repeats = torch.tensor(
+                lengths, device=query.device
+            )  # else a sequence's queries share its row of the table
+            table, page_idx, counts = (
+                x.unflatten(0, (len(sequences), streams)).repeat_interleave(repeats, dim=0).flatten(0, 1)
+                for x in (table, page_idx, counts)
+            )
+        every = table
         if sparse and in_scope:
-            page_idx = rows.page_idx.repeat_interleave(repeats, dim=0)
             sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
-            sealed = sealed.repeat_interleave(repeats)
+            sealed = sealed.repeat_interleave(repeats * streams)
             pages = Candidates(table, page_idx, counts, sealed, self.pool.summary_slabs, self.layout)
             table = self.lookup.select(self.ops, query, pages)
             self._chosen = self._chosen + (table > 0).sum()
         else:
             self.counters["pages_read"] += in_scope
-        self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse)
+        page_lse = query.new_empty(*query.shape[:2], table.shape[-1], dtype=torch.float32) if learns else None
+        self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse, page_lse)
+        if page_lse is not None:
+            asked = [(source, sequence, n) for (source, sequence), n in zip(sequences, lengths, strict=True)]
+            self.evictor.visits.append(Visit(layer, asked, every, page_lse))
 
     def _attend_pages(
         self, query: Tensor, slabs: Slabs, slots: Tensor, scale: float, out: Tensor, lse: Tensor

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from torch import Tensor
 from pikv_ds.attention import ShardedAttention
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
+from pikv_ds.eviction import Evictor
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
+from pikv_ds.policies.retention import Prompt
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
 from pikv_ds.slabs import lasting_zeros
@@ -69,7 +72,7 @@ class Announcement(NamedTuple):
     changed: int
     num_released: int
     seals: int
-    """Pages that fill up in this pass, per layer."""
+    """Pages that this pass seals, over all layers."""
     prompt: int
     """Whether some sequence appends several tokens."""
     staged: int
@@ -127,21 +130,36 @@ class ExpertShardedKVCache:
         self.exchange = exchange or Exchange(None, device)
         self.device = torch.device(device)
         self.topology = Topology(shape.num_experts, self.exchange.size)
-        self.layout = config.codec.layout(
-            shape.num_kv_heads, shape.head_dim, config.page_size, shape.dtype, shape.latent_dim
-        )
+        per_head = config.retention is not None and config.budget.per_head
+        self.streams = shape.num_kv_heads if per_head else 1
+        """KV heads of a layer with pages of their own, 1 where a page holds all heads."""
+        heads = shape.num_kv_heads // self.streams
+        self.layout = config.codec.layout(heads, shape.head_dim, config.page_size, shape.dtype, shape.latent_dim)
         self.ops = Ops(config.backend, self.device.type, latent=shape.latent_dim is not None)
         capacity = config.capacity_tokens
         self.pool = PagePool(
             self.layout.page_bytes,
             0 if config.lookup.summary is None else config.lookup.summary.num_bytes(self.layout),
             slab_pages=config.slab_pages,
-            capacity_pages=None if capacity is None else capacity // config.page_size * shape.num_layers,
+            capacity_pages=None if capacity is None else capacity // config.page_size * self.num_units,
             watermark=config.watermark,
             device=self.device,
             poison=config.debug,
         )
-        self.table = PageTable(shape.num_layers, self.device)
+        self.table = PageTable(self.num_units, self.device)
+        self.evictor = Evictor(
+            self.ops,
+            self.exchange,
+            self.pool,
+            self.table,
+            self.layout,
+            config.retention,
+            config.budget,
+            shape.num_layers,
+            shape.num_kv_heads,
+            shape.num_heads,
+            self.streams,
+        )
         self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
         self.sender = PageSender(
             self.ops,
@@ -153,6 +171,7 @@ class ExpertShardedKVCache:
             config.lookup.summary,
             self.topology,
             self._nonfinite,
+            self.evictor,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -161,6 +180,7 @@ class ExpertShardedKVCache:
             self.table,
             self.layout,
             config.lookup,
+            self.evictor,
             shape.num_heads,
             num_sealed=self.sender.num_sealed,
         )
@@ -183,6 +203,11 @@ class ExpertShardedKVCache:
         self._announced: list[tuple[int, int]] | None = None
         self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
 
+    @property
+    def num_units(self) -> int:
+        """Streams of all layers (see `SequenceBatch`)."""
+        return self.shape.num_layers * self.streams
+
     # -- sequences ---------------------------------------------------------------------------
 
     def new_batch(self, size: int, shared: bool = False) -> SequenceBatch:
@@ -192,9 +217,15 @@ class ExpertShardedKVCache:
             shared: every rank of the group makes the same batch, with the same tokens (as Megatron's
                 static server does). Its pages are stored once for all of them, and as every rank has
                 the queries, only partials travel.
+
+        Raises:
+            ValueError: a shared batch with a budget: ranks that round differently would drop different tokens.
         """
+        if shared and self.evictor.cuts:
+            raise ValueError("a batch that every rank has cannot be kept within a budget; use each rank's own batches")
         ids = [self._new_id(shared) for _ in range(size)]
-        batch = SequenceBatch(ids, self.shape.num_layers, self.exchange.size, self.config.page_size, shared)
+        layers, ranks, size = self.shape.num_layers, self.exchange.size, self.config.page_size
+        batch = SequenceBatch(ids, layers, ranks, size, shared, self.streams)
         self._batches.append(batch)
         return batch
 
@@ -244,12 +275,15 @@ class ExpertShardedKVCache:
         if batch is not None and batch.in_step:
             error = error or "the previous forward pass of this batch was broken off; release it and start anew"
         entries: list[tuple[int, int]] = []
-        seals = 0
+        seals = [0] * self.shape.num_layers
         begun = batch is not None and error is None
         if batch is not None and begun:
             batch.begin(new)
             for row in range(len(batch)):
-                seals += batch.filling(row)
+                prompt = new[row] > 1 and not batch.lengths[row] and self.evictor.cuts
+                for layer in range(self.shape.num_layers):
+                    pages = sum(self.evictor.prompt_pages(new[row], layer)) if prompt else 0
+                    seals[layer] += pages if prompt else batch.filling(row) * self.streams
                 if new[row] and batch.sealed[row]:
                     entries.append((batch.ids[row], new[row]))
         kinds = {page.batch.shared for page in self.sender.staged} | ({batch.shared} if batch is not None else set())
@@ -273,11 +307,22 @@ class ExpertShardedKVCache:
         value: Tensor | None,
         scale: float,
         attend_prompts: bool = True,
+        source: Callable[[slice], Any] | None = None,
     ) -> Tensor:
-        """Attention of one layer; see `ShardedAttention`. ``[N, H, V]``, tokens packed."""
+        """Attention of one layer; see `ShardedAttention`. ``[N, H, V]``, tokens packed.
+
+        Args:
+            source: from a prompt's tokens to the `Prompt.source` of it, for retentions that need it.
+        """
         assert self.plan is not None
         self._look_for_nonfinite(batch, layer, key, value)
         out = self.attention(self.plan, batch, layer, query, key, value, scale, attend_prompts)
+        if self.evictor.cuts:
+            values = self.layout.values(key, value)
+            for row, mine in batch.prompts():
+                q, k, v = (x[mine].transpose(0, 1) for x in (query, key, values))
+                prompt = Prompt(q, k, v, scale, None if source is None else source(mine))
+                batch.scores.setdefault(layer, {})[row] = self.evictor.rate(prompt)
         self._measure()
         return out
 
@@ -300,10 +345,12 @@ class ExpertShardedKVCache:
         """
         assert self.plan is not None
         for pages in batch.fill(layer, experts):
-            self.sender.stage(batch, layer, pages)
+            for unit, kept in self.evictor.cut(batch, layer, pages):
+                self.sender.stage(batch, unit, kept)
+        batch.scores.pop(layer, None)
         self._measure()
         if self.plan.prefill:
-            self.sender.send(self.plan, list(self.plan.seals))
+            self.sender.send(self.plan, [of_rank[layer] for of_rank in self.plan.seals])
         batch.close_layer(layer)
         if not batch.in_step and self.plan.prefill:
             self.sender.settle()
@@ -350,10 +397,13 @@ class ExpertShardedKVCache:
                     continue
                 length = batch.lengths[row]
                 bound = self.bound(length)
-                for layer in range(self.shape.num_layers):
-                    staged = sum(p.batch is batch and p.row == row and p.layer == layer for p in self.sender.staged)
-                    loads = batch.loads[layer][row]
-                    assert sum(loads) + staged == batch.sealed[row], "a sealed page is not stored exactly once"
+                for unit in range(self.num_units):
+                    staged = sum(p.batch is batch and p.row == row and p.unit == unit for p in self.sender.staged)
+                    loads, dropped = batch.loads[unit][row], batch.dropped[unit][row]
+                    assert sum(loads) + staged + dropped == batch.sealed[row], (
+                        "a sealed page is not stored exactly once"
+                    )
+                    assert self.evictor.cuts or not dropped, "a page was dropped though there is no budget"
                     for rank, pages in enumerate(loads):
                         own = rank == self.exchange.rank and not batch.shared
                         tail = batch.open_tokens(row) + staged * size if own else 0
@@ -375,7 +425,7 @@ class ExpertShardedKVCache:
         tails = sum(
             b.open_tokens(row) * self.shape.num_layers for b in self._batches for row in range(len(b)) if b.alive[row]
         )
-        return (self.pool.num_used + len(self.sender.staged)) * self.config.page_size + tails
+        return (self.pool.num_used + len(self.sender.staged)) * self.config.page_size // self.streams + tails
 
     @property
     def own_tokens(self) -> int:
@@ -404,13 +454,14 @@ class ExpertShardedKVCache:
     def _exchange_plan(
         self,
         entries: list[tuple[int, int]],
-        seals: int,
+        seals: list[int],
         most_new: int,
         error: str | None,
         shared: bool,
         digest: int,
     ) -> None:
         self.sender.settle()
+        self.evictor.settle(self.plan, self.num_steps)
         free = self.pool.num_free()
         bad = self._nonfinite.nonzero().squeeze(1).tolist()
         if bad and error is None:
@@ -425,7 +476,7 @@ class ExpertShardedKVCache:
             num_entries=len(entries) if changed else 0,
             changed=int(changed),
             num_released=len(self._released),
-            seals=seals,
+            seals=sum(seals),
             prompt=int(most_new > 1),
             staged=len(self.sender.staged),
             free=UNLIMITED if free is None else free,
@@ -453,13 +504,19 @@ class ExpertShardedKVCache:
             tuple(row for row in rows if row[0] not in fetched)
             for rows, fetched in zip(self._plan_rows, fetches, strict=True)
         )
-        seals_of_all, prompt = tuple(a.seals for a in everyone), any(a.prompt for a in everyone)
+        prompt = any(a.prompt for a in everyone)
+        if prompt and self.evictor.cuts:  # layers may keep different numbers of pages
+            seals_of_all = tuple(tuple(row) for row in self.exchange.all_gather(seals))
+        else:
+            seals_of_all = tuple((a.seals // len(seals),) * len(seals) for a in everyone)
         self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees, shared)
         staged = [a.staged for a in everyone]
         own = slice(SHARED_SOURCE, SHARED_SOURCE + 1) if shared else slice(None)  # whose pages need room
-        self._check_room(sum(seals_of_all[own]), sum(staged[own]), sum(spare if prompt else frees), prompt)
+        seals_now = sum(a.seals for a in everyone[own])
+        self._check_room(seals_now, sum(staged[own]), sum(spare if prompt else frees), prompt)
         self.sender.send(self.plan, staged)
         self.sender.settle()
+        self.evictor.evict(self.sender.num_sealed, self._batches)
 
     def _exchange_sequences(self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool) -> None:
         """Which sequences ask for their pages, where that has changed, and which are finished."""
@@ -484,6 +541,7 @@ class ExpertShardedKVCache:
         """Returns a finished sequence's pages to the pool."""
         self.pool.free(self.table.remove(sequence))
         self.sender.num_sealed.pop(sequence, None)
+        self.evictor.forget(sequence)
 
     def _free_after_release(self, everyone: list[Announcement]) -> tuple[list[int], list[int]]:
         """Free pages of every rank, all and without the reserve, once finished sequences are gone."""
@@ -494,11 +552,11 @@ class ExpertShardedKVCache:
 
     def _check_room(self, seals: int, staged: int, room: int, prompt: bool) -> None:
         """All ranks see the same numbers, so all raise or none does."""
-        need = seals * self.shape.num_layers + staged
+        need = seals + staged
         if need <= room:
             return
         size, ranks = self.config.page_size, self.exchange.size
-        pages = -(-(need - room) // (self.shape.num_layers * ranks))
+        pages = -(-(need - room) // (self.num_units * ranks))
         if prompt:  # of what is added, prompts leave the watermark free
             pages = math.ceil(pages / (1 - self.config.watermark)) + 1
         missing = pages * size

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pikv_ds.ops import BACKENDS
+from pikv_ds.policies.budgets import BUDGETS, Budget, UniformBudget
 from pikv_ds.policies.codecs import CODECS, Codec
 from pikv_ds.policies.lookups import LOOKUPS, ExactLookup, Lookup
 from pikv_ds.policies.placements import PLACEMENTS, ExpertPlacement, Placement
+from pikv_ds.policies.retention import RETENTIONS, Retention
 
-PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+PAGE_SIZES = (1, 8, 16, 32, 64, 128, 256)
 PARTIAL_DTYPES = ("float32", "bfloat16")
 
 
@@ -34,7 +36,7 @@ class PiKVConfig:
 
     page_size: int = 32
     """Consecutive tokens per page: the unit of placement, compression and transport.
-    One of 8, 16, 32, 64, 128, 256."""
+    One of 8, 16, 32, 64, 128, 256; 1 is for experiments (each page costs about a hundred bytes on the host)."""
 
     codec: Codec = CODECS["none"]
     """How a sealed page's bytes are encoded: "none", "fp8", "int8", "int4" or "int2"."""
@@ -45,6 +47,14 @@ class PiKVConfig:
 
     lookup: Lookup = field(default_factory=ExactLookup)
     """Which pages a query visits: "exact" (all) or {"name": "quest", "budget": 0.5, ...}."""
+
+    retention: Retention | None = None
+    """Which tokens go first where `budget` is short: None (nothing ever goes), "lru", "lru_plus", "streaming", "h2o",
+    "tova", "snap", "chunk", "expected" or "kvpress:NAME"."""
+
+    budget: Budget = field(default_factory=UniformBudget)
+    """How much each layer and KV head keeps: "uniform", "pyramid", "ada" or "duo", e.g.
+    {"name": "uniform", "prompt": 0.5, "tokens": 4096}. Needs a `retention`."""
 
     capacity_tokens: int | None = None
     """Most tokens per layer that this rank's pool may hold, over all sequences. None: the pool
@@ -94,13 +104,22 @@ class PiKVConfig:
             _fail("backend", self.backend, _choices(self.backend, BACKENDS))
         if not isinstance(self.debug, bool):
             _fail("debug", self.debug, "use true or false")
-        for key, kind in (("codec", Codec), ("placement", Placement), ("lookup", Lookup)):
+        kinds = {"codec": Codec, "placement": Placement, "lookup": Lookup, "budget": Budget, "retention": Retention}
+        for key, kind in kinds.items():
+            if key == "retention" and self.retention is None:
+                continue
             if not isinstance(getattr(self, key), kind):
                 _fail(
                     key,
                     getattr(self, key),
                     "pass a policy, or build the configuration with from_dict",
                 )
+
+        if self.retention is None and self.budget != UniformBudget():
+            _fail("retention", None, f"a budget needs to know who goes first; {_choices('', RETENTIONS)}")
+        if self.retention is not None and self.budget == UniformBudget():
+            remedy = 'keeps everything without a budget; add e.g. "budget": {"name": "uniform", "prompt": 0.5}'
+            _fail("retention", self.retention.name, remedy)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PiKVConfig:
@@ -113,17 +132,29 @@ class PiKVConfig:
             if key not in known:
                 _fail(key, value, f"unknown setting; {_choices(key, known)}")
             values[key] = value
-        for key, table in (("codec", CODECS), ("placement", PLACEMENTS), ("lookup", LOOKUPS)):
-            if key in values:
-                values[key] = _policy(key, values[key], table)
+        tables: dict[str, Mapping[str, Any]] = {
+            "codec": CODECS,
+            "placement": PLACEMENTS,
+            "lookup": LOOKUPS,
+            "budget": BUDGETS,
+            "retention": RETENTIONS,
+        }
+        for key, table in tables.items():
+            if values.get(key) is None:
+                continue
+            if key == "retention" and isinstance(values[key], str) and values[key].startswith("kvpress:"):
+                values[key] = {"name": "kvpress", "press": values[key].partition(":")[2]}
+            values[key] = _policy(key, values[key], table)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict(config.to_dict()) == config`."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["codec"] = self.codec.name
-        for key in ("placement", "lookup"):
+        for key in ("placement", "lookup", "budget", "retention"):
             policy = out[key]
+            if policy is None:
+                continue
             own = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.init}
             out[key] = {"name": policy.name, **own} if own else policy.name
         return out

@@ -55,8 +55,8 @@ class StepPlan:
     """Per rank: ``(sequence id, query tokens)`` of each sequence whose queries travel to its pages."""
     fetches: tuple[tuple[int, ...], ...]
     """Per rank: ids of the sequences whose pages travel to their queries, because these are more."""
-    seals: tuple[int, ...]
-    """Per rank: pages that fill up in this pass, per layer."""
+    seals: tuple[tuple[int, ...], ...]
+    """Per rank and layer: pages that this pass seals."""
     prefill: bool
     """Some rank seals a prompt: pages are sent layer by layer instead of once per pass."""
     free: list[int]
@@ -164,6 +164,22 @@ class Exchange:
         return [
             [table[i * width : (i + 1) * width] for i in range(n)] for table, n in zip(tables, counts, strict=True)
         ]
+
+    def all_gather_floats(self, values: Tensor, counts: Sequence[int], kind: str = "utility") -> list[Tensor]:
+        """Every rank's float32 values, of which all know the number beforehand.
+
+        Args:
+            values: ``[counts[self.rank]]``.
+        """
+        if self.size == 1:
+            return [values]
+        padded = torch.zeros(max(counts), dtype=torch.float32, device=self.device)
+        padded[: len(values)] = values
+        everyone = torch.empty(self.size * len(padded), dtype=torch.float32, device=self.device)
+        with talking("exchanged what the pages are worth"):
+            _all_gather(everyone, padded, group=self.group)
+        self.sent_bytes[kind] += padded.nbytes * (self.size - 1)
+        return [x[:n] for x, n in zip(everyone.view(self.size, -1), counts, strict=True)]
 
     def all_gather_text(self, text: str | None) -> list[str | None]:
         """Every rank's text: reasons of errors. Rare, so an object collective will do."""

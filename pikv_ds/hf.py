@@ -65,6 +65,9 @@ class Attachment:
             if router is not None:
                 hook = functools.partial(_router_ran, layer, routers[router])
                 self._hooks.append(router.register_forward_hook(hook))
+            if self.store.evictor.wants_source:
+                keep = functools.partial(_keep_inputs, layer)
+                self._hooks.append(attention.register_forward_pre_hook(keep, with_kwargs=True))
         self._previous = model.config._attn_implementation
         AttentionInterface.register(ATTENTION, pikv_attention)
         AttentionMaskInterface.register(ATTENTION, _padding_mask)
@@ -193,12 +196,28 @@ def pikv_attention(
     batch = cache.begin(key, attention_mask) if layer.index == 0 else cache.batch
     assert batch is not None
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, heads, D]
-    packed = cache.store.attend(batch, layer.index, cache.pack(query), cache.pack(key), cache.pack(value), scale)
+    inputs, layer.inputs = layer.inputs, None
+    source = None if inputs is None else functools.partial(_source, cache, module, inputs)
+    packed = cache.store.attend(
+        batch, layer.index, cache.pack(query), cache.pack(key), cache.pack(value), scale, source=source
+    )
     if layer.has_router:
         layer.running = (cache, (query.shape[0], query.shape[1]))
     else:
         cache.store.routed(batch, layer.index, None)
     return cache.unpack(packed, query), None
+
+
+def _keep_inputs(layer: LayerTap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward hook before an attention, for retentions that look at its inputs."""
+    layer.inputs = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs["position_embeddings"])
+
+
+def _source(cache: PiKVCache, module: nn.Module, inputs: tuple[Tensor, tuple[Tensor, Tensor]], mine: slice) -> Any:
+    """`Prompt.source` of the packed tokens `mine`: module, hidden states ``[1, n, hidden]``, keyword arguments."""
+    hidden, positions = inputs
+    pair = tuple(cache.pack(x.expand(hidden.shape[0], -1, -1))[mine][None] for x in positions)
+    return module, cache.pack(hidden)[mine][None], {"position_embeddings": pair}
 
 
 def _router_ran(layer: LayerTap, read: ReadExperts, module: nn.Module, args: Any, output: Any) -> None:

@@ -29,6 +29,8 @@ class LayerTap:
     """The cache through which the module has just handed over its keys; taken by the attention."""
     running: tuple[PiKVCache, tuple[int, int]] | None = None
     """Cache, rows and columns of the pass, between the attention and the router."""
+    inputs: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+    """Hidden states ``[B, T, hidden]`` and rotary embeddings of the pass, where a retention wants them."""
 
 
 class PiKVCache(Cache):

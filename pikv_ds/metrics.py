@@ -20,6 +20,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     ``tokens`` are per layer (tokens times layers, over layers). ``tokens`` ... ``summary_bytes`` are
     what is held now. The ``peak_*`` counts, ``held_*`` and ``unsharded_kv_bytes`` belong to one
     moment, the same on all ranks: the end of the pass after which the group held the most tokens.
+    ``dropped_pages`` are of prompts, cut before they were sealed, on their sequences' rank; ``evicted_pages`` were
+    freed while decoding, on the rank that held them; of one KV head each where heads have pages of their own.
     ``peak_kv_bytes`` is the most at any moment, pages and prompts under way included.
     """
     layers, fullest = cache.shape.num_layers, cache.fullest
@@ -43,6 +45,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "steps": cache.num_steps,
         "seals": sender["seals"],
         "overflowed_pages": sender["overflowed"],
+        "dropped_pages": cache.evictor.counters["dropped_pages"],
+        "evicted_pages": cache.evictor.counters["evicted_pages"],
         "queries": attention["queries"],
         "pages_in_scope": attention["pages_in_scope"],
         "pages_visited": cache.attention.pages_visited,
@@ -75,6 +79,8 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
             r["sent_bytes"].get("plan", 0) + r["sent_bytes"].get("page_header", 0) for r in per_rank
         ),
         "seals": sum(r["seals"] for r in per_rank),
+        "dropped_pages": sum(r["dropped_pages"] for r in per_rank),
+        "evicted_pages": sum(r["evicted_pages"] for r in per_rank),
         "hits": visited,
         "pages_in_scope": in_scope,
         "visited_share": visited / in_scope if in_scope else 1.0,

@@ -72,6 +72,11 @@ class PagePool:
         return max(0, self.capacity_pages - self.num_used - (self.reserved_pages if reserve else 0))
 
     @property
+    def num_slots(self) -> int:
+        """One more than the highest slot that has ever been given out or could be now."""
+        return len(self._refs)
+
+    @property
     def page_storage_bytes(self) -> int:
         """Bytes of memory really allocated for pages, slack and the null page included."""
         return self.slabs.nbytes
@@ -207,43 +212,51 @@ class TableRows:
 
 
 class PageTable:
-    """Slots of the pages that this rank holds, per layer and sequence, in order of arrival.
+    """Slots of the pages that this rank holds, per unit and sequence, in order of arrival.
 
-    A sequence is named by ``(source rank, sequence id)``. The table lives on the host; what a
-    query needs of it is copied to the device when the set of sequences or pages changes.
+    A sequence is named by ``(source rank, sequence id)``; a unit is a layer, or one KV head of a layer where heads
+    have pages of their own (see `SequenceBatch`). The table lives on the host; what a query needs of it is copied to
+    the device when the set of sequences or pages changes.
     """
 
-    def __init__(self, num_layers: int, device: torch.device | str = "cpu") -> None:
-        self.num_layers = num_layers
+    def __init__(self, num_units: int, device: torch.device | str = "cpu") -> None:
+        self.num_units = num_units
         self.device = torch.device(device)
-        self._pages: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}  # [layer][n] = (page_idx, slot)
-        self._rows: dict[tuple[int, tuple[tuple[int, int], ...]], TableRows] = {}
+        self._pages: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}  # [unit][n] = (page_idx, slot)
+        self._rows: dict[tuple[range, tuple[tuple[int, int], ...]], TableRows] = {}
 
-    def add(self, sequence: tuple[int, int], layer: int, page_idx: int, slot: int) -> None:
-        """Notes a page. Each (sequence, layer, page) may be added once."""
-        layers = self._pages.setdefault(sequence, [[] for _ in range(self.num_layers)])
-        assert all(p != page_idx for p, _ in layers[layer][-1:]), f"page {page_idx} of {sequence} came twice"
-        layers[layer].append((page_idx, slot))
+    def add(self, sequence: tuple[int, int], unit: int, page_idx: int, slot: int) -> None:
+        """Notes a page. Each (sequence, unit, page) may be added once."""
+        units = self._pages.setdefault(sequence, [[] for _ in range(self.num_units)])
+        assert all(p != page_idx for p, _ in units[unit][-1:]), f"page {page_idx} of {sequence} came twice"
+        units[unit].append((page_idx, slot))
         self._rows.clear()
 
     def remove(self, sequence: tuple[int, int]) -> list[int]:
         """Forgets a sequence and returns the slots of all its pages."""
         self._rows.clear()
-        return [slot for layer in self._pages.pop(sequence, []) for _, slot in layer]
+        return [slot for unit in self._pages.pop(sequence, []) for _, slot in unit]
+
+    def remove_page(self, sequence: tuple[int, int], unit: int, page_idx: int) -> int:
+        """Forgets one page and returns its slot."""
+        self._rows.clear()
+        pages = self._pages[sequence][unit]
+        place = next(i for i, (p, _) in enumerate(pages) if p == page_idx)
+        return pages.pop(place)[1]
 
     def sequences(self) -> list[tuple[int, int]]:
         """All sequences with pages here."""
         return list(self._pages)
 
-    def pages(self, sequence: tuple[int, int], layer: int) -> list[tuple[int, int]]:
-        """``(page_idx, slot)`` of a sequence's pages at one layer."""
-        return self._pages[sequence][layer] if sequence in self._pages else []
+    def pages(self, sequence: tuple[int, int], unit: int) -> list[tuple[int, int]]:
+        """``(page_idx, slot)`` of a sequence's pages of one unit."""
+        return self._pages[sequence][unit] if sequence in self._pages else []
 
-    def rows(self, layer: int, sequences: tuple[tuple[int, int], ...]) -> TableRows:
-        """The table rows of some sequences at one layer; sequences without pages get an empty row."""
-        key = (layer, sequences)
+    def rows(self, units: range, sequences: tuple[tuple[int, int], ...]) -> TableRows:
+        """The table rows of some sequences, for each of them one per unit; those without pages get an empty row."""
+        key = (units, sequences)
         if key not in self._rows:
-            lists = [self.pages(s, layer) for s in sequences]
+            lists = [self.pages(s, unit) for s in sequences for unit in units]
             width = max((len(pages) for pages in lists), default=0)
             packed = torch.full((2, len(lists), width), NULL_SLOT, dtype=torch.int32)
             for row, pages in enumerate(lists):
@@ -256,15 +269,15 @@ class PageTable:
 
     def num_pages(self) -> int:
         """All pages noted here."""
-        return sum(len(layer) for layers in self._pages.values() for layer in layers)
+        return sum(len(unit) for units in self._pages.values() for unit in units)
 
     def check_integrity(self, pool: PagePool) -> None:
         """Every page of the table is in use in the pool, once, and none is left over."""
-        slots = [slot for layers in self._pages.values() for layer in layers for _, slot in layer]
+        slots = [slot for units in self._pages.values() for unit in units for _, slot in unit]
         assert len(set(slots)) == len(slots), "two pages share a slot"
         assert NULL_SLOT not in slots, "a page lies in the null slot"
         assert len(slots) == pool.num_used, f"{len(slots)} pages in the table, {pool.num_used} in the pool"
-        for sequence, layers in self._pages.items():
-            for layer, pages in enumerate(layers):
+        for sequence, units in self._pages.items():
+            for unit, pages in enumerate(units):
                 numbers = [p for p, _ in pages]
-                assert len(set(numbers)) == len(numbers), f"{sequence} layer {layer}: a page is there twice"
+                assert len(set(numbers)) == len(numbers), f"{sequence} unit {unit}: a page is there twice"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.errors import PeerError, PoolFullError
+from pikv_ds.eviction import Evictor, bits_float, float_bits
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, PagesInFlight, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
@@ -23,8 +24,8 @@ from pikv_ds.policies.placements import Placement
 from pikv_ds.policies.summaries import KeyBounds
 from pikv_ds.sequences import FullPages, SequenceBatch
 
-HEADER = 4
-"""Integers that announce a page: sequence id, layer, page number, owner rank."""
+HEADER = 5
+"""Integers that announce a page: sequence id, unit, page number, owner rank, and the bits of its score."""
 NO_OWNER = -1
 
 
@@ -34,11 +35,14 @@ class StagedPage:
 
     batch: SequenceBatch
     row: int
-    layer: int
+    unit: int
+    """See `SequenceBatch`."""
     page_idx: int
     votes: list[int] | None
     payload: Tensor
     """uint8 ``[page_bytes + summary_bytes]``"""
+    score: float = 0.0
+    """What retention thinks of it."""
 
 
 class PageSender:
@@ -59,6 +63,7 @@ class PageSender:
         summary: KeyBounds | None,
         topology: Topology,
         nonfinite: Tensor,
+        evictor: Evictor,
     ) -> None:
         self.ops, self.exchange, self.pool, self.table, self.layout = (
             ops,
@@ -68,7 +73,7 @@ class PageSender:
             layout,
         )
         self.placement, self.summary, self.topology = placement, summary, topology
-        self.nonfinite = nonfinite
+        self.nonfinite, self.evictor = nonfinite, evictor
         self.staged: list[StagedPage] = []
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
@@ -80,11 +85,12 @@ class PageSender:
         flying = self._in_flight[0].nbytes if self._in_flight else 0
         return flying + sum(p.payload.nbytes for p in self.staged)
 
-    def stage(self, batch: SequenceBatch, layer: int, pages: FullPages) -> None:
+    def stage(self, batch: SequenceBatch, unit: int, pages: FullPages) -> None:
         """Encodes full pages of one sequence; they wait for `send`."""
         n, split = pages.keys.shape[0], self.pool.page_bytes
         payload = torch.empty(n, split + self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
         bounds = None if self.summary is None else payload[:, split:]
+        layer = unit // self.evictor.streams
         flag = self.nonfinite[layer : layer + 1]
         self.ops.seal_pages(pages.keys, pages.values, self.layout, payload[:, :split], bounds, flag)
         votes = None if pages.experts is None else self._votes(pages.experts)
@@ -93,10 +99,11 @@ class PageSender:
                 StagedPage(
                     batch,
                     pages.row,
-                    layer,
-                    pages.first_page + i,
+                    unit,
+                    pages.numbers[i],
                     None if votes is None else votes[i],
                     payload[i],
+                    0.0 if pages.scores is None else pages.scores[i],
                 )
             )
 
@@ -132,7 +139,7 @@ class PageSender:
         placed = staged if counts[rank] else []
         owners = self._place(placed, fair_shares(plan.free, counts)[rank])
         rows = [
-            [page.batch.ids[page.row], page.layer, page.page_idx, owner]
+            [page.batch.ids[page.row], page.unit, page.page_idx, owner, float_bits(page.score)]
             for page, owner in zip(placed, owners, strict=True)
         ]
         headers = self.exchange.all_gather_ragged(rows, HEADER, counts, kind="page_header")
@@ -141,7 +148,7 @@ class PageSender:
             self.staged = staged
             for page, owner in zip(placed, owners, strict=True):
                 if owner != NO_OWNER:
-                    page.batch.loads[page.layer][page.row][owner] -= 1
+                    page.batch.loads[page.unit][page.row][owner] -= 1
             raise PoolFullError(
                 f"the KV pool is full: {homeless} of {sum(counts)} new pages found no rank with room; "
                 f"{homeless * self.layout.page_size} tokens ({homeless * self.pool.page_bytes} bytes) more are "
@@ -151,28 +158,31 @@ class PageSender:
         self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
         if plan.shared:
             owners = self._adopt(staged, headers[SHARED_SOURCE], known=bool(placed))
-        incoming: list[tuple[tuple[int, int], int, int]] = []  # from the others, in rank order
+        incoming: list[tuple[tuple[int, int], int, int, int]] = []  # from the others, in rank order
         receive_counts = [0] * self.exchange.size
         for source, table in enumerate(headers):
-            for sequence, layer, page_idx, owner in table:
+            for sequence, unit, page_idx, owner, score in table:
                 plan.free[owner] -= 1
                 key = (source, sequence)
                 self.num_sealed[key] = max(self.num_sealed.get(key, 0), page_idx + 1)
+                self.evictor.placed(key, unit)
                 if owner == rank and source != rank and not plan.shared:
-                    incoming.append((key, layer, page_idx))
+                    incoming.append((key, unit, page_idx, score))
                     receive_counts[source] += 1
         kept = [page for page, owner in zip(staged, owners, strict=True) if owner == rank]
         if kept:
             slots = self.pool.allocate(len(kept))
             self._store(slots, torch.stack([p.payload for p in kept]))
             source = SHARED_SOURCE if plan.shared else rank
+            self.evictor.stored(slots, [p.score for p in kept])
             for page, slot in zip(kept, slots, strict=True):
-                self.table.add((source, page.batch.ids[page.row]), page.layer, page.page_idx, slot)
+                self.table.add((source, page.batch.ids[page.row]), page.unit, page.page_idx, slot)
         if plan.shared:  # what is not kept lies on another rank
             return
         slots = self.pool.allocate(len(incoming))
-        for (key, layer, page_idx), slot in zip(incoming, slots, strict=True):
-            self.table.add(key, layer, page_idx, slot)
+        self.evictor.stored(slots, [bits_float(score) for *_, score in incoming])
+        for (key, unit, page_idx, _), slot in zip(incoming, slots, strict=True):
+            self.table.add(key, unit, page_idx, slot)
         leaving = sorted((o, i) for i, o in enumerate(owners) if o != rank)
         send_counts = [sum(o == r for o, _ in leaving) for r in range(self.exchange.size)]
         row_bytes = self.pool.page_bytes + self.pool.summary_bytes
@@ -193,7 +203,7 @@ class PageSender:
         Raises:
             PeerError: the ranks' sequences are not the same.
         """
-        if [[p.batch.ids[p.row], p.layer, p.page_idx] for p in staged] != [row[:3] for row in table]:
+        if [[p.batch.ids[p.row], p.unit, p.page_idx] for p in staged] != [row[:3] for row in table]:
             raise PeerError(
                 f"this rank's shared sequences fill {len(staged)} pages, those of rank {SHARED_SOURCE} "
                 f"{len(table)}, or others: every rank must make the same passes with the same tokens"
@@ -201,7 +211,7 @@ class PageSender:
         owners = [row[3] for row in table]
         if not known:
             for page, owner in zip(staged, owners, strict=True):
-                page.batch.loads[page.layer][page.row][owner] += 1
+                page.batch.loads[page.unit][page.row][owner] += 1
         return owners
 
     def settle(self) -> None:
@@ -226,7 +236,7 @@ class PageSender:
                 self.topology,
                 None if batch.shared else self.exchange.rank,
             )
-            loads = batch.loads[page.layer][row]
+            loads = batch.loads[page.unit][row]
             owner = choose_owner(self._preference(page), loads, limits, free)
             if owner is None:
                 owners.append(NO_OWNER)

@@ -75,13 +75,16 @@ class FullPages:
     """
 
     row: int
-    first_page: int
+    numbers: list[int]
+    """Of the pages within their sequence."""
     keys: Tensor
     """``[N, K, S, D]``"""
     values: Tensor | None
     """The same; None where they are channels of the keys."""
     experts: Tensor | None
-    """``[N, S, k]``"""
+    """``[N, tokens, k]``: S tokens, or those of all heads where each has its own."""
+    scores: list[float] | None = None
+    """What retention thinks of each page, where it does."""
 
 
 class SequenceBatch:
@@ -91,9 +94,19 @@ class SequenceBatch:
         ids: one number per sequence, unique on this rank for ever.
         num_ranks: ranks of the group, for the count of pages placed on each.
         shared: every rank of the group has this same batch (see `ExpertShardedKVCache.new_batch`).
+        streams: KV heads of a layer with pages of their own; 1: a page holds all heads. A *unit* is a stream of a
+            layer, ``layer * streams + stream``.
     """
 
-    def __init__(self, ids: list[int], num_layers: int, num_ranks: int, page_size: int, shared: bool = False) -> None:
+    def __init__(
+        self,
+        ids: list[int],
+        num_layers: int,
+        num_ranks: int,
+        page_size: int,
+        shared: bool = False,
+        streams: int = 1,
+    ) -> None:
         self.ids = ids
         self.num_layers = num_layers
         self.num_ranks = num_ranks
@@ -105,7 +118,11 @@ class SequenceBatch:
         self.new = [0] * len(ids)  # tokens of the pass under way
         self.tails: list[Tail | None] = [None] * num_layers
         self.fresh: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}  # [layer][row]: with tail, until routed
-        self.loads = [[[0] * num_ranks for _ in ids] for _ in range(num_layers)]  # pages per rank
+        self.loads = [
+            [[0] * num_ranks for _ in ids] for _ in range(num_layers * streams)
+        ]  # [unit][row]: pages per rank
+        self.dropped = [[0] * len(ids) for _ in range(num_layers * streams)]  # [unit][row]: pages that are gone
+        self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][row]: of a prompt's tokens, until routed
         self._open_layers: set[int] = set()
         self._tail_nbytes: int | None = 0  # None: to be counted again
         self._places: TailPlaces | None = None  # of this pass
@@ -146,15 +163,16 @@ class SequenceBatch:
             row = self.alive.index(False)
             self.ids[row], self.alive[row] = sequence, True
             self.lengths[row] = self.sealed[row] = 0
-            for layer in self.loads:
-                layer[row] = [0] * self.num_ranks
+            for loads, dropped in zip(self.loads, self.dropped, strict=True):
+                loads[row], dropped[row] = [0] * self.num_ranks, 0
             return row
         self.ids.append(sequence)
         self.alive.append(True)
         for counts in (self.lengths, self.sealed, self.new):
             counts.append(0)
-        for layer in self.loads:
-            layer.append([0] * self.num_ranks)
+        for loads, dropped in zip(self.loads, self.dropped, strict=True):
+            loads.append([0] * self.num_ranks)
+            dropped.append(0)
         return len(self.ids) - 1
 
     def begin(self, new: list[int]) -> None:
@@ -186,6 +204,7 @@ class SequenceBatch:
             self.tails = [None] * self.num_layers
             self._tail_nbytes = 0
             self.fresh.clear()
+            self.scores.clear()
         return released
 
     @property
@@ -300,7 +319,7 @@ class SequenceBatch:
                 pages.append(
                     FullPages(
                         row,
-                        self.sealed[row],
+                        list(range(self.sealed[row], self.sealed[row] + full)),
                         _as_pages(keys, full, size),
                         None if values is None else _as_pages(values, full, size),
                         None if chosen is None else chosen[: full * size].unflatten(0, (full, size)),

@@ -24,6 +24,8 @@ VALID = {
         {"name": "quest", "budget": 1, "sink_pages": 0, "local_pages": 0},
         {"name": "quest", "budget": 0.001, "sink_pages": 4, "local_pages": 2},
     ],
+    "retention": [None],  # with a budget: test_retention.py
+    "budget": ["uniform", {"name": "uniform", "prompt": 1.0, "tokens": None}],
     "capacity_tokens": [None, 32, 10**9],
     "slab_pages": [1, 16, 1000],
     "watermark": [0, 0.0, 0.5],
@@ -36,7 +38,7 @@ VALID = {
 
 # key, value, and what the message must say besides: the remedy.
 INVALID = [
-    *(("page_size", v, "choose one of 8, 16, 32") for v in (0, 7, 33, 512, -8, "32", None, True, 32.0, [32])),
+    *(("page_size", v, "choose one of 1, 8, 16, 32") for v in (0, 7, 33, 512, -8, "32", None, True, 32.0, [32])),
     ("codec", "int3", "choose one of none, fp8, int8, int4, int2"),
     ("codec", "Int8", 'did you mean "int8"?'),
     ("codec", 4, "from_dict"),
@@ -46,6 +48,10 @@ INVALID = [
     ("placement", ["expert"], "from_dict"),
     ("lookup", "qest", 'did you mean "quest"?'),
     ("lookup", 0.5, "from_dict"),
+    ("retention", "h20", 'did you mean "h2o"?'),
+    ("retention", 0.5, "from_dict"),
+    ("budget", "unifrm", 'did you mean "uniform"?'),
+    ("budget", 0.5, "from_dict"),
     *(("capacity_tokens", v, "at least 32 (one page)") for v in (0, -1, 31, 1e6, "64", True)),
     *(("slab_pages", v, "at least 1") for v in (0, -3, 1.5, "16", None, False)),
     *(("watermark", v, "between 0 and 0.5") for v in (-0.1, 0.51, float("nan"), "0.1", None, True)),

@@ -193,25 +193,25 @@ def test_reserve_is_kept_back_from_prompts_only() -> None:
 
 
 def test_table_rows_have_holes_padded_with_the_null_slot() -> None:
-    table = PageTable(num_layers=2)
+    table = PageTable(num_units=2)
     a, b, nobody = (0, 7), (1, 7), (1, 8)
     for page, slot in ((0, 3), (2, 5), (1, 4)):
         table.add(a, 0, page, slot)
     table.add(b, 0, 1, 9)
     table.add(b, 1, 1, 8)
-    rows = table.rows(0, (b, nobody, a))
+    rows = table.rows(range(1), (b, nobody, a))
     assert rows.counts.tolist() == [1, 0, 3]
     assert rows.slots.tolist() == [[9, 0, 0], [0, 0, 0], [3, 5, 4]]
     assert rows.page_idx[2].tolist() == [0, 2, 1]
-    assert table.rows(0, (b, nobody, a)) is rows  # no copy to the device while nothing changes
-    assert table.rows(1, (a,)).slots.shape == (1, 0)
+    assert table.rows(range(1), (b, nobody, a)) is rows  # no copy to the device while nothing changes
+    assert table.rows(range(1, 2), (a,)).slots.shape == (1, 0)
     assert table.num_pages() == 5
 
     table.add(a, 0, 3, 6)
-    assert table.rows(0, (b, nobody, a)).slots[2].tolist() == [3, 5, 4, 6]
+    assert table.rows(range(1), (b, nobody, a)).slots[2].tolist() == [3, 5, 4, 6]
     assert sorted(table.remove(a)) == [3, 4, 5, 6]
     assert table.remove(a) == []
-    assert table.rows(0, (b, nobody, a)).counts.tolist() == [1, 0, 0]
+    assert table.rows(range(1), (b, nobody, a)).counts.tolist() == [1, 0, 0]
     assert table.sequences() == [b]
 
 

@@ -59,7 +59,7 @@ def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int]) -> Non
             assert (chosen is None) is (not ROUTERS[layer])
             for i in range(len(pages.keys)):
                 page = pages.keys[i].clone(), pages.values[i].clone(), None if chosen is None else chosen[i].clone()
-                streams[pages.row].pages[layer].append((pages.first_page + i, *page))
+                streams[pages.row].pages[layer].append((pages.numbers[i], *page))
         assert batch.in_step
         batch.close_layer(layer)
     assert not batch.in_step

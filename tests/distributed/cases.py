@@ -176,7 +176,7 @@ def assert_parity(results: Sequence[Mapping[str, Any]], tolerance: float = TOLER
 
 def snapshot(store: pikv_ds.ExpertShardedKVCache) -> dict[str, Any]:
     """What a rank holds and knows after a forward pass."""
-    staged = [(p.batch.ids[p.row], p.layer, p.page_idx) for p in store.sender.staged]
+    staged = [(p.batch.ids[p.row], p.unit, p.page_idx) for p in store.sender.staged]
     layers = range(store.shape.num_layers)
     return {
         "step": store.num_steps,

@@ -1,0 +1,340 @@
+"""Retention: which tokens go first when a budget is short.
+
+A policy says two things. `scores` rates the tokens of a prompt, once, when its attention has run; what the budget
+does not let a head keep is dropped before the pages are sealed (as SnapKV and kvpress do). While decoding, whole
+pages are evicted by their *utility* (as H2O does),
+
+    utility = mass_weight * mass + recency_weight / (1 + age) + frequency_weight * log(1 + visits)
+
+with `mass` a moving average of the attention that the page has received, `age` the steps since its last visit, and
+ties going to the older page. A policy is a frozen dataclass with one method; add one by writing it and naming it in
+`RETENTIONS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SUM = 1 - 2**-20
+"""A decay so slow that the moving average is a sum, times ``1 - SUM``."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt at one layer, positions already encoded."""
+
+    query: Tensor
+    """``[H, n, D]``"""
+    key: Tensor
+    """``[K, n, D]``"""
+    value: Tensor
+    """``[K, n, V]``"""
+    scale: float
+    source: Any = None
+    """The attention module and its inputs, where an integration hands them over (`kvpress:NAME` needs them)."""
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[1]
+
+    def attention(self, window: int) -> Tensor:
+        """Attention of the last `window` tokens, causal: float32 ``[K, G, window, n]``."""
+        window = min(window, self.length)
+        heads = self.key.shape[0]
+        query = self.query[:, -window:].unflatten(0, (heads, -1)).float()
+        scores = torch.einsum("kgwd,knd->kgwn", query, self.key.float()) * self.scale
+        later = torch.ones(window, self.length, dtype=torch.bool, device=query.device).triu(self.length - window + 1)
+        return scores.masked_fill(later, -torch.inf).softmax(-1)
+
+
+@runtime_checkable
+class Retention(Protocol):
+    """Who stays."""
+
+    name: str
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Of mass, recency and frequency in a page's utility."""
+        ...
+
+    @property
+    def decay(self) -> float:
+        """Of the mass per step, in [0, 1)."""
+        ...
+
+    @property
+    def learns(self) -> str:
+        """What of the attention it wants to be told while decoding: "nothing", "visits" or "mass"."""
+        ...
+
+    @property
+    def whole_pages(self) -> bool:
+        """Prompts, too, are cut by whole pages, the same ones for all heads of a page."""
+        ...
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        """Rates the tokens of a prompt, float32 ``[K, n]``: higher stays longer; infinite: always."""
+        ...
+
+
+def _whole(policy: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(policy, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} = {value!r}: use a whole number of at least 1")
+
+
+def _recency(prompt: Prompt) -> Tensor:
+    """Positions, ``[K, n]``: the latest is worth the most."""
+    at = torch.arange(prompt.length, dtype=torch.float32, device=prompt.key.device)
+    return at.expand(prompt.key.shape[0], -1).clone()
+
+
+@dataclass(frozen=True)
+class LruRetention:
+    """The page that was visited the longest ago goes first; of a prompt the oldest tokens.
+
+    A visit is more than an equal share of a query's attention (under a sparse lookup: among the chosen pages).
+    """
+
+    name = "lru"
+    weights = (0.0, 1.0, 0.0)
+    decay = 0.0
+    learns = "visits"
+    whole_pages = False
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        return _recency(prompt)
+
+
+@dataclass(frozen=True)
+class LruPlusRetention:
+    """LRU and how often a page was visited (PiKV's LRU+): ``1 / (1 + age) + frequency * log(1 + visits)``."""
+
+    frequency: float = 0.1
+    name = "lru_plus"
+    decay = 0.0
+    learns = "visits"
+    whole_pages = False
+
+    def __post_init__(self) -> None:
+        value = self.frequency
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+            raise ValueError(f"frequency = {value!r}: use a weight between 0 and 100")
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        return 0.0, 1.0, self.frequency
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        return _recency(prompt)
+
+
+@dataclass(frozen=True)
+class StreamingRetention:
+    """The first tokens and the latest (StreamingLLM, Xiao et al. 2023)."""
+
+    sink: int = 4
+    """First tokens that always stay."""
+    name = "streaming"
+    weights = (0.0, 1.0, 0.0)  # of the age since it was sealed
+    decay = 0.0
+    learns = "nothing"
+    whole_pages = False
+
+    def __post_init__(self) -> None:
+        _whole(self, "sink")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        scores = _recency(prompt)
+        scores[:, : self.sink] = torch.inf
+        return scores
+
+
+@dataclass(frozen=True)
+class H2oRetention:
+    """What has received the least attention in all goes first (H2O, Zhang et al. 2023).
+
+    Of a prompt all columns of the attention matrix are summed up, for the mean of a group's heads, in pieces:
+    n^2 products once more, which the prompt's own attention costs, too.
+    """
+
+    name = "h2o"
+    weights = (1.0, 0.0, 0.0)
+    decay = SUM
+    learns = "mass"
+    whole_pages = False
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        total = torch.zeros(prompt.key.shape[:2], dtype=torch.float32, device=prompt.key.device)
+        for end in range(256, prompt.length + 256, 256):
+            end = min(end, prompt.length)
+            part = Prompt(prompt.query[:, :end], prompt.key[:, :end], prompt.value[:, :end], prompt.scale)
+            total[:, :end] += part.attention((end - 1) % 256 + 1).mean(1).sum(1)
+        return total * (1 - SUM)
+
+
+@dataclass(frozen=True)
+class TovaRetention:
+    """What the latest token attends to the least goes first (TOVA, Oren et al. 2024), the mean over heads."""
+
+    name = "tova"
+    weights = (1.0, 0.0, 0.0)
+    decay = 0.0  # only the last step counts
+    learns = "mass"
+    whole_pages = False
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        mean = prompt.attention(1).mean((0, 1, 2))
+        return mean.expand(prompt.key.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class SnapRetention:
+    """What the end of the prompt attends to (SnapKV, Li et al. 2024).
+
+    The attention of the last `window` tokens, averaged over them and over the heads of a group, smoothed along the
+    tokens by `kernel`; the window itself stays. While decoding the average goes on.
+    """
+
+    window: int = 64
+    kernel: int = 5
+    name = "snap"
+    weights = (1.0, 0.0, 0.0)
+    decay = 0.95
+    learns = "mass"
+    whole_pages = False
+
+    def __post_init__(self) -> None:
+        _whole(self, "window", "kernel")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel = {self.kernel!r}: use an odd number, so that it has a middle")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        window = min(self.window, prompt.length)
+        mean = prompt.attention(window).mean((1, 2))  # [K, n]
+        before = mean[:, : prompt.length - window]
+        if before.shape[1]:
+            before = F.avg_pool1d(before, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=True)
+        return torch.cat([before, torch.full_like(mean[:, :window], torch.inf)], dim=1)
+
+
+@dataclass(frozen=True)
+class ChunkRetention:
+    """SnapKV's scores over whole pages, the same pages for all heads (ChunkKV, Liu et al. 2025).
+
+    Neighbouring tokens stay together, so pages stay places in the text, as lookups want them.
+    """
+
+    window: int = 64
+    name = "chunk"
+    weights = (1.0, 0.0, 0.0)
+    decay = 0.95
+    learns = "mass"
+    whole_pages = True
+
+    def __post_init__(self) -> None:
+        _whole(self, "window")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        return prompt.attention(self.window).mean((1, 2))
+
+
+@dataclass(frozen=True)
+class ExpectedRetention:
+    """What future queries are expected to attend to (Expected Attention, Devoto et al. 2025).
+
+    Queries to come are taken as Gaussian with the mean and covariance of the last `window` ones, positions
+    included: ``E[exp(q . k)] = exp(mean . k + k' cov k / 2)``, times the value's norm. The paper takes them
+    before their positions and averages over those to come; a cache sees queries only with their positions.
+    """
+
+    window: int = 512
+    sink: int = 4
+    name = "expected"
+    weights = (1.0, 0.0, 0.0)
+    decay = 0.95
+    learns = "mass"
+    whole_pages = False
+
+    def __post_init__(self) -> None:
+        _whole(self, "window", "sink")
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        heads = prompt.key.shape[0]
+        query = prompt.query[:, -self.window :].float() * prompt.scale  # [H, w, D]
+        mean = query.mean(1)
+        centred = query - mean[:, None]
+        cov = centred.transpose(1, 2) @ centred / query.shape[1]
+        mean, cov = mean.unflatten(0, (heads, -1)), cov.unflatten(0, (heads, -1))
+        key = prompt.key.float()
+        logits = torch.einsum("kgd,knd->kgn", mean, key) + torch.einsum("knd,kgde,kne->kgn", key, cov, key) / 2
+        weights = logits.softmax(-1).mean(1) * prompt.value.float().norm(dim=-1)
+        weights[:, : self.sink] = torch.inf
+        return weights
+
+
+@dataclass(frozen=True)
+class KvpressRetention:
+    """The scores of a press of kvpress (NVIDIA, ``ScorerPress``), e.g. ``"kvpress:knorm"``.
+
+    They want the attention module and its hidden states, which the Hugging Face integration hands over.
+    While decoding the mass of attention decides, as with `SnapRetention`.
+    """
+
+    press: str
+    name = "kvpress"
+    weights = (1.0, 0.0, 0.0)
+    decay = 0.95
+    learns = "mass"
+    whole_pages = False
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Any:
+        """The press; `ValueError` where there is none of the name."""
+        try:
+            import kvpress
+        except ImportError as error:
+            raise ValueError(
+                f"press = {self.press!r}: kvpress cannot be imported ({error}); pip install kvpress"
+            ) from None
+        presses = {
+            name.removesuffix("Press").lower(): kind
+            for name, kind in vars(kvpress).items()
+            if isinstance(kind, type) and issubclass(kind, kvpress.ScorerPress) and kind is not kvpress.ScorerPress
+        }
+        kind = presses.get(self.press.lower().replace("_", "").removesuffix("press"))
+        if kind is None:
+            raise ValueError(f"press = {self.press!r}: choose one of {', '.join(sorted(presses))}")
+        return kind()
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        if prompt.source is None:
+            raise ValueError(
+                f"retention kvpress:{self.press} needs the attention's inputs, which only attached Hugging Face "
+                "models hand over; choose another retention here"
+            )
+        module, hidden, kwargs = prompt.source
+        scores = self.build().score(module, hidden, prompt.key[None], prompt.value[None], None, kwargs)
+        return scores[0].float()
+
+
+RETENTIONS: dict[str, type[Retention]] = {
+    "lru": LruRetention,
+    "lru_plus": LruPlusRetention,
+    "streaming": StreamingRetention,
+    "h2o": H2oRetention,
+    "tova": TovaRetention,
+    "snap": SnapRetention,
+    "chunk": ChunkRetention,
+    "expected": ExpectedRetention,
+    "kvpress": KvpressRetention,
+}
