@@ -18,6 +18,7 @@ from pikv_ds.eviction import Evictor, Visit
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
+from pikv_ds.ops.projections import Projections
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.policies.lookups import Candidates, Lookup
 from pikv_ds.sequences import SequenceBatch
@@ -38,7 +39,12 @@ class ShardedAttention:
     layout: PageLayout
     lookup: Lookup
     evictor: Evictor
+    bases: list[Projections]
+    """Per layer, of what pages store; none where they store keys and values as they are."""
     num_heads: int
+    head_dim: int
+    value_dim: int
+    """Channels of an attention output."""
     counters: Counter[str] = field(default_factory=Counter)
     """``pages_in_scope``: (KV head, page) pairs that there were; ``pages_read``: those read without a
     choice; ``queries``."""
@@ -93,9 +99,11 @@ class ShardedAttention:
                 if self.evictor.learns:
                     self.evictor.merged[layer] = merged
         for (_, mine), row_pages in zip(fetching, pages, strict=True):
-            out, lse = self._empty(query[mine])
+            asking_query = self._into_basis(layer, query[mine])
+            out, lse = self._empty(asking_query, self.layout.value_dim)
             slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
-            self._attend_pages(query[mine], Slabs.of(row_pages), slots, scale, out, lse)
+            self._attend_pages(asking_query, Slabs.of(row_pages), slots, scale, out, lse)
+            out = self._out_of_basis(layer, out)
             self._merge(mine, [out], [lse], local, local_lse)
         return local.to(query.dtype)
 
@@ -143,9 +151,17 @@ class ShardedAttention:
             local[at] = mine
         return mine_lse
 
-    def _empty(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    def _into_basis(self, layer: int, query: Tensor) -> Tensor:
+        """Queries ``[n, H, D]`` as they meet pages, ``[n, H, r]``."""
+        return self.bases[layer].query(query).contiguous() if self.bases else query
+
+    def _out_of_basis(self, layer: int, out: Tensor) -> Tensor:
+        """What they have found there, as outputs ``[n, H, V]``."""
+        return self.bases[layer].output(out).contiguous() if self.bases else out
+
+    def _empty(self, query: Tensor, channels: int | None = None) -> tuple[Tensor, Tensor]:
         """Room for a partial: float32 ``[n, H, V]`` and ``[n, H]``."""
-        out = torch.empty(*query.shape[:2], self.layout.value_dim, dtype=torch.float32, device=query.device)
+        out = torch.empty(*query.shape[:2], channels or self.value_dim, dtype=torch.float32, device=query.device)
         return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
 
     def _fetch(self, plan: StepPlan, batch: SequenceBatch, layer: int, rows: list[int]) -> list[Tensor]:
@@ -194,8 +210,8 @@ class ShardedAttention:
             return False
         if query_tokens == 1 and self.layout.latent_dim is None:
             return False
-        query = self.layout.head_dim * self.layout.dtype.itemsize
-        partial = self.layout.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
+        query = self.head_dim * self.layout.dtype.itemsize
+        partial = self.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
         queries = query_tokens * self.num_heads * (query + partial)
         return num_pages * self.layout.page_bytes / self.exchange.size < queries
 
@@ -276,14 +292,15 @@ class ShardedAttention:
         Returns:
             float32 ``[R, H, V]`` and ``[R, H]``.
         """
-        out, lse = self._empty(query)
         if not asked:
-            return out, lse
+            return self._empty(query)
+        query = self._into_basis(layer, query)
+        out, lse = self._empty(query, self.layout.value_dim)
         sequences = tuple((source, sequence) for source, sequence, _ in asked)
         lengths = [tokens for _, _, tokens in asked]
         if self.lookup.summary is not None or max(lengths) <= FEW_QUERIES:
             self._attend_rows(layer, sequences, lengths, query, scale, out, lse)
-            return out, lse
+            return self._out_of_basis(layer, out), lse
         start, streams = 0, self.evictor.streams
         for sequence, tokens in zip(sequences, lengths, strict=True):
             mine = slice(start, start + tokens)
@@ -294,11 +311,11 @@ class ShardedAttention:
                 continue
             by_stream = query[mine].unflatten(1, (streams, -1)).transpose(0, 1).contiguous()  # [streams, T, G, D]
             for stream, heads in enumerate(torch.arange(query.shape[1], device=query.device).chunk(streams)):
-                part, part_lse = self._empty(by_stream[stream])
+                part, part_lse = self._empty(by_stream[stream], self.layout.value_dim)
                 slots = self._slots(layer * streams + stream, sequence)
                 self._attend_pages(by_stream[stream], self.pool.slabs, slots, scale, part, part_lse)
                 out[mine, heads[0] : heads[-1] + 1], lse[mine, heads[0] : heads[-1] + 1] = part, part_lse
-        return out, lse
+        return self._out_of_basis(layer, out), lse
 
     def _attend_rows(
         self,

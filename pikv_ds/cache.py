@@ -134,8 +134,12 @@ class ExpertShardedKVCache:
         self.streams = shape.num_kv_heads if per_head else 1
         """KV heads of a layer with pages of their own, 1 where a page holds all heads."""
         heads = shape.num_kv_heads // self.streams
-        self.layout = config.codec.layout(heads, shape.head_dim, config.page_size, shape.dtype, shape.latent_dim)
-        self.ops = Ops(config.backend, self.device.type, latent=shape.latent_dim is not None)
+        bases = config.codec.bases(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.device)
+        key_rank, value_rank = shape.head_dim, None
+        if bases:
+            key_rank, value_rank = bases[0].key_read.shape[2], bases[0].value_read.shape[2]
+        self.layout = config.codec.layout(heads, key_rank, config.page_size, shape.dtype, shape.latent_dim, value_rank)
+        self.ops = Ops(config.backend, self.device.type, self.layout)
         capacity = config.capacity_tokens
         self.pool = PagePool(
             self.layout.page_bytes,
@@ -172,6 +176,7 @@ class ExpertShardedKVCache:
             self.topology,
             self._nonfinite,
             self.evictor,
+            bases,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -181,7 +186,10 @@ class ExpertShardedKVCache:
             self.layout,
             config.lookup,
             self.evictor,
+            bases,
             shape.num_heads,
+            shape.head_dim,
+            shape.value_dim,
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None

@@ -39,7 +39,8 @@ class PiKVConfig:
     One of 8, 16, 32, 64, 128, 256; 1 is for experiments (each page costs about a hundred bytes on the host)."""
 
     codec: Codec = CODECS["none"]
-    """How a sealed page's bytes are encoded: "none", "fp8", "int8", "int4" or "int2"."""
+    """How a sealed page's bytes are encoded: "none", "fp8", "int8", "int4", "int3", "int2", "int1", or with options,
+    e.g. {"name": "int2", "rotate": true, "clip": true, "scales": 8}."""
 
     placement: Placement = field(default_factory=ExpertPlacement)
     """Where a sealed page lives: "expert" (rank of the expert that its tokens activated most),
@@ -150,7 +151,7 @@ class PiKVConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict(config.to_dict()) == config`."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        out["codec"] = self.codec.name
+        out["codec"] = self.codec.settings()
         for key in ("placement", "lookup", "budget", "retention"):
             policy = out[key]
             if policy is None:
@@ -186,14 +187,8 @@ def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
     if not isinstance(name, str) or name not in table:
         _fail(f"{key}.name" if isinstance(value, Mapping) else key, name, _choices(name, table))
     kind = table[name]
-    if not isinstance(kind, type):  # a codec: a value, not a class with options
-        if options:
-            _fail(
-                f"{key}.{next(iter(options))}",
-                options[next(iter(options))],
-                f'"{name}" takes no options',
-            )
-        return kind
+    if not isinstance(kind, type):  # a codec: named by its element
+        kind, options = type(kind), {"name": name, **options}
     allowed = [f.name for f in dataclasses.fields(kind) if f.init]
     for option, setting in options.items():
         if option not in allowed:

@@ -7,16 +7,20 @@ starting at a multiple of `ALIGNMENT` bytes (S = page_size, K = KV heads, D = he
 =============  ======================  =======================================================
 section        shape                   type
 =============  ======================  =======================================================
-keys           ``[K, S, D]``           `element`; int4 and int2 packed along D
-key scales     ``[scale_rows, K, D]``  float16, per channel of the page: scale, then minimum
-values         ``[K, S, D]``           as the keys
-value scales   ``[scale_rows, K, S]``  float16, per token: scale, then minimum
+keys           ``[K, S, D]``           `element`; integers of few bits packed along D
+key scales     ``[scale_rows, K, D]``  per channel of the page: scale, then minimum
+values         ``[K, S, D]``           `value_element`, the keys' if not given
+value scales   ``[scale_rows, K, S]``  per token: scale, then minimum
 =============  ======================  =======================================================
+
+Scales and minima are float16 (`scales` = 16), or bytes (8): ``2^(byte / 8 - 24)`` for a scale, and a minimum in
+quarters of its scale's step, as a signed byte.
 
 int4 packs channel ``d`` into the low and channel ``d + D/2`` into the high nibble of byte ``d``;
 int2 packs channels ``d``, ``d + D/4``, ``d + D/2``, ``d + 3D/4`` into byte ``d``, lowest bits first:
-unpacking is a mask and a shift that give contiguous pieces of a row. ``csrc/layout.h`` computes the
-same offsets for the kernels.
+unpacking is a mask and a shift that give contiguous pieces of a row. int3 is the int2 of the lower bits
+of a row, then one bit per channel, packed likewise. ``csrc/layout.h`` computes the same offsets for the
+kernels, of layouts that they know (`kernels_know`).
 
 *Latent pages* (multi-head latent attention, DeepSeek-V2, arXiv:2405.04434, section 2.1) have keys and
 key scales only: the values of a token are the first `value_dim` channels of its key, so they are
@@ -38,8 +42,13 @@ ALIGNMENT = 16
 
 PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Elements stored as they are, without scales."""
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2, "int3": 3, "int1": 1}
 """Bits per element. A name's place in this list is its number in ``csrc/layout.h``."""
+
+
+def scale_rows(element: str) -> int:
+    """Rows of scales beside data: none, scale alone (fp8), or scale and minimum (integers)."""
+    return 1 if element == "fp8" else 2 if element.startswith("int") else 0
 
 
 def _aligned(num_bytes: int) -> int:
@@ -59,6 +68,15 @@ class PageLayout:
     """Type of a stored element, one of `BITS`."""
     latent_dim: int | None = None
     """Latent pages: how many leading channels of the keys are the values; None: values have a section of their own."""
+    value_element: str | None = None
+    """Type of a stored element of the values; None: the keys'."""
+    scales: int = 16
+    """Bits of a scale, and of a minimum: 16 (float16) or 8."""
+    clip: bool = False
+    """Integers: the range of a group is narrowed to where the squared error is least, instead of from the smallest
+    to the largest element."""
+    value_rank: int | None = None
+    """Channels of a stored value; None: as many as of a key."""
 
     def __post_init__(self) -> None:
         if self.latent_dim is not None and not 0 < self.latent_dim <= self.head_dim:
@@ -69,8 +87,10 @@ class PageLayout:
 
     @property
     def value_dim(self) -> int:
-        """Channels of a value, and of an attention output."""
-        return self.head_dim if self.latent_dim is None else self.latent_dim
+        """Channels of a stored value, and of an attention output over it."""
+        if self.latent_dim is not None:
+            return self.latent_dim
+        return self.value_rank or self.head_dim
 
     def values(self, keys: Tensor, values: Tensor | None) -> Tensor:
         """The values ``[..., value_dim]`` that go with keys ``[..., D]``: of latent pages a view of them.
@@ -89,26 +109,39 @@ class PageLayout:
         return list(BITS).index(self.element)
 
     @property
+    def kernels_know(self) -> bool:
+        """Whether compiled kernels and Triton's can read such pages; else the reference does."""
+        mixed = self.value_element not in (None, self.element) or self.value_rank not in (None, self.head_dim)
+        return self.scales == 16 and self.element not in ("int3", "int1") and not mixed
+
+    @property
     def bits(self) -> int:
+        """Of an element of the keys."""
         return BITS[self.element]
 
     @property
     def scale_rows(self) -> int:
-        """float16 rows beside the data: 0, scale alone (fp8), or scale and minimum (integers)."""
-        return {"fp8": 1, "int8": 2, "int4": 2, "int2": 2}.get(self.element, 0)
+        """Rows of scales beside the keys: none, scale alone (fp8), or scale and minimum (integers)."""
+        return scale_rows(self.element)
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the keys of one page (values of their own take the same)."""
+        """Bytes of the keys of one page."""
         return self.num_kv_heads * self.page_size * self.head_dim * self.bits // 8
 
     @property
+    def value_bytes(self) -> int:
+        """Bytes of the values of one page."""
+        return self.num_kv_heads * self.page_size * self.value_dim * BITS[self.value_element or self.element] // 8
+
+    @property
     def key_scale_bytes(self) -> int:
-        return self.scale_rows * self.num_kv_heads * self.head_dim * 2
+        return self.scale_rows * self.num_kv_heads * self.head_dim * self.scales // 8
 
     @property
     def value_scale_bytes(self) -> int:
-        return self.scale_rows * self.num_kv_heads * self.page_size * 2
+        rows = scale_rows(self.value_element or self.element)
+        return rows * self.num_kv_heads * self.page_size * self.scales // 8
 
     @property
     def key_scale_offset(self) -> int:
@@ -121,7 +154,7 @@ class PageLayout:
 
     @property
     def value_scale_offset(self) -> int:
-        return self.value_offset + _aligned(self.data_bytes)
+        return self.value_offset + _aligned(self.value_bytes)
 
     @property
     def page_bytes(self) -> int:

@@ -18,6 +18,7 @@ from pikv_ds.eviction import Evictor, bits_float, float_bits
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, PagesInFlight, StepPlan
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
+from pikv_ds.ops.projections import Projections
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
 from pikv_ds.policies.placements import Placement
@@ -64,6 +65,7 @@ class PageSender:
         topology: Topology,
         nonfinite: Tensor,
         evictor: Evictor,
+        bases: list[Projections],
     ) -> None:
         self.ops, self.exchange, self.pool, self.table, self.layout = (
             ops,
@@ -73,7 +75,7 @@ class PageSender:
             layout,
         )
         self.placement, self.summary, self.topology = placement, summary, topology
-        self.nonfinite, self.evictor = nonfinite, evictor
+        self.nonfinite, self.evictor, self.bases = nonfinite, evictor, bases
         self.staged: list[StagedPage] = []
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
@@ -92,7 +94,12 @@ class PageSender:
         bounds = None if self.summary is None else payload[:, split:]
         layer = unit // self.evictor.streams
         flag = self.nonfinite[layer : layer + 1]
-        self.ops.seal_pages(pages.keys, pages.values, self.layout, payload[:, :split], bounds, flag)
+        keys, values = pages.keys, pages.values
+        if self.bases:
+            assert values is not None
+            mine = self.bases[layer].heads(unit % self.evictor.streams, keys.shape[1])
+            keys, values = mine.encode(keys, values)
+        self.ops.seal_pages(keys, values, self.layout, payload[:, :split], bounds, flag)
         votes = None if pages.experts is None else self._votes(pages.experts)
         for i in range(n):
             self.staged.append(

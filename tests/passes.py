@@ -12,6 +12,7 @@ from pikv_ds import ExpertShardedKVCache, PiKVConfig
 from pikv_ds.cache import ModelShape
 from pikv_ds.exchange import Exchange
 from pikv_ds.pages import POISON_BYTE
+from pikv_ds.policies.codecs import CODECS
 from pikv_ds.sequences import SequenceBatch
 
 PAGE = 8
@@ -20,6 +21,10 @@ ROUTERS = (True, False)  # layer 1 is dense
 LATENT = ModelShape(
     num_layers=2, num_heads=6, num_kv_heads=1, head_dim=20, num_experts=4, dtype=torch.float32, latent_dim=16
 )
+
+
+KERNEL_CODECS = {name: codec for name, codec in CODECS.items() if name not in ("int3", "int1")}
+"""Codecs that every backend has kernels for."""
 
 
 def make_cache(

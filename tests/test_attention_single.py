@@ -108,7 +108,7 @@ def test_whoever_attends_to_its_prompts_itself_gets_the_rest(rng) -> None:
 def test_latent_pages_and_backends_that_have_no_kernels_for_them(caplog, monkeypatch) -> None:
     for backend, device in (("triton", "cpu"), ("triton", "cuda"), ("cpp", "cuda")):
         with pytest.raises(ValueError, match=rf'"{backend}": it has no kernels for latent pages .* {device!r}'):
-            Ops(backend, device, latent=True)
+            Ops(backend, device, make_cache(LATENT).layout)
     if ops_module.why_missing("cpp", "cpu") is not None:
         return
     assert {make_cache(LATENT).ops.implementation(op) for op in ops_module.OPS} == {"cpp"}
@@ -117,7 +117,10 @@ def test_latent_pages_and_backends_that_have_no_kernels_for_them(caplog, monkeyp
     for _ in range(2):
         ops = make_cache(LATENT).ops
     assert {op for op in ops_module.OPS if ops.implementation(op) == "reference"} == set(ops_module.READ_VALUES)
-    assert caplog.text.count("latent pages have no kernels on device 'cpu' yet: seal_pages, decode_") == 1
+    assert (
+        caplog.text.count("latent pages (multi-head latent attention) have no kernels on device 'cpu' yet: context_")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

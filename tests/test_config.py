@@ -16,7 +16,10 @@ from pikv_ds.policies.placements import HashPlacement
 
 VALID = {
     "page_size": [8, 16, 32, 64, 128, 256],
-    "codec": ["none", "fp8", "int8", "int4", "int2"],
+    "codec": [
+        *("none", "fp8", "int8", "int4", "int3", "int2", "int1"),
+        {"name": "int4", "values": "int2", "rotate": True, "scales": 8, "clip": True},
+    ],
     "placement": ["expert", "interleave", "hash", {"name": "hash"}, {"name": "hash", "period": 1}],
     "lookup": [
         "exact",
@@ -39,7 +42,7 @@ VALID = {
 # key, value, and what the message must say besides: the remedy.
 INVALID = [
     *(("page_size", v, "choose one of 1, 8, 16, 32") for v in (0, 7, 33, 512, -8, "32", None, True, 32.0, [32])),
-    ("codec", "int3", "choose one of none, fp8, int8, int4, int2"),
+    ("codec", "int5", "choose one of none, fp8, int8, int4, int3, int2, int1"),
     ("codec", "Int8", 'did you mean "int8"?'),
     ("codec", 4, "from_dict"),
     ("codec", None, "from_dict"),
@@ -68,7 +71,13 @@ INVALID = [
 # The whole policy, the option that is wrong, and the remedy.
 INVALID_POLICIES = [
     ("lookup", {"name": "exact", "budget": 0.5}, "lookup.budget = 0.5", '"exact" takes no options'),
-    ("codec", {"name": "int8", "bits": 3}, "codec.bits = 3", '"int8" takes no options'),
+    ("codec", {"name": "int8", "bits": 3}, "codec.bits = 3", "choose one of name, values, rotate, clip, scales"),
+    ("codec", {"name": "int8", "values": "int5"}, "codec.values = 'int5'", "choose one of none, fp8"),
+    ("codec", {"name": "int8", "rotate": 1}, "codec.rotate = 1", "true or false"),
+    ("codec", {"name": "int8", "scales": 4}, "codec.scales = 4", "use 16, or 8"),
+    ("codec", {"name": "none", "clip": True}, "codec.clip = True", "is of integers"),
+    ("codec", {"name": "int4", "values": "fp8", "scales": 8}, "codec.scales = 8", "fp8 has float16 scales"),
+    ("codec", {"name": "int4", "rotate": True, "projections": "x"}, "codec.rotate = True", "leave one out"),
     ("placement", {"name": "expert", "period": 8}, "placement.period = 8", '"expert" takes no options'),
     ("lookup", {"name": "quest", "budgt": 0.5}, "lookup.budgt = 0.5", 'did you mean "budget"?'),
     *(

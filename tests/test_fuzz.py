@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
+from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
 from pikv_ds.ops import Ops, reference
-from pikv_ds.policies.codecs import CODECS
 from pikv_ds.slabs import Slabs
 
 SECONDS = 4.0

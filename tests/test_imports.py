@@ -18,6 +18,8 @@ CSRC = ROOT.parent / "csrc"
 FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences", "slabs"}
 """Modules that import torch, the standard library and each other only."""
 CORE = FOUNDATION | {"exchange", "eviction", "sealing", "attention", "cache", "metrics"}
+FOREIGN = {"metrics": {"rich"}, "policies.retention": {"kvpress"}, "policies.codecs": {"safetensors"}}
+"""Packages that a core module imports where it needs them."""
 INTEGRATIONS = {"hf", "hf_cache", "hf_generate", "deepspeed_moe", "api"}
 FORBIDDEN = {
     "exchange": {"attention", "cache", "sealing"},
@@ -80,7 +82,7 @@ def test_the_walk_sees_the_package() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.split(".")[0] in FOUNDATION])
 def test_the_foundation_imports_only_torch_and_itself(name: str) -> None:
-    foreign = {"kvpress"} if name == "policies.retention" else {"triton"} if name.startswith("ops.triton") else set()
+    foreign = FOREIGN.get(name, {"triton"} if name.startswith("ops.triton") else set())
     assert outside(name) <= {"torch"} | foreign
     assert inside(name) <= FOUNDATION
 
@@ -88,8 +90,8 @@ def test_the_foundation_imports_only_torch_and_itself(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n.split(".")[0] in CORE])
 def test_the_core_imports_no_integration(name: str) -> None:
     assert not inside(name) & INTEGRATIONS
-    foreign = {"metrics": {"rich"}, "policies.retention": {"kvpress"}}.get(name, set())
-    assert outside(name) <= {"torch"} | foreign | ({"triton"} if name.startswith("ops.triton") else set())
+    foreign = FOREIGN.get(name, {"triton"} if name.startswith("ops.triton") else set())
+    assert outside(name) <= {"torch"} | foreign
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)

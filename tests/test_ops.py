@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
 from pikv_ds.layout import ALIGNMENT, BITS, PageLayout
 from pikv_ds.ops import OPS, Ops, reference, why_missing
 from pikv_ds.pages import PagePool
-from pikv_ds.policies.codecs import CODECS
 from pikv_ds.slabs import Slabs
 
 FP32 = {"atol": 5e-6, "rtol": 5e-6}
@@ -354,8 +354,8 @@ def test_attention_over_latent_pages_and_tails(
 ) -> None:
     if missing := None if name == "reference" else why_missing(name, "cpu"):
         pytest.skip(missing)
-    ops, scale = Ops(name, latent=True), dim**-0.5
     layout = CODECS[codec].layout(kv_heads, dim, size, dtype, latent)
+    ops, scale = Ops(name, layout=layout), dim**-0.5
     keys = (torch.randn(5, kv_heads, size, dim, generator=rng) + torch.randn(dim, generator=rng)).to(dtype)
     encoded = torch.empty(5, layout.page_bytes, dtype=torch.uint8)
     REFERENCE.seal_pages(keys, None, layout, encoded, None, torch.zeros(1, dtype=torch.int32))

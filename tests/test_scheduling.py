@@ -15,11 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops, UtilityState, why_missing
-from pikv_ds.policies.codecs import CODECS
 from pikv_ds.slabs import Slabs
 
 BACKENDS = ["reference", *([] if why_missing("cpp", "cpu") else ["cpp"])]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops, reference, why_missing
-from pikv_ds.policies.codecs import CODECS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNTOUCHED = 0xAB
@@ -122,10 +122,10 @@ def test_the_same_token_for_all(ops: Ops, codec: str, rng) -> None:
 def test_latent_pages_are_the_keys_of_ordinary_ones(name: str, codec: str, dtype: torch.dtype, rng) -> None:
     if missing := None if name == "reference" else why_missing(name, "cpu"):
         pytest.skip(missing)
-    ops = Ops(name, latent=True)
     keys = difficult((9, 2, 16, 40), dtype, rng)
     ordinary = layout_of(keys, codec)
     latent = CODECS[codec].layout(2, 40, 16, dtype, latent_dim=32)
+    ops = Ops(name, layout=latent)
     expected, sealed = seal(None, keys, keys, ordinary), seal(ops, keys, None, latent)
     assert latent.page_bytes == ordinary.value_offset
     assert torch.equal(sealed.pages, expected.pages[:, : latent.page_bytes])

@@ -28,6 +28,7 @@ import logging
 from functools import cache
 from typing import Any
 
+from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
 from pikv_ds.ops.state import UtilityState
 
@@ -43,6 +44,8 @@ READ_VALUES = (
     "key_scores",
 )
 """Ops to whose kernels latent pages are something of their own."""
+READ_PAGES = ("seal_pages", "decode_attention", "prefill_attention", "key_scores")
+"""Ops to whose kernels the elements of a page are something of their own."""
 LATENT_DEVICES = {"cpp": ("cpu",)}
 """Per backend: devices on which its kernels read latent pages."""
 
@@ -54,8 +57,8 @@ class Ops:
         backend: "auto" takes the fastest that is there, op by op; "cpp" and "triton" take theirs
             (an op that a backend does not have runs as the reference); "reference" takes no other.
         device_type: "cpu" or "cuda".
-        latent: for latent pages (see `PageLayout`): where a backend cannot read them, `READ_VALUES` run as the
-            reference.
+        layout: of the pages: where a backend cannot read them (latent ones, or elements and scales that kernels do
+            not know), `READ_VALUES` run as the reference.
 
     Raises:
         ValueError: the backend cannot run here, or not on such pages, with the reason and the remedy.
@@ -74,12 +77,12 @@ class Ops:
     update_utility = staticmethod(reference.update_utility)
     choose_victims = staticmethod(reference.choose_victims)
 
-    def __init__(self, backend: str = "auto", device_type: str = "cpu", latent: bool = False) -> None:
-        self.backend, self.device_type, self.latent = backend, device_type, latent
-        if backend not in ("auto", "reference") and READ_VALUES[0] in self._unable(backend):
+    def __init__(self, backend: str = "auto", device_type: str = "cpu", layout: PageLayout | None = None) -> None:
+        self.backend, self.device_type, self.layout = backend, device_type, layout
+        if backend not in ("auto", "reference") and self._unable(backend):
             raise ValueError(
-                f'pikv.backend = "{backend}": it has no kernels for latent pages (multi-head latent attention) on '
-                f'device {device_type!r}; use "auto" or "reference"'
+                f'pikv.backend = "{backend}": it has no kernels for {self._kind} on device {device_type!r}; '
+                'use "auto" or "reference"'
             )
         self._owners: dict[str, str] = {}
         fastest_first = ("cpp", "triton") if device_type == "cuda" else ("cpp",)  # nobody wants Triton interpreted
@@ -91,11 +94,13 @@ class Ops:
                 raise ValueError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
         if backend == "auto" and not self._owners:
             _warn_once(f"the ops run as plain torch, which is slow: {why_missing('cpp', device_type)}")
-        elif backend == "auto" and latent and self.implementation(READ_VALUES[0]) == "reference":
-            _warn_once(
-                f"latent pages have no kernels on device {device_type!r} yet: {', '.join(READ_VALUES)} run as plain "
-                "torch, which is slow"
-            )
+        elif backend == "auto" and self._owners:
+            slow = sorted({op for name in fastest_first for op in self._unable(name)} - set(self._owners))
+            if slow:
+                _warn_once(
+                    f"{self._kind} have no kernels on device {device_type!r} yet: {', '.join(slow)} run as plain "
+                    "torch, which is slow"
+                )
 
     def _take(self, name: str, module: Any) -> None:
         """Takes the ops of a backend that none before it has."""
@@ -104,9 +109,21 @@ class Ops:
                 self._owners[op] = name
                 setattr(self, op, getattr(module, op))
 
+    @property
+    def _kind(self) -> str:
+        """What is special about the pages."""
+        latent = self.layout is not None and self.layout.latent_dim is not None
+        return "latent pages (multi-head latent attention)" if latent else "pages of this codec"
+
     def _unable(self, backend: str) -> tuple[str, ...]:
-        """Ops whose kernels in a backend cannot read the pages."""
-        return READ_VALUES if self.latent and self.device_type not in LATENT_DEVICES.get(backend, ()) else ()
+        """Ops whose kernels in a backend cannot read the pages, or not write them."""
+        if self.layout is None:
+            return ()
+        if self.layout.latent_dim is not None and self.device_type not in LATENT_DEVICES.get(backend, ()):
+            return READ_VALUES
+        if not self.layout.kernels_know:
+            return READ_PAGES
+        return READ_PAGES[:1] if self.layout.clip else ()
 
     def implementation(self, op: str) -> str:
         """Which backend runs an op: "reference", "cpp" or "triton"."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.layout import PageLayout
+from pikv_ds.layout import BITS, PageLayout, scale_rows
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.slabs import Slabs
 
@@ -39,16 +39,17 @@ def seal_pages(
     out.zero_()  # padding between sections: pages are compared and logged byte by byte
     bad = torch.zeros((), dtype=torch.bool, device=keys.device)
     # keys per channel: over the page's tokens; values per token: over the channels
-    sections = [(keys, 2, 0, layout.key_scale_offset)]
+    sections = [(keys, layout.element, 2, 0, layout.key_scale_offset)]
     if layout.latent_dim is None:
         assert values is not None
-        sections.append((values, 3, layout.value_offset, layout.value_scale_offset))
-    for x, dim, offset, scale_offset in sections:
+        element = layout.value_element or layout.element
+        sections.append((values, element, 3, layout.value_offset, layout.value_scale_offset))
+    for x, element, dim, offset, scale_offset in sections:
         bad |= ~x.isfinite().all()
-        codes, scales = _encode(x, layout, dim)
+        codes, scales = _encode(x, element, layout, dim)
         _put(out, offset, codes.flatten(1))
         if scales is not None:
-            bad |= ~scales.isfinite().all()
+            bad |= ~scales.float().isfinite().all()
             _put(out, scale_offset, scales.flatten(1))
     if bounds is not None:
         _put(bounds, 0, torch.stack([keys.amin(2), keys.amax(2)], dim=1).add(ZERO).flatten(1))
@@ -59,16 +60,21 @@ def unseal_pages(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
     """Decodes pages uint8 ``[N, page_bytes]`` into float32 keys ``[N, K, S, D]`` and values ``[N, K, S, V]``."""
     n, k, s, d = pages.shape[0], layout.num_kv_heads, layout.page_size, layout.head_dim
     out = []
-    sections = [(2, d, 0, layout.key_scale_offset, layout.key_scale_bytes)]
+    sections = [(layout.element, 2, d, d, 0, layout.key_scale_offset, layout.key_scale_bytes)]
     if layout.latent_dim is None:
-        sections.append((3, s, layout.value_offset, layout.value_scale_offset, layout.value_scale_bytes))
-    for dim, size, offset, scale_offset, scale_bytes in sections:
-        x = _decode(_get(pages, offset, layout.data_bytes), layout, (n, k, s, d))
-        if layout.scale_rows:
-            scales = _get(pages, scale_offset, scale_bytes).view(torch.float16).float()
-            scales = scales.view(n, layout.scale_rows, k, size).unsqueeze(dim + 1)
-            x = x * scales[:, 0]
-            x = x + scales[:, 1] if layout.scale_rows == 2 else x
+        element = layout.value_element or layout.element
+        offsets = layout.value_offset, layout.value_scale_offset, layout.value_scale_bytes
+        sections.append((element, 3, s, layout.value_dim, *offsets))
+    for element, dim, size, channels, offset, scale_offset, scale_bytes in sections:
+        num_bytes = layout.data_bytes if dim == 2 else layout.value_bytes
+        x = _decode(_get(pages, offset, num_bytes), element, layout, (n, k, s, channels))
+        rows = scale_rows(element)
+        if rows:
+            stored = _get(pages, scale_offset, scale_bytes)
+            stored = stored.view(torch.float16) if layout.scales == 16 else stored
+            stored = stored.view(n, rows, k, size).unsqueeze(dim + 1)
+            scale, minimum = _scales_from(stored, layout)
+            x = x * scale if minimum is None else x * scale + minimum
         out.append(x)
     return out[0], layout.values(out[0], out[-1])
 
@@ -354,23 +360,23 @@ def choose_victims(
     out[: len(order)] = candidates[order].to(out.dtype)
 
 
-def _encode(x: Tensor, layout: PageLayout, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Stored elements of ``x [N, K, S, D]``, and their float16 scales ``[N, scale_rows, K, *]`` over ``dim``."""
-    if not layout.scale_rows:
+def _encode(x: Tensor, element: str, layout: PageLayout, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Stored elements of ``x [N, K, S, D]``, and their scales ``[N, scale_rows, K, *]`` over ``dim``."""
+    if not scale_rows(element):
         return x.to(layout.dtype).contiguous(), None
-    if layout.element == "fp8":
+    if element == "fp8":
         return _to_fp8(x.float(), dim)
-    codes, scales = _quantize(x.float(), layout.bits, dim)
-    return _pack(codes, layout.bits), scales
+    codes, scales = _quantize(x.float(), BITS[element], dim, layout)
+    return _pack(codes, BITS[element]), scales
 
 
-def _decode(data: Tensor, layout: PageLayout, shape: tuple[int, ...]) -> Tensor:
-    """Stored elements uint8 ``[N, data_bytes]`` as float32, before their scales."""
-    if not layout.scale_rows:
+def _decode(data: Tensor, element: str, layout: PageLayout, shape: tuple[int, ...]) -> Tensor:
+    """Stored elements, uint8 ``[N, bytes]``, as float32, before their scales."""
+    if not scale_rows(element):
         return data.view(layout.dtype).view(shape).float()
-    if layout.element == "fp8":
+    if element == "fp8":
         return data.view(torch.float8_e4m3fn).view(shape).float()
-    return _unpack(data, layout.bits, shape)
+    return _unpack(data, BITS[element], shape)
 
 
 def _to_fp8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -383,23 +389,70 @@ def _to_fp8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.float8_e4m3fn).view(torch.uint8), scale.squeeze(dim)[:, None]
 
 
-def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 of x's shape, and float16 (scale, minimum) stacked in dimension 1, without ``dim``.
+CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""How far `PageLayout.clip` narrows ranges, beside not at all."""
 
-    Codes are computed with the rounded float16 scale and minimum that decoding will use. The minimum
-    is rounded down: rounded up, it would cut off the elements below it (0.25 at an offset of 1000).
+
+def _quantize(x: Tensor, bits: int, dim: int, layout: PageLayout) -> tuple[Tensor, Tensor]:
+    """Codes uint8 of x's shape, and (scale, minimum) stacked in dimension 1, without ``dim``."""
+    low, high = x.amin(dim, keepdim=True) + ZERO, x.amax(dim, keepdim=True) + ZERO
+    codes, scales, error = _quantize_between(x, low, high, bits, dim, layout)
+    if layout.clip:
+        middle, half = (low + high) / 2, (high - low) / 2
+        for share in CLIPS:
+            tried = _quantize_between(x, middle - share * half, middle + share * half, bits, dim, layout)
+            better = tried[2] < error
+            codes = torch.where(better, tried[0], codes)
+            scales = torch.where(better.squeeze(dim)[:, None], tried[1], scales)
+            error = torch.where(better, tried[2], error)
+    return codes, scales
+
+
+def _quantize_between(
+    x: Tensor, low: Tensor, high: Tensor, bits: int, dim: int, layout: PageLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and the squared error over ``dim``, of x cut off at `low` and `high`.
+
+    Codes are computed with the rounded scale and minimum that decoding will use.
     """
     levels = 2**bits - 1
-    low, high = x.amin(dim, keepdim=True) + ZERO, x.amax(dim, keepdim=True) + ZERO
-    half = low.half()
-    below = torch.nextafter(half, half.new_full((), -torch.inf))
-    minimum = torch.where(half.float() > low, below, half).float()
-    scale = ((high - minimum).clamp(min=0) / levels).half().float()
-    codes = torch.where(scale > 0, ((x - minimum) / scale).round(), 0.0).clamp(0, levels).to(torch.uint8)
-    return codes, torch.stack([scale.squeeze(dim).half(), minimum.squeeze(dim).half()], dim=1)
+    stored = _scales_to(low, high, levels, layout)
+    scale, minimum = _scales_from(stored, layout)
+    assert minimum is not None
+    codes = torch.where(scale > 0, ((x - minimum) / scale).round(), 0.0).clamp(0, levels)
+    error = (codes * scale + minimum - x).square().sum(dim, keepdim=True) if layout.clip else x.new_zeros(())
+    return codes.to(torch.uint8), stored.squeeze(dim + 1), error
+
+
+def _scales_to(low: Tensor, high: Tensor, levels: int, layout: PageLayout) -> Tensor:
+    """Scale and minimum as they are stored, stacked in dimension 1.
+
+    A float16 minimum is rounded down: rounded up, it would cut off the elements below it (0.25 at an offset of
+    1000). In eight bits the scale is rounded to the nearest, so that ranges shrink as often as they grow.
+    """
+    if layout.scales == 16:
+        half = low.half()
+        below = torch.nextafter(half, half.new_full((), -torch.inf))
+        minimum = torch.where(half.float() > low, below, half).float()
+        return torch.stack([((high - minimum).clamp(min=0) / levels).half(), minimum.half()], dim=1)
+    step = (high - low) / levels
+    step = torch.maximum(step, torch.maximum(low.abs(), high.abs()) / 24)  # so that the minimum fits into a byte
+    scale = ((step.clamp(min=2.0**-24).log2() + 24) * 8).round().clamp(0, 255)
+    minimum = (low / torch.exp2(scale / 8 - 24) * 4).round().clamp(-127, 127)
+    return torch.stack([scale.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)], dim=1)
+
+
+def _scales_from(stored: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:
+    """Scale and minimum in float32 from their stored form ``[N, scale_rows, ...]``; fp8 has no minimum."""
+    if layout.scales == 16:
+        return stored[:, 0].float(), stored[:, 1].float() if stored.shape[1] == 2 else None
+    scale = torch.exp2(stored[:, 0].float() / 8 - 24)
+    return scale, stored[:, 1].contiguous().view(torch.int8).float() / 4 * scale
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
+    if bits == 3:  # two planes
+        return torch.cat([_pack(codes & 3, 2), _pack(codes >> 2, 1)], dim=-1)
     per_byte = 8 // bits
     parts = codes.chunk(per_byte, dim=-1)
     packed = parts[0].clone()
@@ -409,9 +462,12 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(data: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    per_byte = 8 // bits
-    packed = data.view(*shape[:-1], shape[-1] // per_byte)
-    return torch.cat([(packed >> (bits * i)) & (2**bits - 1) for i in range(per_byte)], dim=-1).float()
+    channels = shape[-1]
+    packed = data.view(*shape[:-1], channels * bits // 8)
+    if bits == 3:
+        low, high = packed.split([channels // 4, channels // 8], dim=-1)
+        return _unpack(low, 2, shape) + 4 * _unpack(high, 1, shape)
+    return torch.cat([(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)], dim=-1).float()
 
 
 def _put(pages: Tensor, offset: int, section: Tensor) -> None:

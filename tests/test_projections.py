@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
 from pikv_ds.ops import Ops
-from pikv_ds.ops.lowrank import Projections
-from pikv_ds.policies.codecs import CODECS
+from pikv_ds.ops.projections import Projections, hadamard
 from pikv_ds.slabs import Slabs
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, NUM_PAGES = 8, 2, 64, 8, 6
@@ -31,23 +31,25 @@ def attend(ops: Ops, projections: Projections, rank: int, codec: str, inputs: tu
     layout = CODECS[codec].layout(KV_HEADS, rank, PAGE_SIZE, keys.dtype)
     pages = torch.full((NUM_PAGES + 1, layout.page_bytes), 255, dtype=torch.uint8)
     flag = torch.zeros(1, dtype=torch.int32)
-    projections.seal_pages(ops, keys, values, layout, pages[1:], None, flag)
+    ops.seal_pages(*projections.encode(keys, values), layout, pages[1:], None, flag)
     assert not flag
-    out, lse = torch.full(query.shape, torch.nan), torch.full(query.shape[:2], torch.nan)
+    inner, lse = torch.full((*query.shape[:2], rank), torch.nan), torch.full(query.shape[:2], torch.nan)
     table = torch.arange(1, NUM_PAGES + 1, dtype=torch.int32).expand(len(query), -1).contiguous()
     counts = torch.full((len(query),), NUM_PAGES, dtype=torch.int32)
-    scale = HEAD_DIM**-0.5
-    projections.decode_attention(ops, query, Slabs.of(pages), table, counts, layout, scale, out, lse)
-    return out, lse
+    asked = projections.query(query).contiguous()
+    ops.decode_attention(asked, Slabs.of(pages), table, counts, layout, HEAD_DIM**-0.5, inner, lse)
+    return projections.output(inner), lse
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64])
 def test_attention_on_coefficients_is_attention_on_projections(ops: Ops, rank: int, rng) -> None:
     query = torch.randn(3, HEADS, HEAD_DIM, generator=rng)
     keys, values = torch.randn(2, NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM, generator=rng).unbind(0)
-    projections = Projections(bases(rank, rng), bases(rank, rng))
+    projections = Projections.of_bases(bases(rank, rng), bases(rank, rng))
     out, lse = attend(ops, projections, rank, "none", (query, keys, values))
-    rebuilt = [x @ (b @ b.transpose(1, 2)) for x, b in ((keys, projections.keys), (values, projections.values))]
+    rebuilt = [
+        x @ (b @ b.transpose(1, 2)) for x, b in ((keys, projections.key_read), (values, projections.value_read))
+    ]
     expected, expected_lse = dense(query, *rebuilt)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
@@ -57,22 +59,36 @@ def test_attention_on_coefficients_is_attention_on_projections(ops: Ops, rank: i
 
 def test_keys_and_values_of_low_rank_lose_nothing_and_codecs_stack(ops: Ops, rng) -> None:
     query = torch.randn(3, HEADS, HEAD_DIM, generator=rng)
-    projections = Projections(bases(16, rng), bases(16, rng))
+    projections = Projections.of_bases(bases(16, rng), bases(16, rng))
     keys, values = (
         torch.randn(NUM_PAGES, KV_HEADS, PAGE_SIZE, 16, generator=rng) @ b.transpose(1, 2)
-        for b in (projections.keys, projections.values)
+        for b in (projections.key_read, projections.value_read)
     )
     expected, _ = dense(query, keys, values)
     errors = {
-        c: float((attend(ops, projections, 16, c, (query, keys, values))[0] - expected).abs().max()) for c in CODECS
+        c: float((attend(ops, projections, 16, c, (query, keys, values))[0] - expected).abs().max())
+        for c in ("none", "int8", "int4", "int2")
     }
     assert errors["none"] < 1e-5 < errors["int8"] < errors["int4"] < errors["int2"]
 
 
-def test_wrong_projections_are_named() -> None:
-    layout = CODECS["none"].layout(KV_HEADS, 16, PAGE_SIZE, torch.float32)
-    wrong = Projections(torch.zeros(KV_HEADS, HEAD_DIM, 8), torch.zeros(KV_HEADS, HEAD_DIM, 16))
-    x = torch.zeros(1, KV_HEADS, PAGE_SIZE, HEAD_DIM)
-    out = torch.empty(1, layout.page_bytes, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"projections\.keys must be .* rank 16, got \[2, 64, 8\]"):
-        wrong.seal_pages(Ops("reference"), x, x, layout, out, None, torch.zeros(1, dtype=torch.int32))
+@pytest.mark.parametrize("size", [16, 64, 80, 96, 3, 128])
+def test_rotations_are_orthogonal_and_spread_outliers(size: int) -> None:
+    matrix = hadamard(size)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size), atol=1e-5, rtol=0)
+    outlier = torch.zeros(size)
+    outlier[size // 2] = 1
+    even = (size & -size) ** -0.5
+    assert (outlier @ matrix).abs().max() <= even + 1e-6
+
+
+def test_what_is_encoded_and_read_differently_is_a_correction(rng) -> None:
+    """Encoding as it is and reading with a correction equals correcting the keys themselves."""
+    eye = torch.eye(HEAD_DIM).expand(KV_HEADS, -1, -1)
+    correction = torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM, generator=rng) * 0.1 + eye
+    query = torch.randn(3, HEADS, HEAD_DIM, generator=rng)
+    keys, values = torch.randn(2, NUM_PAGES, KV_HEADS, PAGE_SIZE, HEAD_DIM, generator=rng).unbind(0)
+    projections = Projections(eye, correction, eye, correction)
+    out, _ = attend(Ops("reference"), projections, HEAD_DIM, "none", (query, keys, values))
+    corrected = (x @ correction.transpose(1, 2) for x in (keys, values))
+    torch.testing.assert_close(out.double(), dense(query, *corrected)[0], atol=1e-5, rtol=1e-5)
