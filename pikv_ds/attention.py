@@ -20,7 +20,8 @@ from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.ops.projections import Projections
 from pikv_ds.pages import PagePool, PageTable
-from pikv_ds.policies.lookups import Candidates, Lookup
+from pikv_ds.policies.lookups import Candidates, Lookup, SparseLookup
+from pikv_ds.reuse import Audit, Reuse
 from pikv_ds.sequences import SequenceBatch
 from pikv_ds.slabs import Slabs
 
@@ -48,6 +49,9 @@ class ShardedAttention:
     counters: Counter[str] = field(default_factory=Counter)
     """``pages_in_scope``: (KV head, page) pairs that there were; ``pages_read``: those read without a
     choice; ``queries``."""
+    reuse: Reuse | None = None
+    """Of pages that a sparse lookup chooses; None where all are read."""
+    audit: Audit = field(default_factory=Audit)
     _chosen: Tensor | int = 0
     num_sealed: dict[tuple[int, int], int] = field(default_factory=dict)
     """Sealed pages of every sequence of the group over all ranks, for the pinned local pages."""
@@ -353,9 +357,7 @@ class ShardedAttention:
         if sparse and in_scope:
             sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
             sealed = sealed.repeat_interleave(repeats * streams)
-            pages = Candidates(table, page_idx, counts, sealed, self.pool.summary_slabs, self.layout)
-            table = self.lookup.select(self.ops, query, pages)
-            self._chosen = self._chosen + (table > 0).sum()
+            table = self._choose(query, every, page_idx, counts, sealed, scale)
         else:
             self.counters["pages_read"] += in_scope
         page_lse = query.new_empty(*query.shape[:2], table.shape[-1], dtype=torch.float32) if learns else None
@@ -363,6 +365,30 @@ class ShardedAttention:
         if page_lse is not None:
             asked = [(source, sequence, n) for (source, sequence), n in zip(sequences, lengths, strict=True)]
             self.evictor.visits.append(Visit(layer, asked, every, page_lse))
+
+    def _choose(
+        self, query: Tensor, slots: Tensor, page_idx: Tensor, counts: Tensor, num_sealed: Tensor, scale: float
+    ) -> Tensor:
+        """The table of the pages that the lookup chooses, int32 ``[R, K, P]``; audits the choice now and then."""
+        reuse, lookup = self.reuse, self.lookup
+        assert reuse is not None
+        assert isinstance(lookup, SparseLookup)
+        misses = reuse.misses(slots) if lookup.name == "cache_aware" else None
+        summaries, pages = self.pool.summary_slabs, self.pool.slabs
+        candidates = Candidates(
+            slots, page_idx, counts, num_sealed, summaries, self.layout, pages, scale, self.audit.boost, misses
+        )
+        table = lookup.select(self.ops, query, candidates)
+        self._chosen = self._chosen + (table > 0).sum()
+        reuse.visit(table)
+        if lookup.audit_every and reuse.step % lookup.audit_every == 0:
+            out, lse = self._empty(query, self.layout.value_dim)
+            page_lse = query.new_empty(*query.shape[:2], slots.shape[1], dtype=torch.float32)
+            self.ops.decode_attention(query, pages, slots, counts, self.layout, scale, out, lse, page_lse)
+            chosen = (table > 0).repeat_interleave(query.shape[1] // self.layout.num_kv_heads, dim=1)
+            mass = torch.exp(page_lse - lse[..., None]).masked_fill(~chosen, 0.0).sum(-1)
+            self.audit.note(mass[counts > 0], lookup.floor)
+        return table
 
     def _attend_pages(
         self, query: Tensor, slabs: Slabs, slots: Tensor, scale: float, out: Tensor, lse: Tensor

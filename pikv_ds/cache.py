@@ -25,6 +25,7 @@ from pikv_ds.ops import Ops
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.policies.retention import Prompt
+from pikv_ds.reuse import Reuse
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
 from pikv_ds.slabs import lasting_zeros
@@ -165,6 +166,7 @@ class ExpertShardedKVCache:
             self.streams,
         )
         self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
+        reuse = None if config.lookup.summary is None else Reuse(self.device)
         self.sender = PageSender(
             self.ops,
             self.exchange,
@@ -177,6 +179,7 @@ class ExpertShardedKVCache:
             self._nonfinite,
             self.evictor,
             bases,
+            reuse,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -190,6 +193,7 @@ class ExpertShardedKVCache:
             shape.num_heads,
             shape.head_dim,
             shape.value_dim,
+            reuse=reuse,
             num_sealed=self.sender.num_sealed,
         )
         self.plan: StepPlan | None = None
@@ -496,6 +500,8 @@ class ExpertShardedKVCache:
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_steps += 1
+        if self.attention.reuse is not None:
+            self.attention.reuse.step = self.num_steps
         self._raise_if_any_failed(everyone, error)
         self._raise_if_not_shared(everyone)
         self.committed_by_rank = [a.committed for a in everyone]

@@ -22,10 +22,14 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     moment, the same on all ranks: the end of the pass after which the group held the most tokens.
     ``dropped_pages`` are of prompts, cut before they were sealed, on their sequences' rank; ``evicted_pages`` were
     freed while decoding, on the rank that held them; of one KV head each where heads have pages of their own.
+    Of sparse lookups: ``reuse`` visits to pages, and those among them shortly after an earlier one
+    (`pikv_ds.reuse`); ``reuse_distances`` their histogram over powers of two; ``audit`` the attention mass
+    on this rank's pages that the choice held, where it was audited.
     ``peak_kv_bytes`` is the most at any moment, pages and prompts under way included.
     """
     layers, fullest = cache.shape.num_layers, cache.fullest
     attention, sender = cache.attention.counters, cache.sender.counters
+    reuse, audit = cache.attention.reuse, cache.attention.audit
     return {
         "rank": cache.exchange.rank,
         "tokens": cache.stored_tokens / layers,
@@ -50,6 +54,9 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "queries": attention["queries"],
         "pages_in_scope": attention["pages_in_scope"],
         "pages_visited": cache.attention.pages_visited,
+        "reuse": None if reuse is None else reuse.counts.tolist(),
+        "reuse_distances": None if reuse is None else reuse.histogram.tolist(),
+        "audit": {"mean": audit.mean, "worst": audit.worst, "boost": audit.boost} if audit.count else None,
         "sent_bytes": dict(cache.exchange.sent_bytes),
     }
 
@@ -64,6 +71,8 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     partial_bytes = sum(r["sent_bytes"].get("partial", 0) for r in per_rank)
     in_scope = sum(r["pages_in_scope"] for r in per_rank)
     visited = sum(r["pages_visited"] for r in per_rank)
+    visits, again = (sum(r["reuse"][i] for r in per_rank if r["reuse"]) for i in (0, 1))
+    audited = [r["audit"]["mean"] for r in per_rank if r["audit"]]
     return {
         "config": cache.config.to_dict(),
         "num_ranks": cache.exchange.size,
@@ -84,6 +93,8 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "hits": visited,
         "pages_in_scope": in_scope,
         "visited_share": visited / in_scope if in_scope else 1.0,
+        "reuse_hit_rate": again / visits if visits else None,
+        "captured_mass": min(audited) if audited else None,
     }
 
 

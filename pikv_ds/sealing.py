@@ -22,7 +22,8 @@ from pikv_ds.ops.projections import Projections
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
 from pikv_ds.policies.placements import Placement
-from pikv_ds.policies.summaries import KeyBounds
+from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
+from pikv_ds.reuse import Reuse
 from pikv_ds.sequences import FullPages, SequenceBatch
 
 HEADER = 5
@@ -61,11 +62,12 @@ class PageSender:
         table: PageTable,
         layout: PageLayout,
         placement: Placement,
-        summary: KeyBounds | None,
+        summary: Summary | None,
         topology: Topology,
         nonfinite: Tensor,
         evictor: Evictor,
         bases: list[Projections],
+        reuse: Reuse | None,
     ) -> None:
         self.ops, self.exchange, self.pool, self.table, self.layout = (
             ops,
@@ -75,7 +77,7 @@ class PageSender:
             layout,
         )
         self.placement, self.summary, self.topology = placement, summary, topology
-        self.nonfinite, self.evictor, self.bases = nonfinite, evictor, bases
+        self.nonfinite, self.evictor, self.bases, self.reuse = nonfinite, evictor, bases, reuse
         self.staged: list[StagedPage] = []
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
@@ -91,7 +93,7 @@ class PageSender:
         """Encodes full pages of one sequence; they wait for `send`."""
         n, split = pages.keys.shape[0], self.pool.page_bytes
         payload = torch.empty(n, split + self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
-        bounds = None if self.summary is None else payload[:, split:]
+        bounds = payload[:, split:] if isinstance(self.summary, KeyBounds) else None
         layer = unit // self.evictor.streams
         flag = self.nonfinite[layer : layer + 1]
         keys, values = pages.keys, pages.values
@@ -100,6 +102,8 @@ class PageSender:
             mine = self.bases[layer].heads(unit % self.evictor.streams, keys.shape[1])
             keys, values = mine.encode(keys, values)
         self.ops.seal_pages(keys, values, self.layout, payload[:, :split], bounds, flag)
+        if isinstance(self.summary, SubPages):
+            payload[:, split:] = self.summary.encode(keys, self.layout)
         votes = None if pages.experts is None else self._votes(pages.experts)
         for i in range(n):
             self.staged.append(
@@ -181,13 +185,13 @@ class PageSender:
             slots = self.pool.allocate(len(kept))
             self._store(slots, torch.stack([p.payload for p in kept]))
             source = SHARED_SOURCE if plan.shared else rank
-            self.evictor.stored(slots, [p.score for p in kept])
+            self._note_stored(slots, [p.score for p in kept])
             for page, slot in zip(kept, slots, strict=True):
                 self.table.add((source, page.batch.ids[page.row]), page.unit, page.page_idx, slot)
         if plan.shared:  # what is not kept lies on another rank
             return
         slots = self.pool.allocate(len(incoming))
-        self.evictor.stored(slots, [bits_float(score) for *_, score in incoming])
+        self._note_stored(slots, [bits_float(score) for *_, score in incoming])
         for (key, unit, page_idx, _), slot in zip(incoming, slots, strict=True):
             self.table.add(key, unit, page_idx, slot)
         leaving = sorted((o, i) for i, o in enumerate(owners) if o != rank)
@@ -255,6 +259,11 @@ class PageSender:
 
     def _preference(self, page: StagedPage) -> list[int]:
         return self.placement.owners(page.page_idx, page.votes, self.topology)
+
+    def _note_stored(self, slots: list[int], scores: list[float]) -> None:
+        self.evictor.stored(slots, scores)
+        if self.reuse is not None:
+            self.reuse.stored(slots, self.pool.num_slots)
 
     def _store(self, slots: list[int], payload: Tensor) -> None:
         split = self.pool.page_bytes

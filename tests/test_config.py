@@ -94,9 +94,9 @@ INVALID_POLICIES = [
         for v in (0, -1, 2.0, "8", None, True)
     ),
     ("lookup", {"name": "qwest"}, "lookup.name = 'qwest'", 'did you mean "quest"?'),
-    ("lookup", {"budget": 0.5}, "lookup.name = None", "choose one of exact, quest"),
-    ("lookup", {"name": ["quest"]}, "lookup.name = ['quest']", "choose one of exact, quest"),
-    ("lookup", {}, "lookup.name = None", "choose one of exact, quest"),
+    ("lookup", {"budget": 0.5}, "lookup.name = None", "choose one of exact, two_stage, quest"),
+    ("lookup", {"name": ["quest"]}, "lookup.name = ['quest']", "choose one of exact, two_stage, quest"),
+    ("lookup", {}, "lookup.name = None", "choose one of exact, two_stage, quest"),
 ]
 
 
@@ -154,7 +154,14 @@ def test_defaults_are_exact_and_unlimited() -> None:
 
 def test_policies_can_be_passed_as_instances() -> None:
     config = PiKVConfig.from_dict({"lookup": QuestLookup(budget=0.25), "placement": HashPlacement(period=7)})
-    assert config.to_dict()["lookup"] == {"name": "quest", "budget": 0.25, "sink_pages": 1, "local_pages": 1}
+    assert config.to_dict()["lookup"] == {
+        "name": "quest",
+        "budget": 0.25,
+        "sink_pages": 1,
+        "local_pages": 1,
+        "audit_every": 64,
+        "floor": 0.8,
+    }
     assert config.to_dict()["placement"] == {"name": "hash", "period": 7}
     assert PiKVConfig.from_dict(config.to_dict()) == config
 

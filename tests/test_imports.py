@@ -17,7 +17,7 @@ CSRC = ROOT.parent / "csrc"
 
 FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences", "slabs"}
 """Modules that import torch, the standard library and each other only."""
-CORE = FOUNDATION | {"exchange", "eviction", "sealing", "attention", "cache", "metrics"}
+CORE = FOUNDATION | {"exchange", "eviction", "reuse", "sealing", "attention", "cache", "metrics"}
 FOREIGN = {"metrics": {"rich"}, "policies.retention": {"kvpress"}, "policies.codecs": {"safetensors"}}
 """Packages that a core module imports where it needs them."""
 INTEGRATIONS = {"hf", "hf_cache", "hf_generate", "deepspeed_moe", "api"}

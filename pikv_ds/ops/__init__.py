@@ -11,6 +11,7 @@ op                     what
 `tail_attention`       partial attention over the open tails
 `merge_partials`       exact merge of partial attentions
 `page_scores`          Quest's upper bounds on stored key bounds
+`subpage_scores`       estimates of each page's log-sum-exp from its sub-pages
 `key_scores`           exact scores on stored keys, to rank a shortlist again
 `select_pages`         top pages under a budget, pinned ones always
 `update_utility`       one step of what retention knows of each page
@@ -72,6 +73,7 @@ class Ops:
     tail_attention = staticmethod(reference.tail_attention)
     merge_partials = staticmethod(reference.merge_partials)
     page_scores = staticmethod(reference.page_scores)
+    subpage_scores = staticmethod(reference.subpage_scores)
     key_scores = staticmethod(reference.key_scores)
     select_pages = staticmethod(reference.select_pages)
     update_utility = staticmethod(reference.update_utility)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pikv_ds.layout import BITS, PageLayout, scale_rows
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 ZERO = 0.0
@@ -303,6 +304,35 @@ def page_scores(
         upper = torch.einsum("kgd,nkd->kgn", q.clamp(min=0), bounds[:, 1])
         upper += torch.einsum("kgd,nkd->kgn", q.clamp(max=0), bounds[:, 0])
         out[row, :, :n][:, there] = upper.amax(1)
+
+
+def subpage_scores(
+    query: Tensor,
+    summary_slabs: Slabs,
+    table: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    summary: SubPages,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Estimates each page's log-sum-exp of ``q . k`` from its sub-pages: that of their scores (see `SubPages`).
+
+    Args:
+        query: ``[R, H, D]``.
+        table, counts: int32 ``[R, P]`` and ``[R]``.
+        scale: factor on ``q . k``.
+        out: float32 ``[R, H, P]``, -inf beyond ``counts``.
+    """
+    out.fill_(-torch.inf)
+    for row in range(len(query)):
+        slots = table[row, : int(counts[row])]
+        encoded = torch.empty(len(slots), summary_slabs.row_bytes, dtype=torch.uint8, device=table.device)
+        gather_pages(summary_slabs, slots, encoded)
+        centres, spreads = summary.decode(encoded, layout)  # [P, K, sub-pages, D]
+        q = query[row].float().unflatten(0, (layout.num_kv_heads, -1))  # [K, G, D]
+        scores = torch.einsum("kgd,pknd->kgpn", q, centres) + torch.einsum("kgd,pknd->kgpn", q.abs(), spreads)
+        out[row, :, : len(slots)] = (scores * scale).logsumexp(-1).flatten(0, 1)
 
 
 def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor) -> None:
