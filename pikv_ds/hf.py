@@ -68,6 +68,7 @@ class Attachment:
             if self.store.evictor.wants_source:
                 keep = functools.partial(_keep_inputs, layer)
                 self._hooks.append(attention.register_forward_pre_hook(keep, with_kwargs=True))
+                attention.__dict__["rotary_emb"] = model.base_model.rotary_emb  # where kvpress looks for it
         self._previous = model.config._attn_implementation
         AttentionInterface.register(ATTENTION, pikv_attention)
         AttentionMaskInterface.register(ATTENTION, _padding_mask)
@@ -88,6 +89,7 @@ class Attachment:
             hook.remove()
         for attention in self._attention_modules:
             del attention._pikv
+            attention.__dict__.pop("rotary_emb", None)
         del self.model.generate
         self.model.set_attn_implementation(self._previous)
 
@@ -167,8 +169,8 @@ def pikv_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function in transformers' registry.

@@ -28,19 +28,20 @@ def test_the_same_tokens_are_kept_as_by_kvpress(kind: str, press: str, share: fl
         "expected_attention": kvpress.ExpectedAttentionPress,
         "tova": kvpress.TOVAPress,
     }
-    with torch.inference_mode(), kinds[press](compression_ratio=1 - share)(model):
-        model.model(ids, past_key_values=theirs)
     settings = {"page_size": 1, "backend": "reference", "retention": f"kvpress:{press}"}
     pikv_ds.attach(model, settings | {"budget": {"name": "uniform", "prompt": share}})
     cache = pikv_ds.new_cache(model)
     with torch.inference_mode():
         model.model(ids, past_key_values=cache)
     store = attachment_of(model).store
+    kept = [contents(store, 0, layer) for layer in range(store.shape.num_layers)]
+    cache.release()
+    pikv_ds.detach(model)
+    with torch.inference_mode(), kinds[press](compression_ratio=1 - share)(model):
+        model.model(ids, past_key_values=theirs)
     for layer in range(store.shape.num_layers):
-        for head, (keys, values) in enumerate(contents(store, 0, layer)):
+        for head, (keys, values) in enumerate(kept[layer]):
             other = theirs.layers[layer].keys[0, head], theirs.layers[layer].values[0, head]
             assert len(keys) == len(other[0]) == int(150 * share)
             assert {tuple(k) for k in keys.tolist()} == {tuple(k) for k in other[0].tolist()}
             assert {tuple(v) for v in values.tolist()} == {tuple(v) for v in other[1].tolist()}
-    cache.release()
-    pikv_ds.detach(model)

@@ -235,8 +235,8 @@ def test_an_audit_remembers_the_worst() -> None:
     assert (audit.boost, audit.worst, audit.mean) == (1.25, 0.25, pytest.approx(1.75 / 3))
 
 
-BAD = {"budget": 0, "pages": 0, "shortlist": 0.5, "grain": 3, "summary_bits": 5, "mass": 0, "min_pages": 0, "penalty": 2,
-       "recall": 0, "floor": 1.5, "audit_every": -1, "sink_pages": -1, "local_pages": 0.5}  # fmt: skip
+BAD = {"budget": 0, "pages": 0, "shortlist": 0.5, "grain": 3, "summary_bits": 5, "mass": 0, "min_pages": 0,
+       "penalty": 2, "recall": 0, "floor": 1.5, "audit_every": -1, "sink_pages": -1, "local_pages": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize(

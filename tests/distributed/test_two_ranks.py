@@ -642,7 +642,7 @@ def initialize_badly(rank: int, configs: Sequence[dict[str, Any]], model: dict[s
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[str, ...]]] = {
     "unknown-key": ({"pagesize": 8}, {}, "ConfigError", ("pikv.pagesize", "page_size")),
     "page_size-12": ({"page_size": 12}, {}, "ConfigError", ("pikv.page_size = 12", "16")),
-    "codec": ({"codec": "int3"}, {}, "ConfigError", ("pikv.codec", "int4")),
+    "codec": ({"codec": "int5"}, {}, "ConfigError", ("pikv.codec", "int4")),
     "3-experts": ({}, {"num_experts": 3}, "ConfigError", ("autoep_size = 2", "3 experts")),
     "sliding-window": (
         {},

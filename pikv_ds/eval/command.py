@@ -1,0 +1,180 @@
+"""The command `pikv eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+EXAMPLES = """examples:
+  pikv eval --cases 6 --lengths 1000                       a first look, a few minutes
+  pikv eval --suite standard --json eval.json --plot eval.png --resume    everything; go on after an interruption
+  pikv eval --pikv '{"codec": "int4"}' --presses KeyDiff:0.75 SnapKV:0.75
+  pikv eval --model /models/Qwen3-30B-A3B --tasks needle text --markdown eval.md
+
+Contexts are compressed before the question is known. One process, one rank: what is lost does not depend on the
+number of ranks but for sparse lookups, which choose per rank. `--model reference` is a real MoE model made of
+SmolLM2-135M; `--model reference-dense` is the same before its feed-forward networks were copied into experts:
+the same attention, in a third of the time."""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to `pikv`."""
+    parser = commands.add_parser(
+        "eval",
+        help="measures what compression, eviction and sparse lookup cost on a real model",
+        description="Needles, variable tracking, common words and plain text, with PiKV and its peers side by side.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="reference", metavar="DIR", help="default: reference (see below)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--tasks", nargs="+", default=["needle"], metavar="TASK",
+                        help="of needle, multikey, tracking, common, text; default: needle")  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1000, 2000, 3500, 6000], metavar="N",
+                        help="tokens before the question; default: 1000 2000 3500 6000")  # fmt: skip
+    parser.add_argument("--cases", type=int, default=60, metavar="N", help="per task, over all lengths; default: 60")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suite", choices=("standard", "pikv", "peers", "none"),
+                        help="methods; default: pikv, or none where methods are named")  # fmt: skip
+    parser.add_argument("--pikv", action="append", default=[], metavar="JSON", help="a configuration (repeatable)")
+    parser.add_argument("--presses", nargs="+", default=[], metavar="NAME:RATIO", help="of kvpress, e.g. SnapKV:0.5")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="prose to hide needles in")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all outcomes, after every case")
+    parser.add_argument("--resume", action="store_true", help="goes on with what --json FILE has")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="writes the tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws quality against bytes")
+    parser.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs it; returns the exit status."""
+    from pikv_ds.eval import report, run, tasks
+    from pikv_ds.eval.text import read
+
+    check(args)
+    methods = methods_of(args)
+    settings = {
+        "model": args.model, "dtype": args.dtype, "tasks": args.tasks, "lengths": args.lengths, "cases": args.cases,
+        "seed": args.seed, "text": [str(p) for p in args.text],
+    }  # fmt: skip
+    done = run.load(args.json, settings) if args.resume else {}
+    texts = read(args.text or example_texts())
+    torch.set_num_threads(args.threads)
+    console = Console(stderr=True)
+    model, tokenizer = load(args.model, args.dtype, console)
+    depths = max(1, args.cases // len(args.lengths))
+    cases = tasks.make_cases(tokenizer, texts, args.tasks, args.lengths, depths, args.seed)
+    extra = {"machine": machine(), "torch": torch.__version__}
+
+    def save() -> None:
+        if args.json:
+            run.dump(args.json, settings, done, extra)
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("eval", total=len(cases) * len(methods))
+        run.run(model, tokenizer, cases, methods, done, save,
+                lambda name: progress.update(bar, advance=1, description=name[:24].ljust(24)))  # fmt: skip
+    names, keys = {m.name for m in methods}, {c.key for c in cases}
+    order = {m.name: i for i, m in enumerate(methods)}
+    outcomes = sorted(
+        (o for o in done.values() if o.method in names and o.case in keys), key=lambda o: order[o.method]
+    )
+    out = Console(width=None if sys.stdout.isatty() else 100)
+    for task in args.tasks:
+        out.print(report.table(outcomes, task))
+    title = f"{args.model}, {args.dtype}, {len(cases)} cases of {min(args.lengths)} to {max(args.lengths)} tokens"
+    if args.markdown:
+        args.markdown.write_text(report.markdown(outcomes, args.tasks, title))
+    if args.plot:
+        report.plot(args.plot, outcomes, args.tasks, title)
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what cannot work, before anything is loaded."""
+    from pikv_ds.eval.tasks import TASKS
+
+    for task in args.tasks:
+        if task not in TASKS:
+            raise ValueError(f"--tasks {task}: choose of {', '.join(TASKS)}")
+    for name, values in (("cases", [args.cases]), ("lengths", args.lengths), ("threads", [args.threads])):
+        if min(values) < 1:
+            raise ValueError(f"--{name} {min(values)}: use whole numbers of at least 1")
+    if args.resume and not args.json:
+        raise ValueError("--resume: name the file with --json")
+    for path in filter(None, (args.json, args.markdown, args.plot)):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}")
+
+
+def methods_of(args: argparse.Namespace) -> Sequence[Any]:
+    """The methods that the options name."""
+    from pikv_ds.config import PiKVConfig
+    from pikv_ds.eval import methods
+
+    suite = args.suite or ("none" if args.pikv or args.presses else "pikv")
+    out: list[Any] = [methods.Full()]
+    every = methods.standard()
+    if suite != "none":
+        out += [m for m in every if suite == "standard" or (m.family == "pikv") == (suite == "pikv")]
+    for text in args.pikv:
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--pikv {text}: {error.msg}; write a JSON object") from None
+        PiKVConfig.from_dict(config)
+        out.append(methods.PiKV(text, config))
+    return [*out, *(methods.parse_press(text) for text in args.presses)]
+
+
+def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    from pikv_ds import reference_model
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
+    kind = getattr(torch, dtype)
+    with console.status(f"loading {name} …"):
+        if name == "reference-dense":
+            model, tokenizer = reference_model.load_dense(kind)
+            return model.eval(), tokenizer
+        folder = str(reference_model.build(progress=True)) if name == "reference" else name
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval(), tokenizer
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"--model {name}: {first}; name a checkpoint's folder, reference or reference-dense"
+            ) from None
+
+
+def example_texts() -> list[Path]:
+    """The prose that comes with the sources."""
+    from pikv_ds import reference_model
+
+    return list(reference_model.example_texts())
+
+
+def machine() -> str:
+    from pikv_ds.bench.show import machine
+
+    return machine(torch.device("cpu"))
