@@ -142,35 +142,52 @@ MARKS = {"pikv": ("o", "tab:blue"), "kvpress": ("x", "tab:orange"), "transformer
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], tasks: Sequence[str], title: str) -> None:
-    """Quality against bytes, one panel per task."""
+    """Quality against bytes, one panel per task; methods by number, with their names beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(9 * len(tasks), 6.5), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        labelled: list[tuple[float, float]] = []
+    numbers = {name: i + 1 for i, name in enumerate(dict.fromkeys(o.method for o in outcomes))}
+    family_of = {o.method: o.family for o in outcomes}
+    height = max(6.0, 0.17 * len(numbers) + 1)
+    figure, axes = pyplot.subplots(1, len(tasks) + 1, figsize=(7 * len(tasks) + 3, height), squeeze=False,
+                                   width_ratios=[7] * len(tasks) + [3])  # fmt: skip
+    for axis, task in zip(axes[0], tasks, strict=False):
+        points = [(r, r.of_full, _quality(r)) for r in rows(outcomes, task)]
         for family, (mark, colour) in MARKS.items():
-            points = [r for r in rows(outcomes, task) if r.family == family]
-            ys = [_quality(r) for r in points]
-            axis.scatter([r.of_full for r in points], ys, marker=mark, color=colour, label=family, s=40, zorder=3)
-            for row, y in zip(points, ys, strict=True):
-                near = sum(abs(math.log(row.of_full / x)) < 0.12 and abs(y - v) < 0.035 for x, v in labelled)
-                labelled.append((row.of_full, y))
-                name = row.method.replace(" off", "")
-                axis.annotate(name, (row.of_full, y), (5, 4 - 9 * near), textcoords="offset points", fontsize=7)
+            mine = [(x, y) for r, x, y in points if r.family == family]
+            axis.scatter([x for x, _ in mine], [y for _, y in mine], marker=mark, color=colour, label=family, s=36)
+        for x, y, names in _clusters(points):
+            text = " ".join(str(numbers[name]) for name in names)
+            axis.annotate(text, (x, y), (0, 6), textcoords="offset points", fontsize=7, ha="center")
         axis.set_xscale("log", base=2)
         axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
         axis.set_xlabel("allocated bytes, of the full cache's")
         axis.set_ylabel("agreement with the full cache" if task == "text" else "answers found")
         axis.set_title(task)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="lower right")
+    names_axis = axes[0][-1]
+    names_axis.axis("off")
+    for name, number in numbers.items():
+        colour, place = MARKS[family_of[name]][1], 1 - number / (len(numbers) + 1)
+        names_axis.text(0, place, f"{number:2d}  {name}", color=colour, fontsize=8, va="center", family="monospace")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _clusters(points: Sequence[tuple[Row, float, float]]) -> list[tuple[float, float, list[str]]]:
+    """Points that lie on each other, to be labelled together: ``(x, y, methods)``."""
+    out: list[tuple[float, float, list[str]]] = []
+    for row, x, y in sorted(points, key=lambda p: (p[2], p[1])):
+        if out and abs(out[-1][1] - y) < 0.012 and abs(math.log(x / out[-1][0])) < 0.06:
+            out[-1][2].append(row.method)
+        else:
+            out.append((x, y, [row.method]))
+    return out
 
 
 def _quality(row: Row) -> float:

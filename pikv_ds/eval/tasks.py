@@ -115,10 +115,17 @@ def _needles(haystack: Haystack, length: int, depth: float, index: int, kind: st
     rng = haystack.rng
     what = "word" if kind == "word" else "number"
 
+    drawn: set[str] = set()
+
     def draw() -> str:
-        if kind == "word":
-            return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
-        return str(rng.randrange(10 ** (int(kind) - 1), 10 ** int(kind)))
+        while True:
+            if kind == "word":
+                out = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+            else:
+                out = str(rng.randrange(10 ** (int(kind) - 1), 10 ** int(kind)))
+            if out not in drawn:
+                drawn.add(out)
+                return out
 
     city = CITIES[index % len(CITIES)]
     answer = draw()
