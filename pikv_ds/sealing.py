@@ -8,7 +8,7 @@ layers wait for the next step and go in one exchange.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class StagedPage:
     """uint8 ``[page_bytes + summary_bytes]``"""
     score: float = 0.0
     """What retention thinks of it."""
+    seen: list[int] = field(default_factory=list)
+    """The votes of all pages of its layer that this rank had staged by then."""
 
 
 class PageSender:
@@ -79,6 +81,7 @@ class PageSender:
         self.placement, self.summary, self.topology = placement, summary, topology
         self.nonfinite, self.evictor, self.bases, self.reuse = nonfinite, evictor, bases, reuse
         self.staged: list[StagedPage] = []
+        self._seen: dict[int, list[int]] = {}  # votes per expert so far, per layer
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
         self._in_flight: tuple[PagesInFlight, list[int]] | None = None
@@ -106,6 +109,9 @@ class PageSender:
             payload[:, split:] = self.summary.encode(keys, self.layout)
         votes = None if pages.experts is None else self._votes(pages.experts)
         for i in range(n):
+            if votes is not None:
+                before = self._seen.get(layer, [0] * self.topology.num_experts)
+                self._seen[layer] = [a + b for a, b in zip(before, votes[i], strict=True)]
             self.staged.append(
                 StagedPage(
                     batch,
@@ -115,6 +121,7 @@ class PageSender:
                     None if votes is None else votes[i],
                     payload[i],
                     0.0 if pages.scores is None else pages.scores[i],
+                    self._seen.get(layer, []),
                 )
             )
 
@@ -258,7 +265,7 @@ class PageSender:
         return owners
 
     def _preference(self, page: StagedPage) -> list[int]:
-        return self.placement.owners(page.page_idx, page.votes, self.topology)
+        return self.placement.owners(page.page_idx, page.votes, self.topology, page.seen)
 
     def _note_stored(self, slots: list[int], scores: list[float]) -> None:
         self.evictor.stored(slots, scores)

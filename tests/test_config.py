@@ -20,7 +20,16 @@ VALID = {
         *("none", "fp8", "int8", "int4", "int3", "int2", "int1"),
         {"name": "int4", "values": "int2", "rotate": True, "scales": 8, "clip": True},
     ],
-    "placement": ["expert", "interleave", "hash", {"name": "hash"}, {"name": "hash", "period": 1}],
+    "placement": [
+        "expert",
+        "balanced",
+        {"name": "balanced", "alpha": 2},
+        "hierarchical",
+        "interleave",
+        "hash",
+        {"name": "hash"},
+        {"name": "hash", "period": 1},
+    ],
     "lookup": [
         "exact",
         "quest",
@@ -47,7 +56,7 @@ INVALID = [
     ("codec", 4, "from_dict"),
     ("codec", None, "from_dict"),
     ("placement", "experts", 'did you mean "expert"?'),
-    ("placement", "random", "choose one of expert, interleave, hash"),
+    ("placement", "random", "choose one of expert, balanced, hierarchical, interleave, hash"),
     ("placement", ["expert"], "from_dict"),
     ("lookup", "qest", 'did you mean "quest"?'),
     ("lookup", 0.5, "from_dict"),
@@ -93,6 +102,8 @@ INVALID_POLICIES = [
         ("placement", {"name": "hash", "period": v}, f"placement.period = {v!r}", "whole number of at least 1")
         for v in (0, -1, 2.0, "8", None, True)
     ),
+    ("placement", {"name": "balanced", "alpha": -1}, "placement.alpha = -1", "between 0"),
+    ("placement", {"name": "hierarchical", "ranks_per_node": 0}, "placement.ranks_per_node = 0", "at least 1"),
     ("lookup", {"name": "qwest"}, "lookup.name = 'qwest'", 'did you mean "quest"?'),
     ("lookup", {"budget": 0.5}, "lookup.name = None", "choose one of exact, two_stage, quest"),
     ("lookup", {"name": ["quest"]}, "lookup.name = ['quest']", "choose one of exact, two_stage, quest"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 
 import pytest
@@ -9,10 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
-from pikv_ds.policies.placements import ExpertPlacement, HashPlacement, InterleavePlacement, Placement
+from pikv_ds.policies.placements import (
+    BalancedPlacement,
+    ExpertPlacement,
+    HashPlacement,
+    HierarchicalPlacement,
+    InterleavePlacement,
+    Placement,
+)
 
 UNLIMITED = 2**40
-PLACEMENTS = [ExpertPlacement(), InterleavePlacement(), HashPlacement(), HashPlacement(period=3)]
+PLACEMENTS = [
+    ExpertPlacement(),
+    InterleavePlacement(),
+    HashPlacement(),
+    HashPlacement(period=3),
+    BalancedPlacement(),
+    HierarchicalPlacement(ranks_per_node=2),
+    HierarchicalPlacement(),
+]
 
 
 @st.composite
@@ -192,6 +209,41 @@ def test_expert_placement_follows_the_votes() -> None:
     assert owners(7, [0, 1, 0, 0, 5, 0, 0, 9], topology) == [3, 2, 0, 1]  # whatever the page
     assert owners(0, [0, 0, 4, 0, 4, 0, 0, 0], topology)[0] == 1  # a tie goes to the lower expert
     assert [owners(page, None, topology)[0] for page in range(6)] == [0, 1, 2, 3, 0, 1]  # no router
+
+
+def test_balanced_placement_is_the_experts_without_a_malus() -> None:
+    topology, votes, seen = Topology(8, 4), [0, 1, 0, 0, 5, 0, 0, 9], [3, 1, 4, 1, 5, 9, 2, 60]
+    assert BalancedPlacement(alpha=0).owners(3, votes, topology, seen) == ExpertPlacement().owners(3, votes, topology)
+    assert BalancedPlacement().owners(5, None, topology) == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_balanced_placement_evens_out_skewed_routing(alpha: float) -> None:
+    """One expert has half of all votes, but pages differ a little: with a malus they spread."""
+    rng, topology, seen, homes = random.Random(1), Topology(4, 4), [0] * 4, [0] * 4
+    for page in range(400):
+        votes = [16, 0, 0, 0]
+        for expert in rng.choices(range(4), k=16):
+            votes[expert] += 1
+        seen = [a + b for a, b in zip(seen, votes, strict=True)]
+        homes[BalancedPlacement(alpha).owners(page, votes, topology, seen)[0]] += 1
+    assert homes[0] == 400 if alpha == 0 else max(homes) < 160
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=16, max_size=16), st.sampled_from([1, 2, 3, 4, 8, 16]))
+def test_hierarchical_placement_stays_on_the_best_node(votes: list[int], per_node: int) -> None:
+    topology = Topology(16, 8)
+    order = HierarchicalPlacement(per_node).owners(0, votes, topology)
+    assert sorted(order) == list(range(8))
+    nodes = [rank // per_node for rank in order]
+    assert len(list(itertools.groupby(nodes))) == len(set(nodes))  # node by node
+    by_node = [
+        sum(v for e, v in enumerate(votes) if topology.owner(e) // per_node == n) for n in range(max(nodes) + 1)
+    ]
+    assert by_node[nodes[0]] == max(by_node)
+    best = [max(votes[2 * r], votes[2 * r + 1]) for r in order if r // per_node == nodes[0]]
+    assert best == sorted(best, reverse=True)
 
 
 def test_interleave_placement_ignores_the_votes() -> None:

@@ -5,6 +5,7 @@ A policy is a frozen dataclass with one method; add one by writing it and naming
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,18 +18,22 @@ class Placement(Protocol):
 
     name: str
 
-    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
         """Ranks in order of preference.
 
         Args:
             page_idx: number of the page within its sequence, 0 = first.
             votes: how often the page's tokens chose each expert, ``[num_experts]``; None at
                 layers without a router.
+            seen: the sums of the votes of all pages that this rank has placed at the layer so far, this one
+                included, ``[num_experts]``.
         """
         ...
 
 
-def _ranking(votes: list[int]) -> list[int]:
+def _ranking(votes: Sequence[float]) -> list[int]:
     """Experts by votes, most first; ties go to the lower number, so that all ranks agree."""
     return sorted(range(len(votes)), key=lambda e: (-votes[e], e))
 
@@ -39,7 +44,9 @@ class InterleavePlacement:
 
     name = "interleave"
 
-    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
         return [(page_idx + i) % topology.num_ranks for i in range(topology.num_ranks)]
 
 
@@ -49,7 +56,9 @@ class ExpertPlacement:
 
     name = "expert"
 
-    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
         if votes is None:
             return InterleavePlacement().owners(page_idx, votes, topology)
         return list(dict.fromkeys(topology.owner(e) for e in _ranking(votes)))
@@ -67,15 +76,77 @@ class HashPlacement:
         if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
             raise ValueError(f"period = {self.period!r}: use a whole number of at least 1")
 
-    def owners(self, page_idx: int, votes: list[int] | None, topology: Topology) -> list[int]:
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
         home = _ranking(votes)[0] if votes is not None else 0
         expert = ((page_idx % self.period) ^ home) % topology.num_experts
         first = topology.owner(expert)
         return [(first + i) % topology.num_ranks for i in range(topology.num_ranks)]
 
 
+@dataclass(frozen=True)
+class BalancedPlacement:
+    """`ExpertPlacement` with a malus for experts that are chosen all the time (PiKV's load-balanced routing).
+
+    Experts are ranked by ``v_e - alpha * (mu_e - 1 / E)``: v_e the page's share of votes, mu_e the share over all
+    pages so far. With alpha = 1 a page goes where its tokens deviate the most from the usual.
+    """
+
+    alpha: float = 0.5
+    """Weight of the malus; 0: `ExpertPlacement`."""
+    name = "balanced"
+
+    def __post_init__(self) -> None:
+        value = self.alpha
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+            raise ValueError(f"alpha = {value!r}: use a number between 0 (votes alone) and 100")
+
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
+        if votes is None:
+            return InterleavePlacement().owners(page_idx, votes, topology)
+        total, all_votes = max(1, sum(votes)), max(1, sum(seen))
+        usual = [n / all_votes - 1 / len(votes) for n in seen] or [0.0] * len(votes)
+        ranked = _ranking([v / total - self.alpha * u for v, u in zip(votes, usual, strict=True)])
+        return list(dict.fromkeys(topology.owner(e) for e in ranked))
+
+
+@dataclass(frozen=True)
+class HierarchicalPlacement:
+    """The node first, then the rank: nodes by the votes for all of their experts, ranks within by the expert's.
+
+    What overflows stays on the node while it has room, so that pages of a sequence lie on few nodes and queries
+    cross the slow network less.
+    """
+
+    ranks_per_node: int = 8
+    """Ranks that share a node; the last node may have fewer."""
+    name = "hierarchical"
+
+    def __post_init__(self) -> None:
+        value = self.ranks_per_node
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"ranks_per_node = {value!r}: use a whole number of at least 1")
+
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
+        if votes is None:
+            return InterleavePlacement().owners(page_idx, votes, topology)
+        by_rank = [max(v for e, v in enumerate(votes) if topology.owner(e) == r) for r in range(topology.num_ranks)]
+        node = [r // self.ranks_per_node for r in range(topology.num_ranks)]
+        by_node = [0] * (node[-1] + 1)
+        for expert, n in enumerate(votes):
+            by_node[node[topology.owner(expert)]] += n
+        return sorted(range(topology.num_ranks), key=lambda r: (-by_node[node[r]], node[r], -by_rank[r], r))
+
+
 PLACEMENTS: dict[str, type[Placement]] = {
     "expert": ExpertPlacement,
+    "balanced": BalancedPlacement,
+    "hierarchical": HierarchicalPlacement,
     "interleave": InterleavePlacement,
     "hash": HashPlacement,
 }
