@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from pikv_ds.eval import command
+from pikv_ds.eval import calibrate_command, command
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ EXAMPLES = """examples:
   pikv bench --op lookup --context 32k --codecs int4   choosing an eighth of the pages, against all
   pikv bench --op seal --json seal.json            sealing, against a plain copy
   pikv bench --plot decode.png                     time and GB/s against context, as a picture
-  pikv eval --cases 6 --lengths 1000               needles found with codecs and lookups"""
+  pikv eval --cases 6 --lengths 1000               needles found with codecs and lookups
+  pikv codecs                                      what each codec loses of keys, values and attention
+  pikv calibrate --rank 32 --out bases.safetensors bases for low-rank pages"""
 
 CODEC_CHOICES = ("none", "fp8", "int8", "int4", "int2")
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_bench(commands)
     command.add(commands)
+    calibrate_command.add(commands)
     report = commands.add_parser("report", help="which ops run here, and why")
     report.add_argument("--json", action="store_true", help="as JSON")
     report.set_defaults(run=_report)
