@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,7 +171,8 @@ def compare(exchange: Exchange, config: PiKVConfig, shape: ModelShape) -> None:
     Raises:
         PeerError: naming the ranks and what differs.
     """
-    mine = {"version": __version__, "torch": torch.__version__, **config.to_dict(), **vars(shape)}
+    files = {f"file {path}": _digest(path) for path in config.files()}
+    mine = {"version": __version__, "torch": torch.__version__, **config.to_dict(), **vars(shape), **files}
     texts = exchange.all_gather_text(json.dumps(mine, default=str, sort_keys=True))
     first = json.loads(texts[0] or "{}")
     for rank, text in enumerate(texts):
@@ -181,6 +184,14 @@ def compare(exchange: Exchange, config: PiKVConfig, shape: ModelShape) -> None:
                 f"ranks 0 and {rank} differ in {', '.join(different)} ({key}: {first[key]!r} and {other.get(key)!r}); "
                 "start all ranks with the same configuration, model and versions"
             )
+
+
+def _digest(path: str) -> str:
+    """A file's SHA-256, or why it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        return str(error)
 
 
 __all__ = ["ConfigError", "attach", "attachment_of", "detach", "initialize", "new_cache", "stats"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from pikv_ds.eval import calibrate_command, command
+from pikv_ds.eval import calibrate_command, command, tune_command
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ EXAMPLES = """examples:
   pikv bench --plot decode.png                     time and GB/s against context, as a picture
   pikv eval --cases 6 --lengths 1000               needles found with codecs and lookups
   pikv codecs                                      what each codec loses of keys, values and attention
-  pikv calibrate --rank 32 --out bases.safetensors bases for low-rank pages"""
+  pikv calibrate --rank 32 --out bases.safetensors bases for low-rank pages
+  pikv tune --out tuned.json                       the settings with the least latency + 0.2*memory - 5*fidelity
+  pikv heads --out heads.json                      retrieval heads, for the budget "duo\""""
 
 CODEC_CHOICES = ("none", "fp8", "int8", "int4", "int2")
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_bench(commands)
     command.add(commands)
     calibrate_command.add(commands)
+    tune_command.add(commands)
     report = commands.add_parser("report", help="which ops run here, and why")
     report.add_argument("--json", action="store_true", help="as JSON")
     report.set_defaults(run=_report)

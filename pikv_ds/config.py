@@ -148,6 +148,10 @@ class PiKVConfig:
             values[key] = _policy(key, values[key], table)
         return cls(**values)
 
+    def files(self) -> list[str]:
+        """Paths of calibration files that the policies read."""
+        return [path for path in (self.codec.projections, getattr(self.budget, "heads", None)) if path]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict(config.to_dict()) == config`."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -47,7 +47,7 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=WORLD_TIMEOUT)
-    settings = {k: v for k, v in config.items() if k != "pikv"}
+    settings = {k: v for k, v in config.items() if k not in ("pikv", "pikv_tuned")}
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     settings.setdefault("zero_optimization", {"stage": 0})
     parallel = settings.get("expert_parallel")

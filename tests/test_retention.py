@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -152,6 +153,25 @@ def test_chunks_are_whole_pages_of_the_text(rng) -> None:
     assert found == sorted(set(found))
     assert found[0] == 0
     assert len(found) == 5
+
+
+def test_duo_keeps_all_of_retrieval_heads_and_the_ends_of_the_others(rng, tmp_path) -> None:
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps({"retrieval": [[True, False], [False, False]]}))
+    budget = {"name": "duo", "heads": str(path), "sink": 4, "recent": 2 * PAGE}
+    watcher = Watcher(rng, retention={"name": "streaming", "sink": 4}, budget=budget)
+    (_, key, _), _ = watcher.step(80)
+    assert [len(keys) for keys, _ in contents(watcher.cache, 0, 0)] == [80, 2 * PAGE]
+    assert torch.equal(contents(watcher.cache, 0, 0)[1][0], key[[*range(4), *range(68, 80)], 1])
+    for _ in range(41):  # the last one sends the page that the one before has filled
+        watcher.step(1)
+    sizes = [[len(keys) for keys, _ in contents(watcher.cache, 0, layer)] for layer in range(2)]
+    assert sizes[0][0] == 121
+    assert all(n <= 4 * PAGE for n in (sizes[0][1], *sizes[1]))
+    wrong = {"retrieval": [[True, False]]}
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="is of 1 layers with 2 KV heads, the model has 2 with 2"):
+        make_cache(retention="streaming", budget=budget)
 
 
 def test_ada_gives_more_to_heads_with_higher_scores(rng) -> None:

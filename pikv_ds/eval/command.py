@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,8 @@ def main(args: argparse.Namespace) -> int:
         if args.json:
             run.dump(args.json, settings, done, extra)
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("eval", total=len(cases) * len(methods))
-        run.run(model, tokenizer, cases, methods, done, save,
-                lambda name: progress.update(bar, advance=1, description=name[:24].ljust(24)))  # fmt: skip
+    with progress_bar(console, "eval", len(cases) * len(methods)) as step:
+        run.run(model, tokenizer, cases, methods, done, save, step)
     names, keys = {m.name for m in methods}, {c.key for c in cases}
     order = {m.name: i for i, m in enumerate(methods)}
     outcomes = sorted(
@@ -102,6 +97,18 @@ def main(args: argparse.Namespace) -> int:
     if args.plot:
         report.plot(args.plot, outcomes, args.tasks, title)
     return 0
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with the time left; what it gives is called with a name after every step."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda name: progress.update(bar, advance=1, description=name[:24].ljust(24))
 
 
 def check(args: argparse.Namespace) -> None:

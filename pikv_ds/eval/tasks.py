@@ -45,6 +45,8 @@ class Case:
     context_tokens: int
     depth: float
     new_tokens: int = 10
+    needle: tuple[int, int] = (0, 0)
+    """Places of the asked-for sentence's tokens in the context, where there is one."""
 
     @property
     def answer(self) -> str:
@@ -139,7 +141,9 @@ def _needles(haystack: Haystack, length: int, depth: float, index: int, kind: st
     context = haystack.hide(head + haystack.encode(INSTRUCTION.format(what=what)), pieces, length)
     new = 10 if kind in ("5", "7") else 20
     task = "multikey" if others else "needle"
-    return Case(task, kind, context + question, question, (answer,), length, depth, new)
+    ids = pieces[0][1]
+    start = next(i for i in range(len(context)) if context[i : i + len(ids)] == ids)
+    return Case(task, kind, context + question, question, (answer,), length, depth, new, (start, start + len(ids)))
 
 
 def tracking(haystack: Haystack, length: int, depth: float, index: int, kind: str) -> Case:
