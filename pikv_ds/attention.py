@@ -357,7 +357,8 @@ class ShardedAttention:
         if sparse and in_scope:
             sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
             sealed = sealed.repeat_interleave(repeats * streams)
-            table = self._choose(query, every, page_idx, counts, sealed, scale)
+            owners = [s for s, n in zip(sequences, lengths, strict=True) for _ in range(n * streams)]
+            table = self._choose(owners, query, every, page_idx, counts, sealed, scale)
         else:
             self.counters["pages_read"] += in_scope
         page_lse = query.new_empty(*query.shape[:2], table.shape[-1], dtype=torch.float32) if learns else None
@@ -367,16 +368,31 @@ class ShardedAttention:
             self.evictor.visits.append(Visit(layer, asked, every, page_lse))
 
     def _choose(
-        self, query: Tensor, slots: Tensor, page_idx: Tensor, counts: Tensor, num_sealed: Tensor, scale: float
+        self,
+        owners: list[tuple[int, int]],
+        query: Tensor,
+        slots: Tensor,
+        page_idx: Tensor,
+        counts: Tensor,
+        num_sealed: Tensor,
+        scale: float,
     ) -> Tensor:
-        """The table of the pages that the lookup chooses, int32 ``[R, K, P]``; audits the choice now and then."""
+        """The table of the pages that the lookup chooses, int32 ``[R, K, P]``; audits the choice now and then.
+
+        Args:
+            owners: the sequence of each row.
+        """
         reuse, lookup = self.reuse, self.lookup
         assert reuse is not None
         assert isinstance(lookup, SparseLookup)
         misses = reuse.misses(slots) if lookup.name == "cache_aware" else None
         summaries, pages = self.pool.summary_slabs, self.pool.slabs
+        boost = None
+        if self.audit.boosts:
+            raised = [self.audit.boost(sequence) for sequence in owners]
+            boost = torch.tensor(raised, dtype=torch.float64, device=query.device)
         candidates = Candidates(
-            slots, page_idx, counts, num_sealed, summaries, self.layout, pages, scale, self.audit.boost, misses
+            slots, page_idx, counts, num_sealed, summaries, self.layout, pages, scale, boost, misses
         )
         table = lookup.select(self.ops, query, candidates)
         self._chosen = self._chosen + (table > 0).sum()
@@ -387,7 +403,10 @@ class ShardedAttention:
             self.ops.decode_attention(query, pages, slots, counts, self.layout, scale, out, lse, page_lse)
             chosen = (table > 0).repeat_interleave(query.shape[1] // self.layout.num_kv_heads, dim=1)
             mass = torch.exp(page_lse - lse[..., None]).masked_fill(~chosen, 0.0).sum(-1)
-            self.audit.note(mass[counts > 0], lookup.floor)
+            for sequence in dict.fromkeys(owners):
+                rows = [i for i, owner in enumerate(owners) if owner == sequence and counts[i]]
+                if rows:
+                    self.audit.note(sequence, mass[rows], lookup.floor)
         return table
 
     def _attend_pages(

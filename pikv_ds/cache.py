@@ -556,6 +556,7 @@ class ExpertShardedKVCache:
         self.pool.free(self.table.remove(sequence))
         self.sender.num_sealed.pop(sequence, None)
         self.evictor.forget(sequence)
+        self.attention.audit.forget(sequence)
 
     def _free_after_release(self, everyone: list[Announcement]) -> tuple[list[int], list[int]]:
         """Free pages of every rank, all and without the reserve, once finished sequences are gone."""

@@ -56,7 +56,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "pages_visited": cache.attention.pages_visited,
         "reuse": None if reuse is None else reuse.counts.tolist(),
         "reuse_distances": None if reuse is None else reuse.histogram.tolist(),
-        "audit": {"mean": audit.mean, "worst": audit.worst, "boost": audit.boost} if audit.count else None,
+        "audit": {"mean": audit.mean, "worst": audit.worst, "raised": audit.raised} if audit.count else None,
         "sent_bytes": dict(cache.exchange.sent_bytes),
     }
 

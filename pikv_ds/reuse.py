@@ -61,20 +61,35 @@ class Reuse:
 class Audit:
     """How much attention mass a sparse lookup's choice held, where all pages were read beside it."""
 
-    boost: float = 1.0
-    """What the lookup's budget is multiplied by now."""
+    boosts: dict[tuple[int, int], float] = field(default_factory=dict)
+    """What a sequence's budget is multiplied by now, where that is not 1. By sequence, so that none depends on which
+    others there are."""
     count: int = 0
     total: float = 0.0
     worst: float = 1.0
+    _highest: float = 1.0
 
-    def note(self, captured: Tensor, floor: float) -> None:
-        """Takes in the mass that each query and head found, ``[R, H]``; raises the budget where it is too little."""
-        mean = float(captured.mean())
+    def boost(self, sequence: tuple[int, int]) -> float:
+        """What its budget is multiplied by."""
+        return self.boosts.get(sequence, 1.0)
+
+    @property
+    def raised(self) -> float:
+        """The highest factor that any sequence has come to."""
+        return self._highest
+
+    def forget(self, sequence: tuple[int, int]) -> None:
+        """A sequence is gone."""
+        self.boosts.pop(sequence, None)
+
+    def note(self, sequence: tuple[int, int], captured: Tensor, floor: float) -> None:
+        """Takes in the mass that each query and head of a sequence found; raises its budget where it is too little."""
         self.count += captured.numel()
         self.total += float(captured.sum())
         self.worst = min(self.worst, float(captured.min()))
-        if mean < floor:
-            self.boost *= 1.25
+        if float(captured.mean()) < floor:
+            self.boosts[sequence] = self.boost(sequence) * 1.25
+            self._highest = max(self._highest, self.boosts[sequence])
 
     @property
     def mean(self) -> float | None:

@@ -63,7 +63,7 @@ def test_a_budget_of_all_pages_is_exact(name: str, codec: Any, rng) -> None:
         driver.step(width)
     assert cache.attention.pages_visited == cache.attention.counters["pages_in_scope"] > 0
     assert cache.attention.audit.mean == pytest.approx(1.0, abs=1e-5)
-    assert cache.attention.audit.boost == 1
+    assert cache.attention.audit.raised == 1
 
 
 @pytest.mark.parametrize("name", ["two_stage", "adaptive"])
@@ -206,7 +206,7 @@ def test_audits_raise_a_budget_that_captures_too_little(rng) -> None:
             cache.attend(batch, layer, query, key, value, 0.25)
             cache.routed(batch, layer, torch.zeros(width, 2, dtype=torch.int64))
     figures = rank_stats(cache)
-    assert figures["audit"]["boost"] > 9  # attention is flat: only nearly all pages hold 0.99 of it
+    assert figures["audit"]["raised"] > 9  # attention is flat: only nearly all pages hold 0.99 of it
     assert figures["audit"]["worst"] < 0.2 < figures["audit"]["mean"] < 1
     assert figures["pages_visited"] > 0.3 * figures["pages_in_scope"]
     assert figures["reuse"][0] >= figures["reuse"][1] > 0
@@ -229,10 +229,13 @@ def test_reuse_counts_hits_distances_and_misses_in_a_row() -> None:
 def test_an_audit_remembers_the_worst() -> None:
     audit = Audit()
     assert audit.mean is None
-    audit.note(torch.tensor([0.5, 1.0]), floor=0.7)
-    assert audit.boost == 1
-    audit.note(torch.tensor([0.25]), floor=0.7)
-    assert (audit.boost, audit.worst, audit.mean) == (1.25, 0.25, pytest.approx(1.75 / 3))
+    audit.note((0, 1), torch.tensor([0.5, 1.0]), floor=0.7)
+    assert audit.raised == 1
+    audit.note((0, 2), torch.tensor([0.25]), floor=0.7)
+    assert (audit.boost((0, 1)), audit.boost((0, 2))) == (1, 1.25)
+    assert (audit.raised, audit.worst, audit.mean) == (1.25, 0.25, pytest.approx(1.75 / 3))
+    audit.forget((0, 2))
+    assert audit.boost((0, 2)) == 1
 
 
 BAD = {"budget": 0, "pages": 0, "shortlist": 0.5, "grain": 3, "summary_bits": 5, "mass": 0, "min_pages": 0,

@@ -5,7 +5,6 @@ A policy is a frozen dataclass with one method; add one by writing it and naming
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,8 +35,8 @@ class Candidates:
     """The pool's pages."""
     scale: float
     """Factor on ``q . k``."""
-    boost: float = 1.0
-    """By how much audits have raised the budget so far."""
+    boost: Tensor | None = None
+    """``[R]``: by how much audits have raised each row's budget so far; None: not at all."""
     misses: Tensor | None = None
     """float32 ``[R, P]``: how often in a row each page was not visited shortly before (see `Reuse`); None: never."""
     tier_cost: Tensor | None = None
@@ -52,10 +51,17 @@ class Candidates:
         """First and most recent pages, bool ``[R, P]``."""
         return (self.page_idx < sink_pages) | (self.page_idx >= self.num_sealed[:, None] - local_pages)
 
-    def budget(self, share: float, boost: float | None = None) -> Tensor:
+    def budget(self, share: float) -> Tensor:
         """Pages of a share of them, raised by the audits, int32 ``[R]``."""
-        boost = self.boost if boost is None else boost
-        return torch.ceil(self.counts.double() * min(1.0, share * boost) - 1e-9).int()
+        return torch.ceil(self.counts * self._raised(share).clamp(max=1.0) - 1e-9).int()
+
+    def at_most(self, pages: int) -> Tensor:
+        """So many pages, raised by the audits, int32 ``[R]``."""
+        return torch.minimum(self.counts, torch.ceil(self._raised(pages) - 1e-9)).int()
+
+    def _raised(self, amount: float) -> Tensor:
+        ones = torch.ones(len(self.counts), dtype=torch.float64, device=self.counts.device)
+        return amount * (ones if self.boost is None else self.boost)
 
 
 @runtime_checkable
@@ -148,8 +154,7 @@ class TopkLookup(SparseLookup):
         _whole(self, "pages", at_least=1)
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
-        budget = pages.counts.clamp(max=math.ceil(self.pages * pages.boost)).int()
-        return _select(ops, pages, _bounds(ops, query, pages), budget, self)
+        return _select(ops, pages, _bounds(ops, query, pages), pages.at_most(self.pages), self)
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ class TwoStageLookup(SparseLookup):
         logits = query.new_empty(*query.shape[:2], pages.slots.shape[1], dtype=torch.float32)
         arguments = pages.summaries, pages.slots, pages.counts, pages.layout, self.summary, pages.scale
         ops.subpage_scores(query, *arguments, logits)
-        estimated = _over_group(logits.softmax(-1), pages.layout)
+        estimated = _over_group(logits.softmax(-1).nan_to_num(0.0), pages.layout)  # rows without pages here
         shortlist = _select(ops, pages, estimated, pages.budget(self.budget * self.shortlist), self)
         ops.key_scores(query, pages.pages, shortlist, pages.counts, pages.layout, pages.scale, logits)
         return _over_group(logits.softmax(-1).nan_to_num(0.0), pages.layout), shortlist

@@ -80,7 +80,7 @@ class SubPages:
         """Centres and spreads, float32 ``[N, K, sub-pages, D]``, of summaries uint8 ``[N, num_bytes]``."""
         n, k, count, d = len(summaries), layout.num_kv_heads, self.count(layout), layout.head_dim
         split = 2 * k * count * d * self.bits // 8
-        codes = self._unpack(summaries[:, :split].reshape(n, 2, k, count, -1)).float()
+        codes = self._unpack(summaries[:, :split].reshape(n, 2, k, count, d * self.bits // 8)).float()
         scales = summaries[:, split:].contiguous().view(torch.float16).float().view(n, 2, k, count, 1)
         middle = (2**self.bits - 1) // 2
         return (codes[:, 0] - middle) * scales[:, 0], codes[:, 1] * scales[:, 1]

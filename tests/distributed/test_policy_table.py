@@ -1,0 +1,121 @@
+"""Every policy with every other one, on one, two and four ranks: the invariants that hold whatever they choose."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Ranks, ranks_fixture
+from passes import PAGE, make_cache
+from torch import Tensor
+
+from pikv_ds.cache import ExpertShardedKVCache
+from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.policies.lookups import LOOKUPS
+from pikv_ds.policies.placements import PLACEMENTS
+from pikv_ds.policies.retention import RETENTIONS
+
+pytestmark = pytest.mark.distributed
+two = ranks_fixture(2)
+four = ranks_fixture(4)
+
+CODECS: list[Any] = [
+    "none",
+    "fp8",
+    "int4",
+    {"name": "int2", "rotate": True, "clip": True, "scales": 8},
+    {"name": "int8", "values": "int3"},
+]
+SPARSE = {"audit_every": 3}
+CHOICES: list[Any] = ["exact", *({"name": name, **SPARSE} for name in LOOKUPS if name != "exact")]
+BUDGETS: list[dict[str, Any]] = [
+    {},
+    {"retention": "h2o", "budget": {"name": "uniform", "tokens": 4 * PAGE}},
+    {"retention": "snap", "budget": {"name": "ada", "prompt": 0.5}},
+    {"retention": "lru_plus", "budget": {"name": "pyramid", "prompt": 0.7, "tokens": 5 * PAGE}},
+    {"retention": "chunk", "budget": {"name": "uniform", "prompt": 0.6}},
+]
+TABLE = [
+    {"codec": codec, "lookup": lookup, "placement": list(PLACEMENTS)[i % len(PLACEMENTS)], **budget}
+    for i, (codec, lookup, budget) in enumerate(itertools.product(CODECS, CHOICES, BUDGETS))
+]
+"""Placements go round: all of them meet all of the others, if not in all combinations."""
+
+
+def passes(cache: ExpertShardedKVCache, seeds: tuple[int, int], prompt: int, steps: int) -> list[Tensor]:
+    """Outputs of the first of two sequences, pass by pass, whose data follow from their seeds alone."""
+    shape, batch, out = cache.shape, cache.new_batch(2), []
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for width in [prompt, *[1] * steps]:
+        cache.begin_step(batch, [width, width])
+        for layer in range(shape.num_layers):
+            heads = shape.num_heads, shape.num_kv_heads, shape.num_kv_heads
+            parts = [[torch.randn(width, n, shape.head_dim, generator=g) for n in heads] for g in sources]
+            experts = torch.cat([torch.randint(shape.num_experts, (width, 2), generator=g) for g in sources])
+            query, key, value = (torch.cat(pair) for pair in zip(*parts, strict=True))
+            got = cache.attend(batch, layer, query, key, value, 0.25)
+            assert got.isfinite().all()
+            out.append(got[:width].clone())
+            cache.routed(batch, layer, experts)
+    cache.begin_step(None, [])  # what has filled up last is sent
+    cache.check_integrity()
+    sealed = sum(batch.sealed) * cache.num_units
+    gone = sum(map(sum, batch.dropped))
+    held = sum(sum(map(sum, loads)) for loads in batch.loads)
+    assert held + gone == sealed  # exactly once, or counted as dropped
+    assert gone == 0 or cache.evictor.cuts
+    cache.release(batch)
+    cache.begin_step(None, [])
+    return out
+
+
+def check(settings: dict[str, Any], exchange: Exchange | None, rank: int) -> None:
+    """Two runs that differ in the second sequence only, and one whose prompt is longer."""
+    seed = 10 * rank
+    first, second, longer = (
+        passes(make_cache(exchange=exchange, **settings), seeds, prompt, steps)
+        for seeds, prompt, steps in (((seed, 1), 35, 12), ((seed, 2), 35, 12), ((seed, 1), 35, 14))
+    )
+    for a, b, c in zip(first, second, longer, strict=False):
+        if exchange is None or exchange.size == 1:
+            assert torch.equal(a, b), "a sequence has seen another one"
+        else:  # the other's pages change who holds what, and with it the order of sums
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4) if settings["lookup"] == "exact" else None
+        torch.testing.assert_close(a, c, atol=0, rtol=0)  # nor has it seen what comes later
+
+
+def on_ranks(rank: int, table: list[dict[str, Any]]) -> int:
+    exchange = Exchange(make_group(dist.group.WORLD, 20))
+    for settings in table:
+        check(settings, exchange, rank)
+    pool = make_cache(exchange=exchange).pool.num_used
+    exchange.close()
+    return pool
+
+
+@pytest.mark.parametrize("settings", TABLE, ids=str)
+def test_on_one_rank(settings: dict[str, Any]) -> None:
+    check(settings, None, 0)
+
+
+@pytest.mark.slow
+def test_on_two_ranks(two: Ranks) -> None:
+    for start in range(0, len(TABLE), 25):
+        assert two.run(on_ranks, table=TABLE[start : start + 25 : 5]) == [0, 0]
+
+
+@pytest.mark.slow
+def test_on_four_ranks(four: Ranks) -> None:
+    for start in range(0, len(TABLE), 30):
+        assert four.run(on_ranks, table=TABLE[start : start + 30 : 10]) == [0] * 4
+
+
+def test_the_table_is_whole() -> None:
+    assert {s["placement"] for s in TABLE} == set(PLACEMENTS)
+    assert {s["lookup"] if isinstance(s["lookup"], str) else s["lookup"]["name"] for s in TABLE} == set(LOOKUPS)
+    assert {s["retention"] for s in TABLE if "retention" in s} < set(RETENTIONS)
+    pairs = {(str(s["placement"]), str(s["lookup"])) for s in TABLE}
+    assert len(pairs) == len(PLACEMENTS) * len(CHOICES)
