@@ -157,6 +157,8 @@ class StaticRequests:
             if offset in self.batches:
                 self.store.release(self.batches.pop(offset))
             shared = self.shared
+            if shared is None and self.store.evictor.cuts:  # ranks that round differently would drop different tokens
+                shared = False
             if shared is None:
                 sums = fingerprint(key)
                 everyone = self.store.exchange.all_gather([rows, *sums])

@@ -116,8 +116,8 @@ class ExpertShardedKVCache:
         exchange: the group's collectives; None for one rank.
 
     Raises:
-        ValueError: the experts cannot be spread over the ranks, the codec does not fit, or the backend
-            has no kernels for latent pages.
+        ValueError: the experts cannot be spread over the ranks, the codec does not fit, the backend
+            has no kernels for such pages, or there is a budget for latent ones.
     """
 
     def __init__(
@@ -131,6 +131,11 @@ class ExpertShardedKVCache:
         self.exchange = exchange or Exchange(None, device)
         self.device = torch.device(device)
         self.topology = Topology(shape.num_experts, self.exchange.size)
+        if shape.latent_dim is not None and config.retention is not None:
+            raise ValueError(
+                f'pikv.retention = "{config.retention.name}": prompts of latent attention are attended to elsewhere, '
+                "so their tokens cannot be rated here; leave retention and budget out"
+            )
         per_head = config.retention is not None and config.budget.per_head
         self.streams = shape.num_kv_heads if per_head else 1
         """KV heads of a layer with pages of their own, 1 where a page holds all heads."""

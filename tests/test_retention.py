@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import PAGE, Driver, make_cache
+from passes import LATENT, PAGE, Driver, make_cache
 from torch import Tensor
 
 from pikv_ds import PiKVConfig
@@ -228,6 +228,11 @@ def test_a_batch_that_every_rank_has_is_refused_with_a_budget() -> None:
     cache = make_cache(retention="h2o", budget=HALF)
     with pytest.raises(ValueError, match="cannot be kept within a budget"):
         cache.new_batch(1, shared=True)
+
+
+def test_latent_attention_is_refused_with_a_budget() -> None:
+    with pytest.raises(ValueError, match=r'pikv\.retention = "h2o": prompts of latent attention'):
+        make_cache(LATENT, retention="h2o", budget=HALF)
 
 
 @given(

@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 Contexts are compressed before the question is known. One process, one rank: what is lost does not depend on the
 number of ranks but for sparse lookups, which choose per rank. `--model reference` is a real MoE model made of
 SmolLM2-135M; `--model reference-dense` is the same before its feed-forward networks were copied into experts:
-the same attention, in a third of the time."""
+the same attention, faster."""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -341,6 +341,34 @@ def test_static_batches_on_two_ranks(two: Ranks, same: bool, choice: str, shared
         assert ("query" in r["sent"] or "page" in r["sent"]) is not shared
 
 
+def within_budget(rank: int) -> dict[str, Any]:
+    """The same static batch on both ranks, and a dynamic engine, with prompts that are cut and pages that go."""
+    tiny_megatron.initialize()
+    model = tiny_megatron.build()
+    budget = {"name": "uniform", "prompt": 0.5, "tokens": 24}
+    megatron_patch.patch_model(model, CONFIG | {"retention": "snap", "budget": budget})
+    static(model, prompts_of(0), 30)
+    held = megatron_patch.attachment_of(model).store.pool.num_used
+    _, answers = dynamic(model, PROMPTS)
+    figures = megatron_patch.stats(model)
+    result = {"held": held, "lengths": [len(a) for a in answers], "left": left(model),
+              "dropped": figures["dropped_pages"], "evicted": figures["evicted_pages"]}  # fmt: skip
+    megatron_patch.unpatch_model(model)
+    return result
+
+
+@pytest.mark.distributed
+def test_budgets_hold_under_megatron(two: Ranks) -> None:
+    results = two.run(within_budget)
+    limit = 2 * 2 * tiny_megatron.LAYERS * (24 // 8)  # two ranks' own copies of two sequences
+    assert 0 < sum(r["held"] for r in results) <= limit + 2 * 2 * tiny_megatron.LAYERS
+    for r in results:
+        assert r["lengths"] == [COUNT] * len(PROMPTS)
+        assert r["dropped"] > 0
+        assert r["evicted"] > 0
+        assert r["left"] == 0
+
+
 def different_prompts_declared_shared(rank: int) -> str:
     from pikv_ds import PeerError
 
