@@ -169,7 +169,7 @@ class TwoStageLookup(SparseLookup):
 
     budget: float = 0.125
     """Share of the pages that a query visits, pinned pages included."""
-    shortlist: float = 2.0
+    shortlist: float = 4.0
     """How many times the budget is ranked exactly."""
     grain: int = 8
     """Tokens of a sub-page."""
