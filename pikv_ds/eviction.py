@@ -203,10 +203,12 @@ class Evictor:
         merged, self.merged = self.merged, {}
         if not self.learns or plan is None or not sum(plan.query_counts):
             return
-        heads = self.num_heads
-        mine = torch.stack([merged[layer] for layer in range(self.num_layers)]) if merged else torch.empty(0)
-        counts = plan.query_counts
-        shapes = [(self.num_layers, n, heads) for n in counts]
+        counts, device = plan.query_counts, self.pool.device
+        nothing = torch.full(
+            (counts[self.exchange.rank], self.num_heads), torch.inf, device=device
+        )  # a pass broken off
+        mine = torch.stack([merged.get(layer, nothing) for layer in range(self.num_layers)])
+        shapes = [(self.num_layers, n, self.num_heads) for n in counts]
         totals = self.exchange.all_gather_floats(mine.flatten(), [math.prod(s) for s in shapes])
         by_rank = [total.view(shape) for total, shape in zip(totals, shapes, strict=True)]
         for visit in visits:

@@ -224,6 +224,21 @@ def test_what_nobody_attends_to_is_evicted(rng) -> None:
     assert cache.evictor.counters["evicted_pages"] == cache.num_units
 
 
+def test_a_pass_that_was_broken_off_teaches_nothing(rng) -> None:
+    watcher = Watcher(rng, retention="h2o", budget={"name": "uniform", "tokens": 4 * PAGE})
+    watcher.step(30)
+    cache, shape = watcher.cache, watcher.cache.shape
+    cache.begin_step(watcher.batch, [1])
+    query, key = torch.randn(1, shape.num_heads, shape.head_dim), torch.randn(1, shape.num_kv_heads, shape.head_dim)
+    cache.attend(watcher.batch, 0, query, key, key, 0.25)  # and no further
+    cache.release(watcher.batch)
+    other = Watcher(rng, retention="h2o", budget={"name": "uniform", "tokens": 4 * PAGE})
+    other.cache, other.batch = cache, cache.new_batch(1)
+    for _ in range(3):
+        other.step(1)
+    assert cache.pool.num_used == 0
+
+
 def test_a_batch_that_every_rank_has_is_refused_with_a_budget() -> None:
     cache = make_cache(retention="h2o", budget=HALF)
     with pytest.raises(ValueError, match="cannot be kept within a budget"):
