@@ -218,6 +218,8 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
     monkeypatch.setattr(run, "take", lambda *a: pytest.fail("everything is done already"))
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == shown
+    assert cli.main(["eval", "--show", "--json", f"{checkpoint}/out.json"]) == 0
+    assert capsys.readouterr().out == shown
     assert cli.main([*arguments, "--seed", "1"]) == 2
     assert "other settings" in capsys.readouterr().err
 
@@ -228,6 +230,7 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
         (["--tasks", "nedle"], "--tasks nedle: choose of needle"),
         (["--cases", "0"], "--cases 0: use whole numbers"),
         (["--resume"], "--resume: name the file"),
+        (["--show", "--json", "nowhere.json"], "--json nowhere.json: no results"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["--pikv", "{"], "write a JSON object"),
         (["--pikv", '{"codec": "int5"}'], "pikv.codec = 'int5'"),

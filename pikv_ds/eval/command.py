@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 EXAMPLES = """examples:
   pikv eval --cases 6 --lengths 1000                       a first look, a few minutes
   pikv eval --suite standard --json eval.json --plot eval.png --resume    everything; go on after an interruption
+  pikv eval --show --json eval.json --plot eval.png        what the file has, without running anything
   pikv eval --pikv '{"codec": "int4"}' --presses KeyDiff:0.75 SnapKV:0.75
   pikv eval --model /models/Qwen3-30B-A3B --tasks needle text --markdown eval.md
 
@@ -52,6 +53,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all outcomes, after every case")
     parser.add_argument("--resume", action="store_true", help="goes on with what --json FILE has")
+    parser.add_argument("--show", action="store_true", help="shows what --json FILE has, and runs nothing")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="writes the tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draws quality against bytes")
     parser.set_defaults(run=main)
@@ -59,10 +61,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
-    from pikv_ds.eval import report, run, tasks
+    from pikv_ds.eval import run, tasks
     from pikv_ds.eval.text import read
 
     check(args)
+    if args.show:
+        done, settings = run.read(args.json)
+        show(args, list(done.values()), settings)
+        return 0
     methods = methods_of(args)
     settings = {
         "model": args.model, "dtype": args.dtype, "tasks": args.tasks, "lengths": args.lengths, "cases": args.cases,
@@ -88,15 +94,25 @@ def main(args: argparse.Namespace) -> int:
     outcomes = sorted(
         (o for o in done.values() if o.method in names and o.case in keys), key=lambda o: order[o.method]
     )
-    out = Console(width=None if sys.stdout.isatty() else 100)
-    for task in args.tasks:
-        out.print(report.table(outcomes, task))
-    title = f"{args.model}, {args.dtype}, {len(cases)} cases of {min(args.lengths)} to {max(args.lengths)} tokens"
-    if args.markdown:
-        args.markdown.write_text(report.markdown(outcomes, args.tasks, title))
-    if args.plot:
-        report.plot(args.plot, outcomes, args.tasks, title)
+    show(args, outcomes, settings)
     return 0
+
+
+def show(args: argparse.Namespace, outcomes: Sequence[Any], settings: dict[str, Any]) -> None:
+    """Tables on the terminal and in a file, and the picture."""
+    from pikv_ds.eval import report
+
+    out = Console(width=None if sys.stdout.isatty() else 100)
+    names = [task for task in settings["tasks"] if any(o.task == task for o in outcomes)]
+    for task in names:
+        out.print(report.table(outcomes, task))
+    lengths = [o.context_tokens for o in outcomes] or [0]
+    count = len({o.case for o in outcomes})
+    title = f"{settings['model']}, {settings['dtype']}, {count} cases of {min(lengths)} to {max(lengths)} tokens"
+    if args.markdown:
+        args.markdown.write_text(report.markdown(outcomes, names, title))
+    if args.plot:
+        report.plot(args.plot, outcomes, names, title)
 
 
 @contextlib.contextmanager
@@ -121,8 +137,9 @@ def check(args: argparse.Namespace) -> None:
     for name, values in (("cases", [args.cases]), ("lengths", args.lengths), ("threads", [args.threads])):
         if min(values) < 1:
             raise ValueError(f"--{name} {min(values)}: use whole numbers of at least 1")
-    if args.resume and not args.json:
-        raise ValueError("--resume: name the file with --json")
+    for option in ("resume", "show"):
+        if getattr(args, option) and not args.json:
+            raise ValueError(f"--{option}: name the file with --json")
     for path in filter(None, (args.json, args.markdown, args.plot)):
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")

@@ -157,6 +157,19 @@ def outcome(tokenizer: Any, case: tasks.Case, method: Method, got: Answer, full:
     return out
 
 
+def read(path: Path) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
+    """Outcomes of a run, and its settings.
+
+    Raises:
+        ValueError: the file is none of `pikv eval`'s.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, content["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--json {path}: no results of `pikv eval` ({error}); name another file") from None
+
+
 def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]:
     """Outcomes of an earlier run with the same settings.
 
@@ -165,17 +178,12 @@ def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]
     """
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text())
-        outcomes = [Outcome(**o) for o in content["outcomes"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json {path}: no results of `pikv eval` ({error}); name another file") from None
-    if content["settings"] != settings:
+    done, theirs = read(path)
+    if theirs != settings:
         raise ValueError(
-            f"--json {path}: holds results of other settings {content['settings']}; name another file, or leave out "
-            "--resume"
+            f"--json {path}: holds results of other settings {theirs}; name another file, or leave out --resume"
         )
-    return {(o.case, o.method): o for o in outcomes}
+    return done
 
 
 def dump(path: Path, settings: dict[str, Any], done: dict[tuple[str, str], Outcome], extra: dict[str, Any]) -> None:
