@@ -42,7 +42,7 @@ def test_the_reference_model_generates_the_unsharded_models_tokens(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--set", "page_size=33"), ("pikv.page_size = 33", "choose one of 8, 16")),
+        (("--set", "page_size=33"), ("pikv.page_size = 33", "choose one of 1, 8, 16")),
         (("--model", "nowhere"), ("--model nowhere", "no config.json")),
     ],
 )
