@@ -181,6 +181,8 @@ def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
             model, tokenizer = reference_model.load_dense(kind)
             return model.eval(), tokenizer
         folder = str(reference_model.build(progress=True)) if name == "reference" else name
+        if not Path(folder).is_dir():
+            raise ValueError(f"--model {name}: no such folder; name a checkpoint's, or reference, reference-dense")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval(), tokenizer
