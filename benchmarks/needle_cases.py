@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
 
-from examples.prompts import chat_parts, sentences, texts
+from examples.prompts import texts
+from pikv_ds.eval.tasks import CITIES, found
+from pikv_ds.eval.text import chat_parts, sentences
 
 NEEDLE = " The special magic number for {city} is: {number}."
 INSTRUCTION = (
@@ -30,11 +31,6 @@ INSTRUCTION = (
 )
 QUESTION = "What is the special magic number for {city} mentioned in the provided text?"
 ANSWER_PREFIX = "The special magic number for {city} mentioned in the provided text is"
-
-CITIES = (
-    "Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Tokyo", "Cairo", "Boston",
-    "Chicago", "Dublin", "Oslo", "Lisbon", "Athens", "Prague", "Sydney", "Toronto", "Delhi",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,11 +98,6 @@ def needle_cases(
             context = head + before + needle + after[: room - len(before)]
             cases.append(NeedleCase(context + question, question, answer, length, depth))
     return cases
-
-
-def found(text: str, answer: str) -> bool:
-    """Whether the number stands in the generated text, not as a part of a longer one."""
-    return re.search(rf"(?<!\d){re.escape(answer)}(?!\d)", text.replace(",", "")) is not None
 
 
 def main(argv: list[str] | None = None) -> int:

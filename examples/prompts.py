@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
+
+from pikv_ds.eval.text import chat_parts, sentences
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -17,38 +18,6 @@ DEMO_ANSWER = "Spouter-Inn"  # found at 5,000, 5,500 and 6,000 tokens; chapter 3
 def texts() -> dict[str, str]:
     """The texts of `examples/data` by file name without `.txt`, sorted."""
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(DATA.glob("*.txt"))}
-
-
-def sentences(text: str) -> list[str]:
-    """Split English prose at sentence ends; every piece keeps the white space in front of it, so
-    that pieces tokenized one by one give the tokens of the whole."""
-    titles = r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)"
-    ends = re.finditer(titles + r"[.!?]['\"’”)]*(?=\s+['\"‘“(]?[A-Z])", text)
-    pieces, start = [], 0
-    for end in ends:
-        pieces.append(text[start : end.end()])
-        start = end.end()
-    return pieces + ([text[start:]] if start < len(text) else [])
-
-
-def chat_parts(tokenizer: Any, question: str, answer_prefix: str = "") -> tuple[list[int], list[int]]:
-    """Token ids in front of a document and behind it: `(head_ids, question_ids)`.
-
-    The chat template goes around document and question; `answer_prefix` starts the assistant's
-    answer, which the model then continues.
-    """
-    marker = "\x00"
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{marker}\n\n{question}"}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    head, tail = chat.split(marker)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    return encode(head), encode(tail + answer_prefix)
 
 
 def long_prompt(

@@ -158,7 +158,17 @@ class StreamingRetention:
 
 
 @dataclass(frozen=True)
-class H2oRetention:
+class MassRetention:
+    """What those have that go by the attention mass of pages: its moving average."""
+
+    weights = (1.0, 0.0, 0.0)
+    decay = 0.95
+    learns = "mass"
+    whole_pages = False
+
+
+@dataclass(frozen=True)
+class H2oRetention(MassRetention):
     """What has received the least attention in all goes first (H2O, Zhang et al. 2023).
 
     Of a prompt all columns of the attention matrix are summed up, for the mean of a group's heads, in pieces:
@@ -166,10 +176,7 @@ class H2oRetention:
     """
 
     name = "h2o"
-    weights = (1.0, 0.0, 0.0)
     decay = SUM
-    learns = "mass"
-    whole_pages = False
 
     def scores(self, prompt: Prompt) -> Tensor:
         total = torch.zeros(prompt.key.shape[:2], dtype=torch.float32, device=prompt.key.device)
@@ -181,14 +188,11 @@ class H2oRetention:
 
 
 @dataclass(frozen=True)
-class TovaRetention:
+class TovaRetention(MassRetention):
     """What the latest token attends to the least goes first (TOVA, Oren et al. 2024), the mean over heads."""
 
     name = "tova"
-    weights = (1.0, 0.0, 0.0)
     decay = 0.0  # only the last step counts
-    learns = "mass"
-    whole_pages = False
 
     def scores(self, prompt: Prompt) -> Tensor:
         mean = prompt.attention(1).mean((0, 1, 2))
@@ -196,7 +200,7 @@ class TovaRetention:
 
 
 @dataclass(frozen=True)
-class SnapRetention:
+class SnapRetention(MassRetention):
     """What the end of the prompt attends to (SnapKV, Li et al. 2024).
 
     The attention of the last `window` tokens, averaged over them and over the heads of a group, smoothed along the
@@ -206,10 +210,6 @@ class SnapRetention:
     window: int = 64
     kernel: int = 5
     name = "snap"
-    weights = (1.0, 0.0, 0.0)
-    decay = 0.95
-    learns = "mass"
-    whole_pages = False
 
     def __post_init__(self) -> None:
         _whole(self, "window", "kernel")
@@ -226,7 +226,7 @@ class SnapRetention:
 
 
 @dataclass(frozen=True)
-class ChunkRetention:
+class ChunkRetention(MassRetention):
     """SnapKV's scores over whole pages, the same pages for all heads (ChunkKV, Liu et al. 2025).
 
     Neighbouring tokens stay together, so pages stay places in the text, as lookups want them.
@@ -234,9 +234,6 @@ class ChunkRetention:
 
     window: int = 64
     name = "chunk"
-    weights = (1.0, 0.0, 0.0)
-    decay = 0.95
-    learns = "mass"
     whole_pages = True
 
     def __post_init__(self) -> None:
@@ -247,7 +244,7 @@ class ChunkRetention:
 
 
 @dataclass(frozen=True)
-class ExpectedRetention:
+class ExpectedRetention(MassRetention):
     """What future queries are expected to attend to (Expected Attention, Devoto et al. 2025).
 
     Queries to come are taken as Gaussian with the mean and covariance of the last `window` ones, positions
@@ -258,10 +255,6 @@ class ExpectedRetention:
     window: int = 512
     sink: int = 4
     name = "expected"
-    weights = (1.0, 0.0, 0.0)
-    decay = 0.95
-    learns = "mass"
-    whole_pages = False
 
     def __post_init__(self) -> None:
         _whole(self, "window", "sink")
@@ -281,7 +274,7 @@ class ExpectedRetention:
 
 
 @dataclass(frozen=True)
-class KvpressRetention:
+class KvpressRetention(MassRetention):
     """The scores of a press of kvpress (NVIDIA, ``ScorerPress``), e.g. ``"kvpress:knorm"``.
 
     They want the attention module and its hidden states, which the Hugging Face integration hands over.
@@ -290,10 +283,6 @@ class KvpressRetention:
 
     press: str
     name = "kvpress"
-    weights = (1.0, 0.0, 0.0)
-    decay = 0.95
-    learns = "mass"
-    whole_pages = False
 
     def __post_init__(self) -> None:
         self.build()
