@@ -16,9 +16,8 @@ from torch import Tensor
 
 from pikv_ds.eviction import Evictor, Visit
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
-from pikv_ds.layout import PageLayout
+from pikv_ds.formats import PageFormat
 from pikv_ds.ops import Ops
-from pikv_ds.ops.projections import Projections
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.policies.lookups import Candidates, Lookup, SparseLookup
 from pikv_ds.reuse import Audit, Reuse
@@ -37,11 +36,9 @@ class ShardedAttention:
     exchange: Exchange
     pool: PagePool
     table: PageTable
-    layout: PageLayout
+    formats: list[PageFormat]
     lookup: Lookup
     evictor: Evictor
-    bases: list[Projections]
-    """Per layer, of what pages store; none where they store keys and values as they are."""
     num_heads: int
     head_dim: int
     value_dim: int
@@ -103,11 +100,12 @@ class ShardedAttention:
                 if self.evictor.learns:
                     self.evictor.merged[layer] = merged
         for (_, mine), row_pages in zip(fetching, pages, strict=True):
-            asking_query = self._into_basis(layer, query[mine])
-            out, lse = self._empty(asking_query, self.layout.value_dim)
+            page_format = self.formats[0]
+            asking_query = page_format.query(layer, query[mine])
+            out, lse = self._empty(asking_query, page_format.layout.value_dim)
             slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
-            self._attend_pages(asking_query, Slabs.of(row_pages), slots, scale, out, lse)
-            out = self._out_of_basis(layer, out)
+            self._attend_pages(page_format, asking_query, Slabs.of(row_pages), slots, scale, out, lse)
+            out = page_format.output(layer, out)
             self._merge(mine, [out], [lse], local, local_lse)
         return local.to(query.dtype)
 
@@ -155,14 +153,6 @@ class ShardedAttention:
             local[at] = mine
         return mine_lse
 
-    def _into_basis(self, layer: int, query: Tensor) -> Tensor:
-        """Queries ``[n, H, D]`` as they meet pages, ``[n, H, r]``."""
-        return self.bases[layer].query(query).contiguous() if self.bases else query
-
-    def _out_of_basis(self, layer: int, out: Tensor) -> Tensor:
-        """What they have found there, as outputs ``[n, H, V]``."""
-        return self.bases[layer].output(out).contiguous() if self.bases else out
-
     def _empty(self, query: Tensor, channels: int | None = None) -> tuple[Tensor, Tensor]:
         """Room for a partial: float32 ``[n, H, V]`` and ``[n, H]``."""
         out = torch.empty(*query.shape[:2], channels or self.value_dim, dtype=torch.float32, device=query.device)
@@ -180,10 +170,12 @@ class ShardedAttention:
         ]
         leaving = [p for source in range(size) if source != rank for p in local[source]]
         payload = torch.cat(leaving) if leaving else self._local_pages(layer, (-1, -1))
-        send = [0 if source == rank else sum(map(len, local[source])) for source in range(size)]
+        page_bytes = payload.shape[1]
+        send = [0 if source == rank else sum(map(len, local[source])) * page_bytes for source in range(size)]
         loads = [[0 if r == rank else batch.loads[layer][row][r] for row in rows] for r in range(size)]
-        received = self.exchange.send_pages(payload, send, [sum(x) for x in loads], kind="fetched_page").wait()
-        pieces = list(received.split([n for per_rank in loads for n in per_rank]))
+        receive = [sum(x) * page_bytes for x in loads]
+        received = self.exchange.send_pages(payload.flatten(), send, receive, kind="fetched_page").wait()
+        pieces = list(received.view(-1, page_bytes).split([n for per_rank in loads for n in per_rank]))
         by_rank = [pieces[r * len(rows) : (r + 1) * len(rows)] for r in range(size)]
         by_rank[rank] = local[rank]
         null = payload.new_empty(1, payload.shape[1])  # slot 0 is a hole to the ops
@@ -191,14 +183,14 @@ class ShardedAttention:
 
     def _local_pages(self, layer: int, sequence: tuple[int, int]) -> Tensor:
         """Encoded pages of a sequence that lie here, uint8 ``[P, page_bytes]``."""
-        slots = self._slots(layer, sequence)
-        out = torch.empty(len(slots), self.layout.page_bytes, dtype=torch.uint8, device=self.pool.device)
-        self.ops.gather_pages(self.pool.slabs, slots, out)
+        slots = self._slots(layer, sequence, 0)
+        out = torch.empty(len(slots), self.pool.sizes[0].page, dtype=torch.uint8, device=self.pool.device)
+        self.ops.gather_pages(self.pool.pages[0], slots, out)
         return out
 
-    def _slots(self, unit: int, sequence: tuple[int, int]) -> Tensor:
-        """Slots of a sequence's pages of a unit that lie here, int32 ``[P]``."""
-        slots = [slot for _, slot in self.table.pages(sequence, unit)]
+    def _slots(self, unit: int, sequence: tuple[int, int], page_format: int) -> Tensor:
+        """Slots of a sequence's pages of a unit and format that lie here, int32 ``[P]``."""
+        slots = [slot for _, slot in self.table.pages(sequence, unit, page_format)]
         return torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
 
     def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
@@ -206,18 +198,19 @@ class ShardedAttention:
 
         ``P * page_bytes / G < T * H * (D * q + V * p + 4)``, both sides G - 1 times: of P pages a share of
         1 / G lies here; a query of q bytes an element goes to all other ranks, and from each an output of p
-        bytes an element and a log-sum-exp come back. Only where all pages are read and kept: a sparse lookup
-        reads a share of them, a budget leaves a share, so there queries travel. A single token asks by its
-        query, too, but of latent pages: an absorbed query of all heads is as large as some pages.
+        bytes an element and a log-sum-exp come back. Only where all pages are read and kept and of one format: a
+        sparse lookup reads a share of them, a budget leaves a share, so there queries travel. A single token asks by
+        its query, too, but of latent pages: an absorbed query of all heads is as large as some pages.
         """
-        if self.lookup.summary is not None or self.evictor.cuts or self.exchange.size == 1:
+        if self.lookup.summary is not None or self.evictor.cuts or self.exchange.size == 1 or len(self.formats) > 1:
             return False
-        if query_tokens == 1 and self.layout.latent_dim is None:
+        layout = self.formats[0].layout
+        if query_tokens == 1 and layout.latent_dim is None:
             return False
-        query = self.head_dim * self.layout.dtype.itemsize
+        query = self.head_dim * layout.dtype.itemsize
         partial = self.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
         queries = query_tokens * self.num_heads * (query + partial)
-        return num_pages * self.layout.page_bytes / self.exchange.size < queries
+        return num_pages * layout.page_bytes / self.exchange.size < queries
 
     def _own_tokens(
         self,
@@ -242,7 +235,8 @@ class ShardedAttention:
         batch.append(layer, key, value)
         if nothing_left:
             return out, lse
-        value = self.layout.values(key, value)
+        plain = self.formats[0].layout  # how keys and values belong together is the same in all
+        value = plain.values(key, value)
         if any(n == 1 for n in batch.new):
             self._single_tokens(batch, layer, query, scale, out, lse)
         joined = batch.fresh.get(layer, {})
@@ -259,7 +253,7 @@ class ShardedAttention:
                 self.ops.context_attention(
                     query[mine],
                     keys,
-                    self.layout.values(keys, values),
+                    plain.values(keys, values),
                     scale,
                     batch.open_tokens(row),
                     out[mine],
@@ -274,7 +268,7 @@ class ShardedAttention:
         tail, places = batch.tails[layer], batch.places(query.device)
         assert tail is not None
         keys = tail.keys[: len(batch)]
-        values = self.layout.values(keys, None if tail.values is None else tail.values[: len(batch)])
+        values = self.formats[0].layout.values(keys, None if tail.values is None else tail.values[: len(batch)])
         if places.all_rows:
             self.ops.tail_attention(query, keys, values, places.lengths, scale, out, lse)
             return
@@ -298,31 +292,27 @@ class ShardedAttention:
         """
         if not asked:
             return self._empty(query)
-        query = self._into_basis(layer, query)
-        out, lse = self._empty(query, self.layout.value_dim)
         sequences = tuple((source, sequence) for source, sequence, _ in asked)
         lengths = [tokens for _, _, tokens in asked]
-        if self.lookup.summary is not None or max(lengths) <= FEW_QUERIES:
-            self._attend_rows(layer, sequences, lengths, query, scale, out, lse)
-            return self._out_of_basis(layer, out), lse
-        start, streams = 0, self.evictor.streams
-        for sequence, tokens in zip(sequences, lengths, strict=True):
-            mine = slice(start, start + tokens)
-            start += tokens
-            if streams == 1:
-                slots = self._slots(layer, sequence)
-                self._attend_pages(query[mine], self.pool.slabs, slots, scale, out[mine], lse[mine])
-                continue
-            by_stream = query[mine].unflatten(1, (streams, -1)).transpose(0, 1).contiguous()  # [streams, T, G, D]
-            for stream, heads in enumerate(torch.arange(query.shape[1], device=query.device).chunk(streams)):
-                part, part_lse = self._empty(by_stream[stream], self.layout.value_dim)
-                slots = self._slots(layer * streams + stream, sequence)
-                self._attend_pages(by_stream[stream], self.pool.slabs, slots, scale, part, part_lse)
-                out[mine, heads[0] : heads[-1] + 1], lse[mine, heads[0] : heads[-1] + 1] = part, part_lse
-        return self._out_of_basis(layer, out), lse
+        units = range(layer * self.evictor.streams, (layer + 1) * self.evictor.streams)
+        few = self.lookup.summary is not None or max(lengths) <= FEW_QUERIES
+        partials = []
+        for i in self.table.formats(units, sequences):
+            basis_query = self.formats[i].query(layer, query)
+            out, lse = self._empty(basis_query, self.formats[i].layout.value_dim)
+            attend = self._attend_rows if few else self._attend_many
+            attend(i, layer, sequences, lengths, basis_query, scale, out, lse)
+            partials.append((self.formats[i].output(layer, out), lse))
+        if len(partials) == 1:
+            return partials[0]
+        outs, lses = (torch.stack(x) for x in zip(*partials, strict=True))
+        out, lse = self._empty(query)
+        self.ops.merge_partials(outs.flatten(1, 2), lses.flatten(1, 2), out.flatten(0, 1), lse.flatten())
+        return out, lse
 
-    def _attend_rows(
+    def _attend_many(
         self,
+        page_format: int,
         layer: int,
         sequences: tuple[tuple[int, int], ...],
         lengths: list[int],
@@ -331,18 +321,51 @@ class ShardedAttention:
         out: Tensor,
         lse: Tensor,
     ) -> None:
-        """Few queries per sequence, over those of its pages here that the lookup chooses.
+        """Many queries of some sequences, over all of their pages of a format here."""
+        start, streams, this = 0, self.evictor.streams, self.formats[page_format]
+        slabs = self.pool.pages[page_format]
+        for sequence, tokens in zip(sequences, lengths, strict=True):
+            mine = slice(start, start + tokens)
+            start += tokens
+            if streams == 1:
+                slots = self._slots(layer, sequence, page_format)
+                self._attend_pages(this, query[mine], slabs, slots, scale, out[mine], lse[mine])
+                continue
+            by_stream = query[mine].unflatten(1, (streams, -1)).transpose(0, 1).contiguous()  # [streams, T, G, D]
+            for stream, heads in enumerate(torch.arange(query.shape[1], device=query.device).chunk(streams)):
+                part, part_lse = self._empty(by_stream[stream], this.layout.value_dim)
+                slots = self._slots(layer * streams + stream, sequence, page_format)
+                self._attend_pages(this, by_stream[stream], slabs, slots, scale, part, part_lse)
+                out[mine, heads[0] : heads[-1] + 1], lse[mine, heads[0] : heads[-1] + 1] = part, part_lse
+
+    def _attend_rows(
+        self,
+        page_format: int,
+        layer: int,
+        sequences: tuple[tuple[int, int], ...],
+        lengths: list[int],
+        query: Tensor,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Few queries per sequence, over those of its pages of a format here that the lookup chooses.
 
         Where heads have pages of their own, each is a row of the table by itself.
         """
         streams, learns = self.evictor.streams, self.evictor.learns
+        this, slabs = self.formats[page_format], self.pool.pages[page_format]
         units = range(layer * streams, (layer + 1) * streams)
-        rows = self.table.rows(units, sequences)
+        rows = self.table.rows(units, sequences, page_format)
         query, out = (x.unflatten(1, (streams, -1)).flatten(0, 1) for x in (query, out))  # [R * streams, heads, D]
         lse = lse.view(len(query), -1)
         table, page_idx, counts = rows.slots, rows.page_idx, rows.counts
-        in_scope = sum(len(self.table.pages(s, u)) * n for s, n in zip(sequences, lengths, strict=True) for u in units)
-        in_scope *= self.layout.num_kv_heads
+        in_scope = sum(
+            len(self.table.pages(s, u, page_format)) * n
+            for s, n in zip(sequences, lengths, strict=True)
+            for u in units
+        )
+        in_scope *= this.layout.num_kv_heads
         self.counters["pages_in_scope"] += in_scope
         sparse = self.lookup.summary is not None
         if sparse or learns or len(set(lengths)) > 1 or (streams > 1 and lengths[0] > 1):
@@ -358,17 +381,18 @@ class ShardedAttention:
             sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
             sealed = sealed.repeat_interleave(repeats * streams)
             owners = [s for s, n in zip(sequences, lengths, strict=True) for _ in range(n * streams)]
-            table = self._choose(owners, query, every, page_idx, counts, sealed, scale)
+            table = self._choose(page_format, owners, query, every, page_idx, counts, sealed, scale)
         else:
             self.counters["pages_read"] += in_scope
         page_lse = query.new_empty(*query.shape[:2], table.shape[-1], dtype=torch.float32) if learns else None
-        self.ops.decode_attention(query, self.pool.slabs, table, counts, self.layout, scale, out, lse, page_lse)
+        this.ops.decode_attention(query, slabs, table, counts, this.layout, scale, out, lse, page_lse)
         if page_lse is not None:
             asked = [(source, sequence, n) for (source, sequence), n in zip(sequences, lengths, strict=True)]
             self.evictor.visits.append(Visit(layer, asked, every, page_lse))
 
     def _choose(
         self,
+        page_format: int,
         owners: list[tuple[int, int]],
         query: Tensor,
         slots: Tensor,
@@ -386,22 +410,23 @@ class ShardedAttention:
         assert reuse is not None
         assert isinstance(lookup, SparseLookup)
         misses = reuse.misses(slots) if lookup.name == "cache_aware" else None
-        summaries, pages = self.pool.summary_slabs, self.pool.slabs
+        this = self.formats[page_format]
+        summaries, pages = self.pool.summaries[page_format], self.pool.pages[page_format]
         boost = None
         if self.audit.boosts:
             raised = [self.audit.boost(sequence) for sequence in owners]
             boost = torch.tensor(raised, dtype=torch.float64, device=query.device)
         candidates = Candidates(
-            slots, page_idx, counts, num_sealed, summaries, self.layout, pages, scale, boost, misses
+            slots, page_idx, counts, num_sealed, summaries, this.layout, pages, scale, boost, misses
         )
-        table = lookup.select(self.ops, query, candidates)
+        table = lookup.select(this.ops, query, candidates)
         self._chosen = self._chosen + (table > 0).sum()
         reuse.visit(table)
         if lookup.audit_every and reuse.step % lookup.audit_every == 0:
-            out, lse = self._empty(query, self.layout.value_dim)
+            out, lse = self._empty(query, this.layout.value_dim)
             page_lse = query.new_empty(*query.shape[:2], slots.shape[1], dtype=torch.float32)
-            self.ops.decode_attention(query, pages, slots, counts, self.layout, scale, out, lse, page_lse)
-            chosen = (table > 0).repeat_interleave(query.shape[1] // self.layout.num_kv_heads, dim=1)
+            this.ops.decode_attention(query, pages, slots, counts, this.layout, scale, out, lse, page_lse)
+            chosen = (table > 0).repeat_interleave(query.shape[1] // this.layout.num_kv_heads, dim=1)
             mass = torch.exp(page_lse - lse[..., None]).masked_fill(~chosen, 0.0).sum(-1)
             for sequence in dict.fromkeys(owners):
                 rows = [i for i, owner in enumerate(owners) if owner == sequence and counts[i]]
@@ -410,12 +435,20 @@ class ShardedAttention:
         return table
 
     def _attend_pages(
-        self, query: Tensor, slabs: Slabs, slots: Tensor, scale: float, out: Tensor, lse: Tensor
+        self,
+        page_format: PageFormat,
+        query: Tensor,
+        slabs: Slabs,
+        slots: Tensor,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
-        """Many queries of one sequence over its pages."""
+        """Many queries of one sequence over its pages of a format."""
+        layout = page_format.layout
         for counter in ("pages_in_scope", "pages_read"):
-            self.counters[counter] += len(slots) * self.layout.num_kv_heads * len(query)
-        self.ops.prefill_attention(query, slabs, slots, self.layout, scale, out, lse)
+            self.counters[counter] += len(slots) * layout.num_kv_heads * len(query)
+        page_format.ops.prefill_attention(query, slabs, slots, layout, scale, out, lse)
 
     @property
     def pages_visited(self) -> int:

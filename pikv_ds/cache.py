@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pikv_ds.attention import ShardedAttention
 from pikv_ds.config import PiKVConfig
+from pikv_ds.demotion import Demoter
 from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
 from pikv_ds.eviction import Evictor
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
-from pikv_ds.ops import Ops
+from pikv_ds.formats import make_format
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.policies.retention import Prompt
@@ -136,54 +137,65 @@ class ExpertShardedKVCache:
                 f'pikv.retention = "{config.retention.name}": prompts of latent attention are attended to elsewhere, '
                 "so their tokens cannot be rated here; leave retention and budget out"
             )
-        per_head = config.retention is not None and config.budget.per_head
+        per_head = (config.retention is not None and config.budget.per_head) or config.codec.per_head
         self.streams = shape.num_kv_heads if per_head else 1
         """KV heads of a layer with pages of their own, 1 where a page holds all heads."""
-        heads = shape.num_kv_heads // self.streams
-        bases = config.codec.bases(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.device)
-        key_rank, value_rank = shape.head_dim, None
-        if bases:
-            key_rank, value_rank = bases[0].key_read.shape[2], bases[0].value_read.shape[2]
-        self.layout = config.codec.layout(heads, key_rank, config.page_size, shape.dtype, shape.latent_dim, value_rank)
-        self.ops = Ops(config.backend, self.device.type, self.layout)
+        config.codec.check(shape.num_layers, shape.num_kv_heads, shape.num_experts)
+        codecs = [*config.codec.codecs, *([config.demote] if config.demote is not None else [])]
+        self.formats = [
+            make_format(
+                codec,
+                num_layers=shape.num_layers,
+                num_kv_heads=shape.num_kv_heads,
+                streams=self.streams,
+                head_dim=shape.head_dim,
+                latent_dim=shape.latent_dim,
+                dtype=shape.dtype,
+                page_size=config.page_size,
+                summary=config.lookup.summary,
+                backend=config.backend,
+                device=self.device,
+            )
+            for codec in codecs
+        ]
+        self.layout, self.ops = self.formats[0].layout, self.formats[0].ops
         capacity = config.capacity_tokens
         self.pool = PagePool(
-            self.layout.page_bytes,
-            0 if config.lookup.summary is None else config.lookup.summary.num_bytes(self.layout),
+            [page_format.size for page_format in self.formats],
             slab_pages=config.slab_pages,
             capacity_pages=None if capacity is None else capacity // config.page_size * self.num_units,
             watermark=config.watermark,
             device=self.device,
             poison=config.debug,
         )
-        self.table = PageTable(self.num_units, self.device)
+        self.table = PageTable(self.num_units, self.device, len(self.formats))
+        reuse = None if config.lookup.summary is None else Reuse(self.device)
+        demoter = None if config.demote is None else Demoter(self.formats, self.pool, self.table, reuse)
         self.evictor = Evictor(
             self.ops,
             self.exchange,
             self.pool,
             self.table,
-            self.layout,
+            config.page_size,
             config.retention,
             config.budget,
+            demoter,
             shape.num_layers,
             shape.num_kv_heads,
             shape.num_heads,
             self.streams,
         )
         self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
-        reuse = None if config.lookup.summary is None else Reuse(self.device)
         self.sender = PageSender(
-            self.ops,
             self.exchange,
             self.pool,
             self.table,
-            self.layout,
+            self.formats,
+            config.codec,
             config.placement,
-            config.lookup.summary,
             self.topology,
             self._nonfinite,
             self.evictor,
-            bases,
             reuse,
         )
         self.attention = ShardedAttention(
@@ -191,10 +203,9 @@ class ExpertShardedKVCache:
             self.exchange,
             self.pool,
             self.table,
-            self.layout,
+            self.formats,
             config.lookup,
             self.evictor,
-            bases,
             shape.num_heads,
             shape.head_dim,
             shape.value_dim,
@@ -299,7 +310,7 @@ class ExpertShardedKVCache:
             for row in range(len(batch)):
                 prompt = new[row] > 1 and not batch.lengths[row] and self.evictor.cuts
                 for layer in range(self.shape.num_layers):
-                    pages = sum(self.evictor.prompt_pages(new[row], layer)) if prompt else 0
+                    pages = self.evictor.sealed_pages(new[row], layer) if prompt else 0
                     seals[layer] += pages if prompt else batch.filling(row) * self.streams
                 if new[row] and batch.sealed[row]:
                     entries.append((batch.ids[row], new[row]))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pikv_ds.ops import BACKENDS
 from pikv_ds.policies.budgets import BUDGETS, Budget, UniformBudget
-from pikv_ds.policies.codecs import CODECS, Codec
+from pikv_ds.policies.codecs import CODECS, Codec, CodecPolicy, parse_codec
 from pikv_ds.policies.lookups import LOOKUPS, ExactLookup, Lookup
 from pikv_ds.policies.placements import PLACEMENTS, ExpertPlacement, Placement
 from pikv_ds.policies.retention import RETENTIONS, Retention
@@ -38,9 +38,13 @@ class PiKVConfig:
     """Consecutive tokens per page: the unit of placement, compression and transport.
     One of 8, 16, 32, 64, 128, 256; 1 is for experiments (each page costs about a hundred bytes on the host)."""
 
-    codec: Codec = CODECS["none"]
+    codec: CodecPolicy = CODECS["none"]
     """How a sealed page's bytes are encoded: "none", "fp8", "int8", "int4", "int3", "int2", "int1", or with options,
-    e.g. {"name": "int2", "rotate": true, "clip": true, "scales": 8}."""
+    e.g. {"name": "int2", "rotate": true, "clip": true, "scales": 8}; or "per_layer", "per_head", "per_expert" with
+    codecs of their own, e.g. {"name": "per_layer", "layers": {"0-2": "int8"}, "default": "int4"}."""
+
+    demote: Codec | None = None
+    """Pages over the budget are encoded anew with this codec, instead of being dropped. None: they are dropped."""
 
     placement: Placement = field(default_factory=ExpertPlacement)
     """Where a sealed page lives: "expert" (rank of the expert that its tokens activated most),
@@ -105,11 +109,17 @@ class PiKVConfig:
             _fail("backend", self.backend, _choices(self.backend, BACKENDS))
         if not isinstance(self.debug, bool):
             _fail("debug", self.debug, "use true or false")
-        kinds = {"codec": Codec, "placement": Placement, "lookup": Lookup, "budget": Budget, "retention": Retention}
+        kinds = {
+            "codec": CodecPolicy,
+            "placement": Placement,
+            "lookup": Lookup,
+            "budget": Budget,
+            "retention": Retention,
+        }
         for key, kind in kinds.items():
             if key == "retention" and self.retention is None:
                 continue
-            if not isinstance(getattr(self, key), kind):
+            if not isinstance(getattr(self, key), kind) or isinstance(getattr(self, key), type):
                 _fail(
                     key,
                     getattr(self, key),
@@ -118,6 +128,13 @@ class PiKVConfig:
 
         if self.retention is None and self.budget != UniformBudget():
             _fail("retention", None, f"a budget needs to know who goes first; {_choices('', RETENTIONS)}")
+        if self.demote is not None and not isinstance(self.demote, Codec):
+            _fail("demote", self.demote, "pass a codec, or build the configuration with from_dict")
+        if self.demote is not None and self.retention is None:
+            remedy = 'names the codec of what is over the budget; add a "retention" and a "budget"'
+            _fail("demote", self.demote.name, remedy)
+        if self.demote is not None and self.demote in self.codec.codecs:
+            _fail("demote", self.demote.name, "is what pages have already; name a codec of fewer bits")
         if self.retention is not None and self.budget == UniformBudget():
             remedy = 'keeps everything without a budget; add e.g. "budget": {"name": "uniform", "prompt": 0.5}'
             _fail("retention", self.retention.name, remedy)
@@ -146,16 +163,23 @@ class PiKVConfig:
             if key == "retention" and isinstance(values[key], str) and values[key].startswith("kvpress:"):
                 values[key] = {"name": "kvpress", "press": values[key].partition(":")[2]}
             values[key] = _policy(key, values[key], table)
+        if values.get("demote") is not None:
+            try:
+                values["demote"] = parse_codec(values["demote"], "pikv.demote")
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         return cls(**values)
 
     def files(self) -> list[str]:
         """Paths of calibration files that the policies read."""
-        return [path for path in (self.codec.projections, getattr(self.budget, "heads", None)) if path]
+        heads = getattr(self.budget, "heads", None)
+        return [*self.codec.files(), *(self.demote.files() if self.demote else []), *([heads] if heads else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict(config.to_dict()) == config`."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["codec"] = self.codec.settings()
+        out["demote"] = None if self.demote is None else self.demote.settings()
         for key in ("placement", "lookup", "budget", "retention"):
             policy = out[key]
             if policy is None:

@@ -7,10 +7,13 @@ offers its least useful ones, and the least useful of all go: the choice does no
 
 Utilities come from the attention itself: `decode_attention` returns each page's share of the softmax on this rank
 (`page_lse`), and the ranks exchange the log-sum-exps over the whole sequences once per pass.
+
+Where there is a codec to demote to, what is over the budget stays, as a whole page of that codec (`pikv_ds.demotion`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import struct
 from collections import Counter
@@ -20,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pikv_ds.demotion import Demoter
 from pikv_ds.exchange import Exchange, StepPlan
-from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.pages import PagePool, PageTable
@@ -65,6 +68,7 @@ class Evictor:
 
     Args:
         retention: None: everything stays, and nothing here costs anything.
+        demoter: encodes what is over the budget anew; None: that is dropped.
         streams: KV heads of a layer with pages of their own, 1 where a page holds all heads.
     """
 
@@ -74,16 +78,17 @@ class Evictor:
         exchange: Exchange,
         pool: PagePool,
         table: PageTable,
-        layout: PageLayout,
+        page_size: int,
         retention: Retention | None,
         budget: Budget,
+        demoter: Demoter | None,
         num_layers: int,
         num_kv_heads: int,
         num_heads: int,
         streams: int,
     ) -> None:
-        self.ops, self.exchange, self.pool, self.table, self.layout = ops, exchange, pool, table, layout
-        self.retention, self.budget = retention, budget
+        self.ops, self.exchange, self.pool, self.table, self.page_size = ops, exchange, pool, table, page_size
+        self.retention, self.budget, self.demoter = retention, budget, demoter
         self.num_layers, self.num_kv_heads, self.num_heads, self.streams = num_layers, num_kv_heads, num_heads, streams
         self.counters: Counter[str] = Counter()
         self.step = 0
@@ -98,12 +103,12 @@ class Evictor:
 
     @property
     def evicts(self) -> bool:
-        """Whether pages can go while decoding."""
+        """Whether pages can go, or be demoted, while decoding."""
         return self.retention is not None and any(limit is not None for limit in self._limits)
 
     @property
     def cuts(self) -> bool:
-        """Whether prompts are cut."""
+        """Whether prompts are cut, or parts of them demoted."""
         return self.retention is not None and (self.budget.prompt < 1 or self.evicts)
 
     @property
@@ -122,23 +127,29 @@ class Evictor:
         if all(math.isinf(x) for x in limits):
             return None
         least = SINK_PAGES + LOCAL_PAGES
-        size = self.layout.page_size
+        size = self.page_size
         return [10**9 if math.isinf(x) else max(least, int(x // size)) for x in limits[: self.streams]]
 
     # -- prompts -----------------------------------------------------------------------------
 
+    def sealed_pages(self, num_tokens: int, layer: int) -> int:
+        """Pages that a prompt seals at a layer."""
+        if self.demoter is not None:
+            return num_tokens // self.page_size * self.streams
+        return sum(self.prompt_pages(num_tokens, layer))
+
     def prompt_pages(self, num_tokens: int, layer: int, scores: Tensor | None = None) -> list[int]:
-        """Full pages of a prompt that each stream of a layer keeps, ``[streams]``.
+        """Full pages of a prompt that each stream of a layer keeps as they are, ``[streams]``.
 
         Their sum does not depend on the scores, so that other ranks know it beforehand.
         """
-        full, rest = divmod(num_tokens, self.layout.page_size)
+        full, rest = divmod(num_tokens, self.page_size)
         if not self.cuts:
             return [full] * self.streams
         mean = int(num_tokens * self.budget.prompt + 1e-9)
         mean = min(mean, self.budget.tokens) if self.budget.tokens is not None else mean
         limits = self.budget.split(mean, layer, self.num_layers, self.num_kv_heads, scores)[: self.streams]
-        return whole_pages(limits, rest, full, self.layout.page_size, least=SINK_PAGES)
+        return whole_pages(limits, rest, full, self.page_size, least=SINK_PAGES)
 
     def rate(self, prompt: Prompt) -> Tensor:
         """Scores of a prompt's tokens, ``[K, n]`` without NaN."""
@@ -148,7 +159,7 @@ class Evictor:
         return scores.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
     def cut(self, batch: SequenceBatch, layer: int, pages: FullPages) -> Iterator[tuple[int, FullPages]]:
-        """What is kept of full pages, and for each stream its own: ``(unit, pages)``."""
+        """What is kept of full pages, for each stream its own, and which of them are demoted: ``(unit, pages)``."""
         first = layer * self.streams
         scores = batch.scores.get(layer, {}).pop(pages.row, None)
         if scores is None:
@@ -156,9 +167,12 @@ class Evictor:
                 yield first + stream, part
             return
         counts = self.prompt_pages(scores.shape[1], layer, scores)
-        scores = scores[:, : len(pages.keys) * self.layout.page_size]
+        scores = scores[:, : len(pages.keys) * self.page_size]
         for stream, part in enumerate(_streams(pages, self.streams)):
             rated = scores if self.streams == 1 else scores[stream : stream + 1]
+            if self.demoter is not None:
+                yield first + stream, _mark(part, rated, counts[stream])
+                continue
             assert self.retention is not None
             kept = _keep(part, rated, counts[stream], self.retention.whole_pages)
             batch.dropped[first + stream][pages.row] += len(pages.keys) - len(kept.keys)
@@ -167,9 +181,9 @@ class Evictor:
 
     # -- while decoding ----------------------------------------------------------------------
 
-    def placed(self, sequence: Sequence, unit: int) -> None:
+    def placed(self, sequence: Sequence, unit: int, page_format: int) -> None:
         """A page has got an owner; told on every rank alike."""
-        if self.evicts:
+        if self.evicts and (self.demoter is None or page_format != self.demoter.page_format):
             self._live.setdefault(sequence, [0] * (self.num_layers * self.streams))[unit] += 1
             self._grown[sequence] = None
 
@@ -250,7 +264,7 @@ class Evictor:
         return 1 / torch.tensor(live, dtype=torch.float32, device=self.pool.device).clamp(min=1)
 
     def evict(self, num_sealed: dict[Sequence, int], batches: list[SequenceBatch]) -> None:
-        """Frees what is over the budgets. Every rank calls it at the same point.
+        """Frees what is over the budgets, or demotes it. Every rank calls it at the same point.
 
         Args:
             num_sealed: page numbers given out so far, per sequence.
@@ -269,6 +283,7 @@ class Evictor:
         at = 0
         owners = {(self.exchange.rank, batch.ids[row]): (batch, row) for batch in batches for row in range(len(batch))}
         freed: list[int] = []
+        cold: list[tuple[Sequence, int, int]] = []
         for sequence, _, excess in groups:
             ranked = sorted(
                 (*table[3 * i : 3 * i + 3], rank) for rank, table in enumerate(offers) for i in range(at, at + excess)
@@ -278,6 +293,10 @@ class Evictor:
                 if utility == NOBODY:
                     continue
                 self._live[sequence][unit] -= 1
+                if self.demoter is not None:
+                    if rank == self.exchange.rank:
+                        cold.append((sequence, unit, page_idx))
+                    continue
                 if sequence in owners:
                     batch, row = owners[sequence]
                     batch.loads[unit][row][rank] -= 1
@@ -287,6 +306,8 @@ class Evictor:
         assert at == width
         self.pool.free(freed)
         self.counters["evicted_pages"] += len(freed)
+        if self.demoter is not None:
+            self.stored(self.demoter.demote(cold, self.streams), [0.0] * len(cold))
 
     def _over(self, sequence: Sequence) -> Iterator[tuple[Sequence, range, int]]:
         """Where a sequence has too many pages: ``(sequence, units among which to choose, pages to evict)``."""
@@ -310,7 +331,8 @@ class Evictor:
     ) -> list[tuple[int, int, int]]:
         """This rank's least useful pages: ``(bits of the utility, page number, unit)``, padded to `excess`."""
         newest = num_sealed[sequence] - LOCAL_PAGES
-        pages = [(p, unit, slot) for unit in units for p, slot in self.table.pages(sequence, unit)]
+        warm = range(self.table.num_formats - (self.demoter is not None))  # the last format is of demoted pages
+        pages = [(p, unit, slot) for unit in units for f in warm for p, slot in self.table.pages(sequence, unit, f)]
         pages = sorted(page for page in pages if SINK_PAGES <= page[0] < newest)
         offers: list[tuple[int, int, int]] = []
         if pages:
@@ -343,6 +365,16 @@ def _streams(pages: FullPages, streams: int) -> Iterator[FullPages]:
     for head in range(streams):
         values = None if pages.values is None else pages.values[:, head : head + 1]
         yield FullPages(pages.row, pages.numbers, pages.keys[:, head : head + 1], values, pages.experts)
+
+
+def _mark(pages: FullPages, scores: Tensor, count: int) -> FullPages:
+    """All pages, of which all but the `count` best are to be demoted; the first never is."""
+    total, size = len(pages.keys), pages.keys.shape[2]
+    rated = scores.nan_to_num(posinf=3e38 / size, neginf=-3e38 / size).unflatten(1, (total, size)).sum(2).mean(0)
+    order = rated.clone()
+    order[:1] = torch.inf
+    best = set(order.topk(count).indices.tolist())
+    return dataclasses.replace(pages, scores=rated.tolist(), cold=[i not in best for i in range(total)])
 
 
 def _keep(pages: FullPages, scores: Tensor, count: int, whole: bool) -> FullPages:

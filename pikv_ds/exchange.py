@@ -93,7 +93,7 @@ class PagesInFlight:
     """Page bytes under way to another rank."""
 
     received: Tensor
-    """uint8 ``[pages, row_bytes]``, in rank order of their sources; ready after `wait`."""
+    """uint8, flat, in rank order of the pages' sources; ready after `wait`."""
     _work: Any
     _sent: Tensor  # keeps the send buffer alive until the transfer is over
 
@@ -254,25 +254,25 @@ class Exchange:
     def send_pages(
         self,
         payload: Tensor,
-        send_counts: Sequence[int],
-        receive_counts: Sequence[int],
+        send_bytes: Sequence[int],
+        receive_bytes: Sequence[int],
         kind: str = "page",
     ) -> PagesInFlight:
-        """Sends rows of page bytes to other ranks.
+        """Sends the bytes of pages to other ranks.
 
         Args:
-            payload: uint8 ``[sum(send_counts), row_bytes]``, ordered by receiver.
-            send_counts, receive_counts: rows to and from every rank, 0 for this one.
+            payload: uint8 ``[sum(send_bytes)]``, ordered by receiver.
+            send_bytes, receive_bytes: to and from every rank, 0 for this one.
         """
-        received = payload.new_empty(sum(receive_counts), payload.shape[1])
+        received = payload.new_empty(sum(receive_bytes))
         work = None
         if self.size > 1:
             with talking("sent pages"):
                 work = dist.all_to_all_single(
                     received,
                     payload,
-                    list(receive_counts),
-                    list(send_counts),
+                    list(receive_bytes),
+                    list(send_bytes),
                     group=self.group,
                     async_op=True,
                 )

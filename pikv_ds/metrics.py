@@ -6,6 +6,7 @@ Sizes are memory that is really allocated: whole slabs, scales, padding and meta
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     what is held now. The ``peak_*`` counts, ``held_*`` and ``unsharded_kv_bytes`` belong to one
     moment, the same on all ranks: the end of the pass after which the group held the most tokens.
     ``dropped_pages`` are of prompts, cut before they were sealed, on their sequences' rank; ``evicted_pages`` were
-    freed while decoding, on the rank that held them; of one KV head each where heads have pages of their own.
+    freed while decoding, on the rank that held them, ``demoted_pages`` encoded anew there; of one KV head each where
+    heads have pages of their own. ``pages_by_codec`` are here now, under the codecs' labels.
     Of sparse lookups: ``reuse`` visits to pages, and those among them shortly after an earlier one
     (`pikv_ds.reuse`); ``reuse_distances`` their histogram over powers of two; ``audit`` the attention mass
     on this rank's pages that the choice held, where it was audited.
@@ -51,6 +53,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "overflowed_pages": sender["overflowed"],
         "dropped_pages": cache.evictor.counters["dropped_pages"],
         "evicted_pages": cache.evictor.counters["evicted_pages"],
+        "demoted_pages": 0 if cache.evictor.demoter is None else cache.evictor.demoter.counters["demoted_pages"],
+        "pages_by_codec": _pages_by_codec(cache),
         "queries": attention["queries"],
         "pages_in_scope": attention["pages_in_scope"],
         "pages_visited": cache.attention.pages_visited,
@@ -59,6 +63,13 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "audit": {"mean": audit.mean, "worst": audit.worst, "raised": audit.raised} if audit.count else None,
         "sent_bytes": dict(cache.exchange.sent_bytes),
     }
+
+
+def _pages_by_codec(cache: ExpertShardedKVCache) -> dict[str, int]:
+    out: Counter[str] = Counter()
+    for page_format, pages in zip(cache.formats, cache.table.num_pages_by_format(), strict=True):
+        out[page_format.codec.label] += pages
+    return dict(out)
 
 
 def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
@@ -90,6 +101,10 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "seals": sum(r["seals"] for r in per_rank),
         "dropped_pages": sum(r["dropped_pages"] for r in per_rank),
         "evicted_pages": sum(r["evicted_pages"] for r in per_rank),
+        "demoted_pages": sum(r["demoted_pages"] for r in per_rank),
+        "pages_by_codec": {
+            label: sum(r["pages_by_codec"][label] for r in per_rank) for label in per_rank[0]["pages_by_codec"]
+        },
         "hits": visited,
         "pages_in_scope": in_scope,
         "visited_share": visited / in_scope if in_scope else 1.0,

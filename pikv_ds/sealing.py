@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +17,28 @@ from torch import Tensor
 from pikv_ds.errors import PeerError, PoolFullError
 from pikv_ds.eviction import Evictor, bits_float, float_bits
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, PagesInFlight, StepPlan
-from pikv_ds.layout import PageLayout
-from pikv_ds.ops import Ops
-from pikv_ds.ops.projections import Projections
+from pikv_ds.formats import PageFormat
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
+from pikv_ds.policies.codecs import CodecPolicy
 from pikv_ds.policies.placements import Placement
-from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
 from pikv_ds.reuse import Reuse
 from pikv_ds.sequences import FullPages, SequenceBatch
 
-HEADER = 5
-"""Integers that announce a page: sequence id, unit, page number, owner rank, and the bits of its score."""
 NO_OWNER = -1
+
+
+class Header(NamedTuple):
+    """What announces a page to all ranks."""
+
+    sequence: int
+    unit: int
+    page_idx: int
+    owner: int
+    """Rank, or `NO_OWNER`."""
+    score: int
+    """The bits of what retention thinks of it."""
+    page_format: int
 
 
 @dataclass
@@ -41,8 +51,9 @@ class StagedPage:
     """See `SequenceBatch`."""
     page_idx: int
     votes: list[int] | None
+    page_format: int
     payload: Tensor
-    """uint8 ``[page_bytes + summary_bytes]``"""
+    """uint8 ``[page bytes + summary bytes]``"""
     score: float = 0.0
     """What retention thinks of it."""
     seen: list[int] = field(default_factory=list)
@@ -53,38 +64,32 @@ class PageSender:
     """Moves full pages from their sequences' rank to their owners, all ranks in step.
 
     Args:
+        formats: those of the codec policy's codecs, then that of demoted pages, if there is one.
         nonfinite: int32 ``[num_layers]``, set to 1 where a page with NaN or infinity was sealed.
     """
 
     def __init__(
         self,
-        ops: Ops,
         exchange: Exchange,
         pool: PagePool,
         table: PageTable,
-        layout: PageLayout,
+        formats: list[PageFormat],
+        codec: CodecPolicy,
         placement: Placement,
-        summary: Summary | None,
         topology: Topology,
         nonfinite: Tensor,
         evictor: Evictor,
-        bases: list[Projections],
         reuse: Reuse | None,
     ) -> None:
-        self.ops, self.exchange, self.pool, self.table, self.layout = (
-            ops,
-            exchange,
-            pool,
-            table,
-            layout,
-        )
-        self.placement, self.summary, self.topology = placement, summary, topology
-        self.nonfinite, self.evictor, self.bases, self.reuse = nonfinite, evictor, bases, reuse
+        self.exchange, self.pool, self.table, self.formats, self.codec = exchange, pool, table, formats, codec
+        self.placement, self.topology = placement, topology
+        self.nonfinite, self.evictor, self.reuse = nonfinite, evictor, reuse
+        self.page_size = formats[0].layout.page_size
         self.staged: list[StagedPage] = []
         self._seen: dict[int, list[int]] = {}  # votes per expert so far, per layer
         self.num_sealed: dict[tuple[int, int], int] = {}
         self.counters: Counter[str] = Counter()
-        self._in_flight: tuple[PagesInFlight, list[int]] | None = None
+        self._in_flight: tuple[PagesInFlight, list[int]] | None = None  # and the slots of what arrives
 
     @property
     def nbytes(self) -> int:
@@ -94,21 +99,24 @@ class PageSender:
 
     def stage(self, batch: SequenceBatch, unit: int, pages: FullPages) -> None:
         """Encodes full pages of one sequence; they wait for `send`."""
-        n, split = pages.keys.shape[0], self.pool.page_bytes
-        payload = torch.empty(n, split + self.pool.summary_bytes, dtype=torch.uint8, device=pages.keys.device)
-        bounds = payload[:, split:] if isinstance(self.summary, KeyBounds) else None
-        layer = unit // self.evictor.streams
+        layer, head = divmod(unit, self.evictor.streams)
         flag = self.nonfinite[layer : layer + 1]
-        keys, values = pages.keys, pages.values
-        if self.bases:
-            assert values is not None
-            mine = self.bases[layer].heads(unit % self.evictor.streams, keys.shape[1])
-            keys, values = mine.encode(keys, values)
-        self.ops.seal_pages(keys, values, self.layout, payload[:, :split], bounds, flag)
-        if isinstance(self.summary, SubPages):
-            payload[:, split:] = self.summary.encode(keys, self.layout)
         votes = None if pages.experts is None else self._votes(pages.experts)
-        for i in range(n):
+        chosen = [
+            len(self.formats) - 1
+            if pages.cold is not None and pages.cold[i]
+            else self.codec.choose(layer, head, None if votes is None else home_expert(votes[i]))
+            for i in range(len(pages.keys))
+        ]
+        payloads: dict[int, Tensor] = {}
+        for page_format in dict.fromkeys(chosen):
+            which = [i for i, f in enumerate(chosen) if f == page_format]
+            keys, values = pages.keys, pages.values
+            if len(which) < len(chosen):
+                keys, values = keys[which], None if values is None else values[which]
+            sealed = self.formats[page_format].seal(layer, head, keys, values, flag)
+            payloads |= dict(zip(which, sealed, strict=True))
+        for i, page_format in enumerate(chosen):
             if votes is not None:
                 before = self._seen.get(layer, [0] * self.topology.num_experts)
                 self._seen[layer] = [a + b for a, b in zip(before, votes[i], strict=True)]
@@ -119,7 +127,8 @@ class PageSender:
                     unit,
                     pages.numbers[i],
                     None if votes is None else votes[i],
-                    payload[i],
+                    page_format,
+                    payloads[i],
                     0.0 if pages.scores is None else pages.scores[i],
                     self._seen.get(layer, []),
                 )
@@ -156,63 +165,73 @@ class PageSender:
             counts = [n if r == SHARED_SOURCE else 0 for r, n in enumerate(counts)]
         placed = staged if counts[rank] else []
         owners = self._place(placed, fair_shares(plan.free, counts)[rank])
-        rows = [
-            [page.batch.ids[page.row], page.unit, page.page_idx, owner, float_bits(page.score)]
-            for page, owner in zip(placed, owners, strict=True)
-        ]
-        headers = self.exchange.all_gather_ragged(rows, HEADER, counts, kind="page_header")
-        homeless = sum(row[3] == NO_OWNER for table in headers for row in table)
+        rows = [self._header(page, owner) for page, owner in zip(placed, owners, strict=True)]
+        gathered = self.exchange.all_gather_ragged(rows, len(Header._fields), counts, kind="page_header")
+        headers = [[Header(*row) for row in table] for table in gathered]
+        homeless = [header for table in headers for header in table if header.owner == NO_OWNER]
         if homeless:
             self.staged = staged
             for page, owner in zip(placed, owners, strict=True):
                 if owner != NO_OWNER:
                     page.batch.loads[page.unit][page.row][owner] -= 1
             raise PoolFullError(
-                f"the KV pool is full: {homeless} of {sum(counts)} new pages found no rank with room; "
-                f"{homeless * self.layout.page_size} tokens ({homeless * self.pool.page_bytes} bytes) more are "
-                "needed. Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
+                f"the KV pool is full: {len(homeless)} of {sum(counts)} new pages found no rank with room; "
+                f"{len(homeless) * self.page_size} tokens "
+                f"({sum(self.pool.sizes[h.page_format].page for h in homeless)} bytes) more are needed. "
+                " Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
             )
         self.counters["seals"] += len(placed)
         self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
         if plan.shared:
             owners = self._adopt(staged, headers[SHARED_SOURCE], known=bool(placed))
-        incoming: list[tuple[tuple[int, int], int, int, int]] = []  # from the others, in rank order
-        receive_counts = [0] * self.exchange.size
+        incoming: list[tuple[int, Header]] = []  # from the others, in rank order
+        receive_bytes = [0] * self.exchange.size
         for source, table in enumerate(headers):
-            for sequence, unit, page_idx, owner, score in table:
-                plan.free[owner] -= 1
-                key = (source, sequence)
-                self.num_sealed[key] = max(self.num_sealed.get(key, 0), page_idx + 1)
-                self.evictor.placed(key, unit)
-                if owner == rank and source != rank and not plan.shared:
-                    incoming.append((key, unit, page_idx, score))
-                    receive_counts[source] += 1
+            for header in table:
+                plan.free[header.owner] -= 1
+                key = (source, header.sequence)
+                self.num_sealed[key] = max(self.num_sealed.get(key, 0), header.page_idx + 1)
+                self.evictor.placed(key, header.unit, header.page_format)
+                if header.owner == rank and source != rank and not plan.shared:
+                    incoming.append((source, header))
+                    receive_bytes[source] += sum(self.pool.sizes[header.page_format])
         kept = [page for page, owner in zip(staged, owners, strict=True) if owner == rank]
-        if kept:
-            slots = self.pool.allocate(len(kept))
-            self._store(slots, torch.stack([p.payload for p in kept]))
-            source = SHARED_SOURCE if plan.shared else rank
-            self._note_stored(slots, [p.score for p in kept])
-            for page, slot in zip(kept, slots, strict=True):
-                self.table.add((source, page.batch.ids[page.row]), page.unit, page.page_idx, slot)
+        source = SHARED_SOURCE if plan.shared else rank
+        self._store([p.payload for p in kept], self._enter([(source, self._header(p, rank)) for p in kept]))
         if plan.shared:  # what is not kept lies on another rank
             return
-        slots = self.pool.allocate(len(incoming))
-        self._note_stored(slots, [bits_float(score) for *_, score in incoming])
-        for (key, unit, page_idx, _), slot in zip(incoming, slots, strict=True):
-            self.table.add(key, unit, page_idx, slot)
+        slots = self._enter(incoming)
         leaving = sorted((o, i) for i, o in enumerate(owners) if o != rank)
-        send_counts = [sum(o == r for o, _ in leaving) for r in range(self.exchange.size)]
-        row_bytes = self.pool.page_bytes + self.pool.summary_bytes
-        payload = (
-            torch.stack([staged[i].payload for _, i in leaving])
-            if leaving
-            else torch.empty(0, row_bytes, dtype=torch.uint8, device=self.pool.device)
-        )
-        self._in_flight = (self.exchange.send_pages(payload, send_counts, receive_counts), slots)
+        send_bytes = [
+            sum(sum(self.pool.sizes[staged[i].page_format]) for o, i in leaving if o == r)
+            for r in range(self.exchange.size)
+        ]
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.pool.device)
+        payload = torch.cat([staged[i].payload for _, i in leaving]) if leaving else nothing
+        self._in_flight = (self.exchange.send_pages(payload, send_bytes, receive_bytes), slots)
 
     @staticmethod
-    def _adopt(staged: list[StagedPage], table: list[list[int]], known: bool) -> list[int]:
+    def _header(page: StagedPage, owner: int) -> Header:
+        sequence = page.batch.ids[page.row]
+        return Header(sequence, page.unit, page.page_idx, owner, float_bits(page.score), page.page_format)
+
+    def _enter(self, pages: list[tuple[int, Header]]) -> list[int]:
+        """Finds room for pages, given with their source ranks, and notes them; returns their slots."""
+        slots = [0] * len(pages)
+        for page_format in dict.fromkeys(header.page_format for _, header in pages):
+            which = [i for i, (_, header) in enumerate(pages) if header.page_format == page_format]
+            for i, slot in zip(which, self.pool.allocate(len(which), page_format), strict=True):
+                slots[i] = slot
+        for (source, header), slot in zip(pages, slots, strict=True):
+            key = (source, header.sequence)
+            self.table.add(key, header.unit, header.page_idx, slot, header.page_format)
+        self.evictor.stored(slots, [bits_float(header.score) for _, header in pages])
+        if self.reuse is not None:
+            self.reuse.stored(slots, self.pool.num_slots)
+        return slots
+
+    @staticmethod
+    def _adopt(staged: list[StagedPage], table: list[Header], known: bool) -> list[int]:
         """Owners of pages that every rank has, as `SHARED_SOURCE` has chosen them.
 
         Args:
@@ -221,12 +240,12 @@ class PageSender:
         Raises:
             PeerError: the ranks' sequences are not the same.
         """
-        if [[p.batch.ids[p.row], p.unit, p.page_idx] for p in staged] != [row[:3] for row in table]:
+        if [[p.batch.ids[p.row], p.unit, p.page_idx] for p in staged] != [list(row[:3]) for row in table]:
             raise PeerError(
                 f"this rank's shared sequences fill {len(staged)} pages, those of rank {SHARED_SOURCE} "
                 f"{len(table)}, or others: every rank must make the same passes with the same tokens"
             )
-        owners = [row[3] for row in table]
+        owners = [header.owner for header in table]
         if not known:
             for page, owner in zip(staged, owners, strict=True):
                 page.batch.loads[page.unit][page.row][owner] += 1
@@ -239,8 +258,8 @@ class PageSender:
         transfer, slots = self._in_flight
         self._in_flight = None
         received = transfer.wait()
-        if slots:
-            self._store(slots, received)
+        sizes = [sum(self.pool.sizes[self.pool.format_of(slot)]) for slot in slots]
+        self._store(list(received.split(sizes)) if slots else [], slots)
 
     def _place(self, staged: list[StagedPage], free: list[int]) -> list[int]:
         """Owner rank of each staged page, `NO_OWNER` where nobody has room."""
@@ -250,7 +269,7 @@ class PageSender:
             batch, row = page.batch, page.row
             limits = page_limits(
                 batch.lengths[row] + batch.new[row],
-                self.layout.page_size,
+                self.page_size,
                 self.topology,
                 None if batch.shared else self.exchange.rank,
             )
@@ -267,11 +286,17 @@ class PageSender:
     def _preference(self, page: StagedPage) -> list[int]:
         return self.placement.owners(page.page_idx, page.votes, self.topology, page.seen)
 
-    def _note_stored(self, slots: list[int], scores: list[float]) -> None:
-        self.evictor.stored(slots, scores)
-        if self.reuse is not None:
-            self.reuse.stored(slots, self.pool.num_slots)
+    def _store(self, payloads: list[Tensor], slots: list[int]) -> None:
+        """Writes pages with their summaries into their slots."""
+        by_format: dict[int, list[int]] = {}
+        for i, slot in enumerate(slots):
+            by_format.setdefault(self.pool.format_of(slot), []).append(i)
+        for page_format, which in by_format.items():
+            rows = torch.stack([payloads[i] for i in which])
+            split = self.pool.sizes[page_format].page
+            self.pool.write([slots[i] for i in which], rows[:, :split], rows[:, split:])
 
-    def _store(self, slots: list[int], payload: Tensor) -> None:
-        split = self.pool.page_bytes
-        self.pool.write(slots, payload[:, :split], payload[:, split:] if self.pool.summary_bytes else None)
+
+def home_expert(votes: list[int]) -> int:
+    """The expert that a page's tokens chose most often, the first of several."""
+    return max(range(len(votes)), key=lambda e: (votes[e], -e))

@@ -85,6 +85,8 @@ class FullPages:
     """``[N, tokens, k]``: S tokens, or those of all heads where each has its own."""
     scores: list[float] | None = None
     """What retention thinks of each page, where it does."""
+    cold: list[bool] | None = None
+    """Whether each page is over the budget and demoted at once; None: none is."""
 
 
 class SequenceBatch:

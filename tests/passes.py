@@ -131,13 +131,13 @@ def check_sizes(cache: ExpertShardedKVCache) -> None:
     tails = [t for b in batches for t in b.tails if t is not None]
     assert cache.kv_bytes == memory(
         [
-            *cache.pool.slabs.tensors,
+            *(slab for slabs in cache.pool.pages for slab in slabs.tensors),
             *(x for t in tails for x in (t.keys, t.values, t.experts)),
             *(p.payload for p in cache.sender.staged),
         ]
     )
-    slots = torch.cat([s for s in cache.pool.slabs.tensors if s is not None] or [torch.empty(0, 1, dtype=torch.uint8)])
-    pages = int((slots != POISON_BYTE).any(1).sum())  # unused slots are poisoned
+    slabs = [slab for slabs in cache.pool.pages for slab in slabs.tensors if slab is not None]
+    pages = sum(int((slab != POISON_BYTE).any(1).sum()) for slab in slabs)  # unused slots are poisoned
     assert cache.pool.num_used == cache.table.num_pages() == pages
     open_tokens = sum(b.open_tokens(r) * layers for b in batches for r in range(len(b)) if b.alive[r])
-    assert cache.stored_tokens == (pages + len(cache.sender.staged)) * PAGE + open_tokens
+    assert cache.stored_tokens == (pages + len(cache.sender.staged)) * PAGE // cache.streams + open_tokens

@@ -249,7 +249,7 @@ def test_bytes_in_the_middle_of_a_prompt_include_what_waits_for_the_router(rng) 
     assert tail is not None
     assert cache.kv_bytes == cache.peak_bytes == kv.nbytes + tail.nbytes
     cache.routed(batch, 0, None)
-    assert cache.kv_bytes == memory([*cache.pool.slabs.tensors, tail.keys, tail.values])
+    assert cache.kv_bytes == memory([*cache.pool.pages[0].tensors, tail.keys, tail.values])
     assert cache.peak_bytes > kv.nbytes  # pages, tail and prompt were there at once
 
 
@@ -267,7 +267,7 @@ def test_release_frees_everything(rng) -> None:
     assert (cache.pool.num_used, cache.table.num_pages(), cache.stored_tokens, cache.own_tokens) == (0, 0, 0, 0)
     assert cache.sender.num_sealed == {}
     assert cache.kv_bytes == 4 * cache.layout.page_bytes < full  # the slab of the null page
-    assert cache.pool.summary_storage_bytes == 4 * cache.pool.summary_bytes
+    assert cache.pool.summary_storage_bytes == 4 * cache.pool.sizes[0].summary
     cache.check_integrity()
     check_sizes(cache)
 

@@ -19,7 +19,10 @@ VALID = {
     "codec": [
         *("none", "fp8", "int8", "int4", "int3", "int2", "int1"),
         {"name": "int4", "values": "int2", "rotate": True, "scales": 8, "clip": True},
+        {"name": "per_layer", "layers": {"0-2": "int8", "4": {"name": "int4", "rotate": True}}, "default": "int4"},
+        {"name": "per_expert", "experts": {"1": "none"}, "default": "int8"},
     ],
+    "demote": [None],  # with a budget: test_formats.py
     "placement": [
         "expert",
         "balanced",
@@ -55,6 +58,8 @@ INVALID = [
     ("codec", "Int8", 'did you mean "int8"?'),
     ("codec", 4, "from_dict"),
     ("codec", None, "from_dict"),
+    ("demote", "int2", 'add a "retention" and a "budget"'),
+    ("demote", "int5", "one of none, fp8, int8, int4"),
     ("placement", "experts", 'did you mean "expert"?'),
     ("placement", "random", "choose one of expert, balanced, hierarchical, interleave, hash"),
     ("placement", ["expert"], "from_dict"),
@@ -87,6 +92,20 @@ INVALID_POLICIES = [
     ("codec", {"name": "none", "clip": True}, "codec.clip = True", "is of integers"),
     ("codec", {"name": "int4", "values": "fp8", "scales": 8}, "codec.scales = 8", "fp8 has float16 scales"),
     ("codec", {"name": "int4", "rotate": True, "projections": "x"}, "codec.rotate = True", "leave one out"),
+    ("codec", {"name": "per_layer", "layers": {}}, "codec.layers = {}", 'write e.g. {"0-2": "int8"'),
+    ("codec", {"name": "per_layer", "layers": {"x": "int8"}}, "codec.layers: 'x'", 'write e.g. "3" or "0-2"'),
+    ("codec", {"name": "per_layer", "layers": {"3-1": "int8"}}, "codec.layers: '3-1'", "the smaller one first"),
+    ("codec", {"name": "per_layer", "layers": {"1": "int8", "0-2": "int4"}}, "codec.layers: 1", "named twice"),
+    ("codec", {"name": "per_layer", "layers": {"1": "int5"}}, "codec.layers.1 = 'int5'", "one of none, fp8"),
+    (
+        "codec",
+        {"name": "per_expert", "experts": {"1": {"name": "int8", "bits": 3}}},
+        "codec.experts.1.bits = 3",
+        "scales",
+    ),
+    ("codec", {"name": "per_expert", "experts": {"1": "int8"}, "default": 4}, "codec.default = 4", "one of none, fp8"),
+    ("codec", {"name": "per_head"}, "codec.heads = ''", "`pikv heads` has written"),
+    ("codec", {"name": "per_head", "heads": "nowhere"}, "codec.heads = 'nowhere'", "`pikv heads` has written"),
     ("placement", {"name": "expert", "period": 8}, "placement.period = 8", '"expert" takes no options'),
     ("lookup", {"name": "quest", "budgt": 0.5}, "lookup.budgt = 0.5", 'did you mean "budget"?'),
     *(

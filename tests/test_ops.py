@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pikv_ds.layout import ALIGNMENT, BITS, PageLayout
 from pikv_ds.ops import OPS, Ops, reference, why_missing
-from pikv_ds.pages import PagePool
+from pikv_ds.pages import PagePool, PageSize
 from pikv_ds.slabs import Slabs
 
 FP32 = {"atol": 5e-6, "rtol": 5e-6}
@@ -248,7 +248,7 @@ def make_pages(n: int, kv_heads: int, head_dim: int, page_size: int, codec: str,
     pages, bounds = (torch.zeros(n, size, dtype=torch.uint8) for size in (layout.page_bytes, layout.bounds_bytes))
     REFERENCE.seal_pages(keys, values, layout, pages, bounds, torch.zeros(1, dtype=torch.int32))
     device = torch.get_default_device()
-    pool = PagePool(layout.page_bytes, bounds.shape[1], slab_pages=4, device=device, poison=True)
+    pool = PagePool([PageSize(layout.page_bytes, bounds.shape[1])], slab_pages=4, device=device, poison=True)
     slots = pool.allocate(2 * n)
     pool.free(slots[1::2])  # poisoned slots between the live ones
     slots = slots[::2]
@@ -268,7 +268,7 @@ def table_of(rows: list, width: int) -> tuple[Tensor, Tensor]:
 def attend_pages(ops: Ops, query: Tensor, pages: Pages, table: Tensor, counts: Tensor, scale: float) -> tuple:
     out = torch.full(query.shape, torch.nan, dtype=torch.float32)
     lse = torch.full(query.shape[:2], torch.nan)
-    ops.decode_attention(query, pages.pool.slabs, table, counts, pages.layout, scale, out, lse)
+    ops.decode_attention(query, pages.pool.pages[0], table, counts, pages.layout, scale, out, lse)
     return out, lse
 
 
@@ -493,7 +493,7 @@ def test_the_mass_of_each_page(ops: Ops, heads: int, kv_heads: int, head_dim: in
     query = torch.randn(3, heads, head_dim, generator=rng)
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
     page_lse, alone = torch.full((2, 3, heads, 6), torch.nan).unbind(0)
-    ops.decode_attention(query, pages.pool.slabs, table, counts, pages.layout, 0.2, out, lse, page_lse)
+    ops.decode_attention(query, pages.pool.pages[0], table, counts, pages.layout, 0.2, out, lse, page_lse)
     for row, slots in enumerate(rows):
         for place in range(6):
             slot = slots[place] if place < len(slots) else 0
@@ -503,7 +503,7 @@ def test_the_mass_of_each_page(ops: Ops, heads: int, kv_heads: int, head_dim: in
                 assert (page_lse[row, :, place] == -torch.inf).all()
     mass = torch.exp(page_lse - lse[..., None]).nan_to_num(0.0).sum(-1)
     close(mass, torch.tensor([1.0, 0.0, 1.0])[:, None].expand_as(mass), atol=2e-5, rtol=0.0)
-    ops.key_scores(query, pages.pool.slabs, table, counts, pages.layout, 0.2, alone)
+    ops.key_scores(query, pages.pool.pages[0], table, counts, pages.layout, 0.2, alone)
     close(alone, page_lse)
 
 
@@ -532,7 +532,7 @@ def test_prefill_attention(ops: Ops, shape: Shape, codec: str, rng) -> None:
     for slots in (list(pages.keys)[::-1], list(pages.keys)[:1], []):
         out, lse = torch.full(query.shape, torch.nan), torch.full(query.shape[:2], torch.nan)
         chosen = torch.tensor([0, *slots, 0], dtype=torch.int32)  # 0 is a hole
-        ops.prefill_attention(query, pages.pool.slabs, chosen, pages.layout, scale, out, lse)
+        ops.prefill_attention(query, pages.pool.pages[0], chosen, pages.layout, scale, out, lse)
         size = (shape.kv_heads, 0, shape.head_dim)
         keys, values = (torch.cat([torch.empty(size), *(x[s] for s in slots)], 1) for x in (pages.keys, pages.values))
         expected, expected_lse = dense(query.float(), keys, values, scale)
@@ -741,7 +741,7 @@ def test_page_scores_bound_every_key_of_the_page(
     table, counts = table_of(rows, 9)
     query = torch.randn(len(rows), heads, head_dim, generator=rng).to(dtype)
     scores = torch.full((len(rows), kv_heads, 9), torch.nan)
-    ops.page_scores(query, pages.pool.summary_slabs, table, counts, pages.layout, scores)
+    ops.page_scores(query, pages.pool.summaries[0], table, counts, pages.layout, scores)
     group = heads // kv_heads
     for row, slots in enumerate(rows):
         assert (scores[row, :, len(slots) :] == -torch.inf).all()

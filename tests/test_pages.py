@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pikv_ds import PoolFullError
 from pikv_ds.ops import Ops
-from pikv_ds.pages import NULL_SLOT, PagePool, PageTable
+from pikv_ds.pages import NULL_SLOT, PagePool, PageSize, PageTable
 from pikv_ds.slabs import Slabs
 
 PAGE_BYTES, SUMMARY_BYTES, SLAB_PAGES, CAPACITY = 32, 16, 4, 21
@@ -25,7 +25,13 @@ def gathered(slabs: Slabs, slots: torch.Tensor) -> torch.Tensor:
 
 def state(pool: PagePool) -> tuple:
     """Everything that a failed call must leave as it was."""
-    return (list(pool._free), list(pool._refs), list(pool._used_in_slab), pool.page_storage_bytes, pool.num_used)
+    return (
+        [list(heap) for heap in pool._free],
+        list(pool._refs),
+        list(pool._used_in_slab),
+        pool.page_storage_bytes,
+        pool.num_used,
+    )
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -36,7 +42,11 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(
-            PAGE_BYTES, SUMMARY_BYTES, slab_pages=SLAB_PAGES, capacity_pages=self.capacity, watermark=0.25, poison=True
+            [PageSize(PAGE_BYTES, SUMMARY_BYTES)],
+            slab_pages=SLAB_PAGES,
+            capacity_pages=self.capacity,
+            watermark=0.25,
+            poison=True,
         )
         self.refs: dict[int, int] = {}
         self.content: dict[int, torch.Tensor] = {}  # slots that have been written
@@ -98,12 +108,12 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.num_free(reserve=True) == max(0, self.capacity - len(self.refs) - int(self.capacity / 4))
         if self.content:
             slots, rows = torch.tensor(list(self.content)), torch.stack(list(self.content.values()))
-            assert torch.equal(gathered(self.pool.slabs, slots), rows[:, :PAGE_BYTES])
-            assert torch.equal(gathered(self.pool.summary_slabs, slots), rows[:, PAGE_BYTES:])
+            assert torch.equal(gathered(self.pool.pages[0], slots), rows[:, :PAGE_BYTES])
+            assert torch.equal(gathered(self.pool.summaries[0], slots), rows[:, PAGE_BYTES:])
 
     @invariant()
     def unused_slots_read_nan(self) -> None:
-        for slab, storage in enumerate(self.pool.slabs.tensors):
+        for slab, storage in enumerate(self.pool.pages[0].tensors):
             if storage is None:
                 continue
             for offset, page in enumerate(storage):
@@ -114,8 +124,8 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def memory_follows_use(self) -> None:
         """A slab is there exactly while a slot of it is in use (slab 0 for the null page)."""
-        in_use = {0, *(slot // SLAB_PAGES for slot in self.refs)} if self.pool.slabs.tensors else set()
-        live = {i for i, s in enumerate(self.pool.slabs.tensors) if s is not None}
+        in_use = {0, *(slot // SLAB_PAGES for slot in self.refs)} if self.pool.pages[0].tensors else set()
+        live = {i for i, s in enumerate(self.pool.pages[0].tensors) if s is not None}
         assert in_use == live
         assert self.pool.page_storage_bytes == len(live) * SLAB_PAGES * PAGE_BYTES
         assert self.pool.summary_storage_bytes == len(live) * SLAB_PAGES * SUMMARY_BYTES
@@ -133,7 +143,7 @@ TestUnlimitedPool.settings = _SETTINGS
 
 
 def test_memory_falls_after_frees_and_gaps_are_used_again() -> None:
-    pool = PagePool(PAGE_BYTES, slab_pages=SLAB_PAGES)
+    pool = PagePool([PageSize(PAGE_BYTES)], slab_pages=SLAB_PAGES)
     slots = pool.allocate(5 * SLAB_PAGES - 1)  # with the null page: five whole slabs
     assert pool.page_storage_bytes == 5 * SLAB_PAGES * PAGE_BYTES
     middle = [s for s in slots if s // SLAB_PAGES == 2]
@@ -146,23 +156,23 @@ def test_memory_falls_after_frees_and_gaps_are_used_again() -> None:
 
 
 def test_a_shared_page_stays_until_all_have_freed_it() -> None:
-    pool = PagePool(PAGE_BYTES, slab_pages=1)
+    pool = PagePool([PageSize(PAGE_BYTES)], slab_pages=1)
     (slot,) = pool.allocate(1)
     page = torch.arange(PAGE_BYTES, dtype=torch.uint8)[None]
     pool.share([slot])
     pool.write([slot], page)
     pool.free([slot])
-    assert torch.equal(gathered(pool.slabs, torch.tensor([slot])), page)
+    assert torch.equal(gathered(pool.pages[0], torch.tensor([slot])), page)
     pool.free([slot])
     assert pool.num_used == 0
-    assert pool.slabs.tensors[slot] is None
+    assert pool.pages[0].tensors[slot] is None
 
 
 @pytest.mark.parametrize(
     ("call", "slot"), [("free", NULL_SLOT), ("share", NULL_SLOT), ("free", 2), ("share", 2), ("write", 2)]
 )
 def test_slots_that_are_not_in_use_are_refused(call: str, slot: int) -> None:
-    pool = PagePool(PAGE_BYTES, slab_pages=4)
+    pool = PagePool([PageSize(PAGE_BYTES)], slab_pages=4)
     assert pool.allocate(1) == [1]
     page = [torch.zeros(1, PAGE_BYTES, dtype=torch.uint8)] if call == "write" else []
     with pytest.raises(AssertionError, match=f"slot {slot} is not in use"):
@@ -171,12 +181,12 @@ def test_slots_that_are_not_in_use_are_refused(call: str, slot: int) -> None:
 
 def test_unwritten_memory_is_poisoned_only_in_debug() -> None:
     for poison in (True, False):
-        pool = PagePool(PAGE_BYTES, SUMMARY_BYTES, slab_pages=2, poison=poison)
+        pool = PagePool([PageSize(PAGE_BYTES, SUMMARY_BYTES)], slab_pages=2, poison=poison)
         slots = pool.allocate(1)
         pool.write(
             slots, torch.zeros(1, PAGE_BYTES, dtype=torch.uint8), torch.zeros(1, SUMMARY_BYTES, dtype=torch.uint8)
         )
-        slab, summaries = pool.slabs.tensors[0], pool.summary_slabs.tensors[0]
+        slab, summaries = pool.pages[0].tensors[0], pool.summaries[0].tensors[0]
         assert slab is not None
         assert summaries is not None
         pool.free(slots)
@@ -185,11 +195,11 @@ def test_unwritten_memory_is_poisoned_only_in_debug() -> None:
 
 
 def test_reserve_is_kept_back_from_prompts_only() -> None:
-    pool = PagePool(PAGE_BYTES, capacity_pages=100, watermark=0.1)
+    pool = PagePool([PageSize(PAGE_BYTES)], capacity_pages=100, watermark=0.1)
     assert (pool.num_free(), pool.num_free(reserve=True)) == (100, 90)
     pool.allocate(95)  # running sequences may use the reserve
     assert (pool.num_free(), pool.num_free(reserve=True)) == (5, 0)
-    assert PagePool(PAGE_BYTES, watermark=0.5).num_free(reserve=True) is None
+    assert PagePool([PageSize(PAGE_BYTES)], watermark=0.5).num_free(reserve=True) is None
 
 
 def test_table_rows_have_holes_padded_with_the_null_slot() -> None:
@@ -225,7 +235,7 @@ def test_table_rows_have_holes_padded_with_the_null_slot() -> None:
     ],
 )
 def test_table_integrity_finds_what_is_wrong(pages: list[tuple[int, int]], complaint: str) -> None:
-    pool, table = PagePool(PAGE_BYTES), PageTable(1)
+    pool, table = PagePool([PageSize(PAGE_BYTES)]), PageTable(1)
     pool.allocate(2)
     for page, slot in pages:
         table.add((0, 0), 0, page, slot)

@@ -18,7 +18,7 @@ from pikv_ds import PiKVConfig
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import ConfigError
 from pikv_ds.eviction import bits_float, float_bits
-from pikv_ds.ops.reference import gather_pages, unseal_pages
+from pikv_ds.ops.reference import gather_pages
 from pikv_ds.policies.budgets import BUDGETS, AdaBudget, PyramidBudget, UniformBudget, whole_pages
 from pikv_ds.policies.retention import RETENTIONS, H2oRetention, Prompt, SnapRetention, StreamingRetention
 
@@ -33,10 +33,9 @@ def contents(cache: ExpertShardedKVCache, row: int, layer: int) -> list[tuple[Te
     for head in range(cache.shape.num_kv_heads):
         unit = layer * cache.streams + (head if cache.streams > 1 else 0)
         pages = sorted(cache.table.pages((0, batch.ids[row]), unit))
-        slots = torch.tensor([slot for _, slot in pages], dtype=torch.int32)
-        encoded = torch.empty(len(slots), cache.layout.page_bytes, dtype=torch.uint8)
-        gather_pages(cache.pool.slabs, slots, encoded)
-        keys, values = unseal_pages(encoded, cache.layout)
+        decoded = [decode(cache, layer, slot) for _, slot in pages]
+        shape = 0, cache.layout.num_kv_heads, cache.config.page_size, cache.shape.head_dim
+        keys, values = (torch.cat(x) for x in zip((torch.empty(shape), torch.empty(shape)), *decoded, strict=True))
         place = 0 if cache.streams > 1 else head
         tail, n = batch.tails[layer], batch.open_tokens(row)
         assert tail is not None
@@ -48,6 +47,17 @@ def contents(cache: ExpertShardedKVCache, row: int, layer: int) -> list[tuple[Te
             )
         )
     return out
+
+
+def decode(cache: ExpertShardedKVCache, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[1, K, S, D]`` of a page."""
+    number = cache.pool.format_of(slot)
+    this = cache.formats[number]
+    encoded = torch.empty(1, this.size.page, dtype=torch.uint8)
+    gather_pages(cache.pool.pages[number], torch.tensor([slot], dtype=torch.int32), encoded)
+    keys, values = this.unseal(layer, 0, encoded)
+    assert values is not None
+    return keys.float(), values.float()
 
 
 class Watcher:
@@ -195,7 +205,7 @@ def test_pages_over_the_budget_are_evicted_while_decoding(retention: str, budget
     limit = 40 // PAGE * cache.num_units * 2
     assert cache.pool.num_used <= limit
     assert cache.pool.num_used > limit - cache.num_units * 2
-    slabs = [s for s in cache.pool.slabs.tensors if s is not None]
+    slabs = [s for s in cache.pool.pages[0].tensors if s is not None]
     fullest = limit + cache.num_units * 2 + 1  # a new page of each before the old ones go, and the null page
     assert len(slabs) <= math.ceil(fullest / cache.pool.slab_pages)
 

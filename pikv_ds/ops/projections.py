@@ -48,6 +48,10 @@ class Projections:
         """Coefficients of ``[N, K, S, D]``, in its dtype: ``[N, K, S, r]`` and ``[N, K, S, s]``."""
         return tuple((x.float() @ e).to(x.dtype) for x, e in ((keys, self.key_encode), (values, self.value_encode)))  # type: ignore[return-value]
 
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[N, K, S, D]`` of coefficients ``[N, K, S, r]`` and ``[N, K, S, s]``, float32."""
+        return keys.float() @ self.key_read.transpose(1, 2), values.float() @ self.value_read.transpose(1, 2)
+
     def query(self, query: Tensor) -> Tensor:
         """Queries ``[R, H, D]`` in the keys' basis, ``[R, H, r]``, in their dtype."""
         return _by_head(query.float(), self.key_read).to(query.dtype)

@@ -6,15 +6,15 @@ as a mean over layers and heads, so that two of them with the same figures take 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from pikv_ds.policies.heads import check_heads, read_heads
 
 
 @runtime_checkable
@@ -166,22 +166,11 @@ class DuoBudget:
     @cached_property
     def retrieval(self) -> list[list[bool]]:
         """Whether a head is a retrieval head, ``[num_layers][num_heads]``."""
-        if not self.heads:
-            raise ValueError("heads = '': name the file that `pikv heads` has written")
-        try:
-            table = json.loads(Path(self.heads).read_text())["retrieval"]
-            return [[bool(x) for x in row] for row in table]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"heads = {self.heads!r}: {error}; name a file that `pikv heads` has written") from None
+        return read_heads(self.heads)
 
     def split(self, mean: float, layer: int, num_layers: int, num_heads: int, scores: Tensor | None) -> list[float]:
-        table = self.retrieval
-        if len(table) != num_layers or len(table[layer]) != num_heads:
-            raise ValueError(
-                f"heads = {self.heads!r}: is of {len(table)} layers with {len(table[layer % len(table)])} KV heads, "
-                f"the model has {num_layers} with {num_heads}; calibrate it for this model"
-            )
-        return [mean if keep_all else min(mean, self.sink + self.recent) for keep_all in table[layer]]
+        check_heads(self.retrieval, self.heads, num_layers, num_heads)
+        return [mean if keep_all else min(mean, self.sink + self.recent) for keep_all in self.retrieval[layer]]
 
 
 BUDGETS: dict[str, type[Budget]] = {

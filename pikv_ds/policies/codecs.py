@@ -6,6 +6,9 @@ are asymmetric, with scale and minimum beside the data; the open tail stays in f
 precision. fp8 (e4m3, Micikevicius et al. 2022) is scaled along the same lines, without a minimum.
 Latent pages have keys alone (see `pikv_ds.layout`).
 
+Layers, KV heads or experts may have codecs of their own (`PerLayerCodec`, `PerHeadCodec`, `PerExpertCodec`): a codec
+policy names them and says which one a page gets; a plain `Codec` is its own only choice.
+
 Before that, keys and values may be rotated (`rotate`) or projected onto calibrated bases (`projections`, see
 `pikv_ds.calibrate`); attention then works on the coefficients (`pikv_ds.ops.projections`).
 """
@@ -13,15 +16,55 @@ Before that, keys and values may be rotated (`rotate`) or projected onto calibra
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from pikv_ds.layout import BITS, PLAIN, PageLayout
 from pikv_ds.ops.projections import Projections, hadamard
+from pikv_ds.policies.heads import check_heads, read_heads
 
 ELEMENTS = ("none", "fp8", "int8", "int4", "int3", "int2", "int1")
 """What an element can be stored as; none: the model's own type."""
+
+
+@runtime_checkable
+class CodecPolicy(Protocol):
+    """Which codec a page gets."""
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """All that there are, no two the same."""
+        ...
+
+    @property
+    def per_head(self) -> bool:
+        """Heads of a layer may differ, so each has pages of its own."""
+        ...
+
+    def choose(self, layer: int, head: int, expert: int | None) -> int:
+        """A page's codec, as an index into `codecs`.
+
+        Args:
+            head: the first KV head that the page holds.
+            expert: its home expert, None at layers without a router.
+        """
+        ...
+
+    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
+        """Raises ValueError where it is made for another model."""
+        ...
+
+    def settings(self) -> Any:
+        """As it stands in a configuration."""
+        ...
+
+    def files(self) -> list[str]:
+        """Paths of the calibration files that it reads."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +155,29 @@ class Codec:
         matrix = hadamard(head_dim).to(device).expand(num_kv_heads, -1, -1)
         return [Projections.of_bases(matrix, matrix)] * num_layers
 
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return (self,)
+
+    per_head = False
+
+    def choose(self, layer: int, head: int, expert: int | None) -> int:
+        return 0
+
+    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
+        pass
+
+    def files(self) -> list[str]:
+        return [] if self.projections is None else [self.projections]
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: ``int4/int2 rotated clipped r8``."""
+        parts = [self.name if self.values is None else f"{self.name}/{self.values}"]
+        parts += [word for word, on in (("rotated", self.rotate), ("clipped", self.clip)) if on]
+        parts += ["8-bit scales"] * (self.scales == 8) + ["projected"] * (self.projections is not None)
+        return ", ".join(parts)
+
     def settings(self) -> str | dict[str, object]:
         """As it stands in a configuration."""
         unlike = {
@@ -146,4 +212,183 @@ def load_projections(
     return out
 
 
-CODECS: dict[str, Codec] = {name: Codec(name) for name in ELEMENTS}
+def parse_codec(setting: Any, key: str) -> Codec:
+    """A codec as it stands in a configuration: a name, or an object with options.
+
+    Raises:
+        ValueError: beginning with the key.
+    """
+    if isinstance(setting, Codec):
+        return setting
+    options = {"name": setting} if isinstance(setting, str) else setting
+    known = [f.name for f in dataclasses.fields(Codec)]
+    if not isinstance(options, Mapping) or options.get("name") not in ELEMENTS:
+        raise ValueError(f"{key} = {setting!r}: name a codec, one of {', '.join(ELEMENTS)}")
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{key}.{option} = {options[option]!r}: choose one of {', '.join(known)}")
+    try:
+        return Codec(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}.{error}") from None
+
+
+def _parse_ranges(table: Any, key: str) -> dict[int, Codec]:
+    """``{"0-2": "int8", "7": "int4"}`` by number."""
+    if not isinstance(table, Mapping) or not table:
+        raise ValueError(f'{key} = {table!r}: write e.g. {{"0-2": "int8", "7": "int4"}}')
+    out: dict[int, Codec] = {}
+    for numbers, setting in table.items():
+        first, _, last = str(numbers).partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or "-" not in str(numbers))):
+            raise ValueError(f'{key}: {numbers!r} is no number and no range; write e.g. "3" or "0-2"')
+        for number in range(int(first), int(last or first) + 1):
+            if number in out:
+                raise ValueError(f"{key}: {number} is named twice")
+            out[number] = parse_codec(setting, f"{key}.{numbers}")
+        if int(last or first) < int(first):
+            raise ValueError(f"{key}: {numbers!r} has no numbers; write the smaller one first")
+    return out
+
+
+def _distinct(codecs: list[Codec]) -> tuple[Codec, ...]:
+    return tuple(dict.fromkeys(codecs))
+
+
+@dataclass(frozen=True)
+class PerLayerCodec:
+    """A codec for each layer, e.g. more bits for the first ones, whose errors reach all others."""
+
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """``{"0-2": "int8", "29": {"name": "int4", "rotate": true}}``"""
+    default: Any = "none"
+    """Of all other layers."""
+    name = "per_layer"
+    per_head = False
+
+    def __post_init__(self) -> None:
+        _ = self.codecs
+
+    @cached_property
+    def _table(self) -> dict[int, Codec]:
+        return _parse_ranges(self.layers, "layers")
+
+    @cached_property
+    def _default(self) -> Codec:
+        return parse_codec(self.default, "default")
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return _distinct([self._default, *self._table.values()])
+
+    def choose(self, layer: int, head: int, expert: int | None) -> int:
+        return self.codecs.index(self._table.get(layer, self._default))
+
+    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
+        if max(self._table) >= num_layers:
+            raise ValueError(f"pikv.codec.layers: names layer {max(self._table)}, the model has 0 to {num_layers - 1}")
+
+    def settings(self) -> Any:
+        return {"name": self.name, "layers": _plain(self.layers), "default": _plain(self.default)}
+
+    def files(self) -> list[str]:
+        return [path for codec in self.codecs for path in codec.files()]
+
+
+@dataclass(frozen=True)
+class PerExpertCodec:
+    """A codec for each home expert, e.g. more bits where the pages of rare or important experts lie."""
+
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    """``{"0-3": "int8"}``"""
+    default: Any = "none"
+    """Of all other experts, and of layers without a router."""
+    name = "per_expert"
+    per_head = False
+
+    def __post_init__(self) -> None:
+        _ = self.codecs
+
+    @cached_property
+    def _table(self) -> dict[int, Codec]:
+        return _parse_ranges(self.experts, "experts")
+
+    @cached_property
+    def _default(self) -> Codec:
+        return parse_codec(self.default, "default")
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return _distinct([self._default, *self._table.values()])
+
+    def choose(self, layer: int, head: int, expert: int | None) -> int:
+        return self.codecs.index(self._default if expert is None else self._table.get(expert, self._default))
+
+    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
+        if max(self._table) >= num_experts:
+            raise ValueError(
+                f"pikv.codec.experts: names expert {max(self._table)}, the model has 0 to {num_experts - 1}"
+            )
+
+    def settings(self) -> Any:
+        return {"name": self.name, "experts": _plain(self.experts), "default": _plain(self.default)}
+
+    def files(self) -> list[str]:
+        return [path for codec in self.codecs for path in codec.files()]
+
+
+@dataclass(frozen=True)
+class PerHeadCodec:
+    """One codec for retrieval heads, one for the others (DuoAttention's classes, Xiao et al. 2024).
+
+    Which heads are which is found out by ``pikv heads``. Unlike the budget `duo` it drops nothing.
+    """
+
+    heads: str = ""
+    """Path of the file that ``pikv heads`` has written."""
+    retrieval: Any = "int8"
+    """Codec of retrieval heads."""
+    default: Any = "int4"
+    """Of the others."""
+    name = "per_head"
+    per_head = True
+
+    def __post_init__(self) -> None:
+        _ = self._table, self.codecs
+
+    @cached_property
+    def _table(self) -> list[list[bool]]:
+        return read_heads(self.heads)
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        return _distinct([parse_codec(self.default, "default"), parse_codec(self.retrieval, "retrieval")])
+
+    def choose(self, layer: int, head: int, expert: int | None) -> int:
+        return min(int(self._table[layer][head]), len(self.codecs) - 1)
+
+    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
+        check_heads(self._table, self.heads, num_layers, num_kv_heads, "pikv.codec.heads")
+
+    def settings(self) -> Any:
+        retrieval, default = _plain(self.retrieval), _plain(self.default)
+        return {"name": self.name, "heads": self.heads, "retrieval": retrieval, "default": default}
+
+    def files(self) -> list[str]:
+        return [self.heads, *(path for codec in self.codecs for path in codec.files())]
+
+
+def _plain(value: Any) -> Any:
+    """Codecs as they stand in a configuration."""
+    if isinstance(value, Codec):
+        return value.settings()
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+CODECS: dict[str, Any] = {
+    **{name: Codec(name) for name in ELEMENTS},
+    "per_layer": PerLayerCodec,
+    "per_head": PerHeadCodec,
+    "per_expert": PerExpertCodec,
+}
+"""A codec by its element, or a policy that chooses among several."""

@@ -197,7 +197,7 @@ def snapshot(store: pikv_ds.ExpertShardedKVCache) -> dict[str, Any]:
 
 def storage_bytes(store: pikv_ds.ExpertShardedKVCache) -> int:
     """Bytes of all storages in which keys and values lie, each counted once."""
-    tensors = [slab for slab in store.pool.slabs.tensors if slab is not None]
+    tensors = [slab for slab in store.pool.pages[0].tensors if slab is not None]
     for batch in store._batches:
         for tail in batch.tails:
             if tail is not None:

@@ -28,6 +28,8 @@ CODECS: list[Any] = [
     "int4",
     {"name": "int2", "rotate": True, "clip": True, "scales": 8},
     {"name": "int8", "values": "int3"},
+    {"name": "per_layer", "layers": {"1": "int8"}, "default": "fp8"},
+    {"name": "per_expert", "experts": {"0-1": "int8"}, "default": {"name": "int4", "rotate": True}},
 ]
 SPARSE = {"audit_every": 3}
 CHOICES: list[Any] = ["exact", *({"name": name, **SPARSE} for name in LOOKUPS if name != "exact")]
@@ -37,6 +39,7 @@ BUDGETS: list[dict[str, Any]] = [
     {"retention": "snap", "budget": {"name": "ada", "prompt": 0.5}},
     {"retention": "lru_plus", "budget": {"name": "pyramid", "prompt": 0.7, "tokens": 5 * PAGE}},
     {"retention": "chunk", "budget": {"name": "uniform", "prompt": 0.6}},
+    {"retention": "h2o", "budget": {"name": "ada", "prompt": 0.5, "tokens": 4 * PAGE}, "demote": "int2"},
 ]
 TABLE = [
     {"codec": codec, "lookup": lookup, "placement": list(PLACEMENTS)[i % len(PLACEMENTS)], **budget}
@@ -103,14 +106,14 @@ def test_on_one_rank(settings: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_on_two_ranks(two: Ranks) -> None:
-    for start in range(0, len(TABLE), 25):
-        assert two.run(on_ranks, table=TABLE[start : start + 25 : 5]) == [0, 0]
+    for start in range(0, len(TABLE), 42):
+        assert two.run(on_ranks, table=TABLE[start : start + 42 : 7]) == [0, 0]
 
 
 @pytest.mark.slow
 def test_on_four_ranks(four: Ranks) -> None:
-    for start in range(0, len(TABLE), 30):
-        assert four.run(on_ranks, table=TABLE[start : start + 30 : 10]) == [0] * 4
+    for start in range(0, len(TABLE), 39):
+        assert four.run(on_ranks, table=TABLE[start : start + 39 : 13]) == [0] * 4
 
 
 def test_the_table_is_whole() -> None:

@@ -12,6 +12,7 @@ from passes import PAGE, make_cache
 
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.metrics import rank_stats
 
 pytestmark = pytest.mark.distributed
 two = ranks_fixture(2)
@@ -37,7 +38,12 @@ def one_sequence(cache: ExpertShardedKVCache, source: int, passes: int) -> None:
 
 
 def pages_here(cache: ExpertShardedKVCache, source: int) -> list[list[int]]:
-    return [[p for p, _ in cache.table.pages((source, 0), unit)] for unit in range(cache.num_units)]
+    """Numbers of a sequence's pages that lie here, of each unit; those of a second format with 1,000 added."""
+    table = cache.table
+    return [
+        [1000 * f + p for f in range(table.num_formats) for p, _ in table.pages((source, 0), unit, f)]
+        for unit in range(cache.num_units)
+    ]
 
 
 def on_ranks(rank: int, passes: int, **settings: Any) -> dict[str, Any]:
@@ -66,12 +72,19 @@ def test_the_same_pages_stay_on_four_ranks(four: Ranks) -> None:
     check(four, settings | {"lookup": {"name": "quest", "budget": 1}, "placement": "interleave"})
 
 
+@pytest.mark.parametrize("budget", ["uniform", "ada"])
+def test_the_same_pages_are_demoted_on_one_rank_and_on_two(two: Ranks, budget: str) -> None:
+    settings = {"retention": "h2o", "budget": {"name": budget, "prompt": 0.7, "tokens": 5 * PAGE}, "demote": "int8"}
+    check(two, settings)
+
+
 def check(ranks: Ranks, settings: dict[str, Any]) -> None:
     results = ranks.run(on_ranks, passes=60, **settings)
     for source in range(len(results)):
         alone = make_cache(**settings)
         one_sequence(alone, source, passes=60)
-        assert alone.evictor.counters["evicted_pages"] > 0
+        figures = rank_stats(alone)
+        assert figures["evicted_pages"] + figures["demoted_pages"] > 0
         mine = [sorted(unit) for unit in pages_here(alone, 0)]
         together = [
             sorted(p for r in results for p in r["here"][source][unit]) for unit in range(alone.num_units)

@@ -1,0 +1,106 @@
+"""`PageFormat`: a codec made for a model. Where a page's bytes lie, which kernels read them, and in which bases.
+
+A cache has one format, or several: where layers, heads or experts have codecs of their own, or cold pages are demoted
+to a smaller one. Pages of several formats are attended to one format after the other, and the partials are merged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pikv_ds.layout import PageLayout
+from pikv_ds.ops import Ops
+from pikv_ds.ops.projections import Projections
+from pikv_ds.ops.reference import unseal_pages
+from pikv_ds.pages import PageSize
+from pikv_ds.policies.codecs import Codec
+from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """How pages of one codec are written and read."""
+
+    codec: Codec
+    layout: PageLayout
+    ops: Ops
+    bases: list[Projections]
+    """Per layer, of what pages store; none where they store keys and values as they are."""
+    summary: Summary | None
+
+    @property
+    def size(self) -> PageSize:
+        """Bytes of a page, and of its summary."""
+        return PageSize(self.layout.page_bytes, 0 if self.summary is None else self.summary.num_bytes(self.layout))
+
+    def seal(self, layer: int, head: int, keys: Tensor, values: Tensor | None, nonfinite: Tensor) -> Tensor:
+        """Encodes full pages.
+
+        Args:
+            head: the first KV head that the pages hold.
+            keys, values: ``[N, K, S, D]``; no values where they are channels of the keys.
+            nonfinite: see `Ops.seal_pages`.
+
+        Returns:
+            uint8 ``[N, page bytes + summary bytes]``.
+        """
+        split = self.layout.page_bytes
+        out = torch.empty(len(keys), sum(self.size), dtype=torch.uint8, device=keys.device)
+        if self.bases:
+            assert values is not None
+            keys, values = self.bases[layer].heads(head, keys.shape[1]).encode(keys, values)
+        bounds = out[:, split:] if isinstance(self.summary, KeyBounds) else None
+        self.ops.seal_pages(keys, values, self.layout, out[:, :split], bounds, nonfinite)
+        if isinstance(self.summary, SubPages):
+            out[:, split:] = self.summary.encode(keys, self.layout)
+        return out
+
+    def unseal(self, layer: int, head: int, pages: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keys and values ``[N, K, S, D]``, in the model's type, of pages uint8 ``[N, page bytes]``."""
+        keys, values = unseal_pages(pages, self.layout)
+        if self.bases:
+            keys, values = self.bases[layer].heads(head, keys.shape[1]).decode(keys, values)
+        dtype = self.layout.dtype
+        return keys.to(dtype), None if self.layout.latent_dim is not None else values.to(dtype)
+
+    def query(self, layer: int, query: Tensor) -> Tensor:
+        """Queries ``[n, H, D]`` as they meet pages, ``[n, H, r]``."""
+        return self.bases[layer].query(query).contiguous() if self.bases else query
+
+    def output(self, layer: int, out: Tensor) -> Tensor:
+        """What they have found there, as outputs ``[n, H, V]``."""
+        return self.bases[layer].output(out).contiguous() if self.bases else out
+
+
+def make_format(
+    codec: Codec,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    streams: int,
+    head_dim: int,
+    latent_dim: int | None,
+    dtype: torch.dtype,
+    page_size: int,
+    summary: Summary | None,
+    backend: str,
+    device: torch.device,
+) -> PageFormat:
+    """A codec's format for a model.
+
+    Args:
+        streams: KV heads of a layer with pages of their own, 1 where a page holds all heads.
+        summary: what lookups need to see of a page.
+
+    Raises:
+        ValueError: the codec does not fit, or the backend has no kernels for such pages.
+    """
+    bases = codec.bases(num_layers, num_kv_heads, head_dim, device)
+    key_rank, value_rank = head_dim, None
+    if bases:
+        key_rank, value_rank = bases[0].key_read.shape[2], bases[0].value_read.shape[2]
+    layout = codec.layout(num_kv_heads // streams, key_rank, page_size, dtype, latent_dim, value_rank)
+    return PageFormat(codec, layout, Ops(backend, device.type, layout), bases, summary)
