@@ -25,7 +25,9 @@ from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.formats import make_format
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
+from pikv_ds.policies.placements import EplbPlacement
 from pikv_ds.policies.retention import Prompt
+from pikv_ds.rebalance import Rebalancer
 from pikv_ds.reuse import Reuse
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
@@ -186,6 +188,20 @@ class ExpertShardedKVCache:
             self.streams,
         )
         self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
+        topologies = [self.topology] * shape.num_layers
+        self.rebalancer: Rebalancer | None = None
+        if isinstance(config.placement, EplbPlacement) and self.exchange.size > 1:
+            self.rebalancer = Rebalancer(
+                config.placement,
+                self.exchange,
+                self.pool,
+                self.table,
+                topologies,
+                self.evictor,
+                reuse,
+                config.page_size,
+            )
+            self.evictor.watch = self.rebalancer.evicted
         self.sender = PageSender(
             self.exchange,
             self.pool,
@@ -193,10 +209,11 @@ class ExpertShardedKVCache:
             self.formats,
             config.codec,
             config.placement,
-            self.topology,
+            topologies,
             self._nonfinite,
             self.evictor,
             reuse,
+            self.rebalancer,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -547,6 +564,8 @@ class ExpertShardedKVCache:
         self.sender.send(self.plan, staged)
         self.sender.settle()
         self.evictor.evict(self.sender.num_sealed, self._batches)
+        if self.rebalancer is not None:
+            self.rebalancer.step(self.num_steps, self.plan.free, self.sender.num_sealed, self._batches)
 
     def _exchange_sequences(self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool) -> None:
         """Which sequences ask for their pages, where that has changed, and which are finished."""
@@ -572,6 +591,8 @@ class ExpertShardedKVCache:
         self.pool.free(self.table.remove(sequence))
         self.sender.num_sealed.pop(sequence, None)
         self.evictor.forget(sequence)
+        if self.rebalancer is not None:
+            self.rebalancer.forget(sequence)
         self.attention.audit.forget(sequence)
 
     def _free_after_release(self, everyone: list[Announcement]) -> tuple[list[int], list[int]]:

@@ -47,8 +47,9 @@ class PiKVConfig:
     """Pages over the budget are encoded anew with this codec, instead of being dropped. None: they are dropped."""
 
     placement: Placement = field(default_factory=ExpertPlacement)
-    """Where a sealed page lives: "expert" (rank of the expert that its tokens activated most),
-    "interleave" (page mod ranks) or "hash" (the paper's)."""
+    """Where a sealed page lives: "expert" (rank of the expert that its tokens activated most), "eplb" (the same, with
+    experts packed anew where their pages pile up), "balanced", "hierarchical", "interleave" (page mod ranks) or "hash"
+    (the paper's)."""
 
     lookup: Lookup = field(default_factory=ExactLookup)
     """Which pages a query visits: "exact" (all) or {"name": "quest", "budget": 0.5, ...}."""

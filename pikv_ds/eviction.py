@@ -17,7 +17,7 @@ import dataclasses
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,8 @@ class Evictor:
         self.visits: list[Visit] = []
         self.merged: dict[int, Tensor] = {}
         """Per layer, float32 ``[n, H]``: log-sum-exps of this rank's asking queries over their whole sequences."""
+        self.watch: Callable[[Sequence, int, int, int], None] | None = None
+        """Told on every rank of every page that is evicted: sequence, unit, page number, rank."""
         self._live: dict[Sequence, list[int]] = {}  # pages per unit, over all ranks
         self._grown: dict[Sequence, None] = {}  # sequences whose pages have become more since the last eviction
         self._state = UtilityState.empty(0, pool.device)
@@ -201,6 +203,22 @@ class Evictor:
         self._state.last_step[at] = self.step
         self._state.visits[at] = 0
 
+    def knowledge(self, slot: int) -> tuple[int, int, int]:
+        """What is known of a page: the bits of its mass, its last step and visits. It goes with the page to another
+        rank (`recall`)."""
+        if not self.evicts:
+            return 0, 0, 0
+        state = self._state
+        return float_bits(float(state.mass[slot])), int(state.last_step[slot]), int(state.visits[slot])
+
+    def recall(self, slot: int, knowledge: tuple[int, int, int]) -> None:
+        """A page with what is known of it lies in this slot now."""
+        if not self.evicts:
+            return
+        mass, last_step, visits = knowledge
+        self.stored([slot], [bits_float(mass)])
+        self._state.last_step[slot], self._state.visits[slot] = last_step, visits
+
     def forget(self, sequence: Sequence) -> None:
         """A sequence is gone."""
         self._live.pop(sequence, None)
@@ -297,6 +315,8 @@ class Evictor:
                     if rank == self.exchange.rank:
                         cold.append((sequence, unit, page_idx))
                     continue
+                if self.watch is not None:
+                    self.watch(sequence, unit, page_idx, rank)
                 if sequence in owners:
                     batch, row = owners[sequence]
                     batch.loads[unit][row][rank] -= 1

@@ -23,7 +23,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     moment, the same on all ranks: the end of the pass after which the group held the most tokens.
     ``dropped_pages`` are of prompts, cut before they were sealed, on their sequences' rank; ``evicted_pages`` were
     freed while decoding, on the rank that held them, ``demoted_pages`` encoded anew there; of one KV head each where
-    heads have pages of their own. ``pages_by_codec`` are here now, under the codecs' labels.
+    heads have pages of their own. ``moved_pages`` have come here from other ranks when experts were packed anew.
+    ``pages_by_codec`` are here now, under the codecs' labels.
     Of sparse lookups: ``reuse`` visits to pages, and those among them shortly after an earlier one
     (`pikv_ds.reuse`); ``reuse_distances`` their histogram over powers of two; ``audit`` the attention mass
     on this rank's pages that the choice held, where it was audited.
@@ -55,6 +56,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "evicted_pages": cache.evictor.counters["evicted_pages"],
         "demoted_pages": 0 if cache.evictor.demoter is None else cache.evictor.demoter.counters["demoted_pages"],
         "pages_by_codec": _pages_by_codec(cache),
+        "moved_pages": 0 if cache.rebalancer is None else cache.rebalancer.counters["moved_pages"],
         "queries": attention["queries"],
         "pages_in_scope": attention["pages_in_scope"],
         "pages_visited": cache.attention.pages_visited,
@@ -102,6 +104,7 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "dropped_pages": sum(r["dropped_pages"] for r in per_rank),
         "evicted_pages": sum(r["evicted_pages"] for r in per_rank),
         "demoted_pages": sum(r["demoted_pages"] for r in per_rank),
+        "moved_pages": sum(r["moved_pages"] for r in per_rank),
         "pages_by_codec": {
             label: sum(r["pages_by_codec"][label] for r in per_rank) for label in per_rank[0]["pages_by_codec"]
         },

@@ -147,6 +147,11 @@ class PagePool:
             heapq.heapify(heap)
             self._free[page_format] = heap
 
+    def read(self, slot: int) -> Tensor:
+        """A copy of a page with its summary, uint8 ``[page bytes + summary bytes]``."""
+        page_format = self.format_of(slot)
+        return torch.cat([self.pages[page_format].row(slot), self.summaries[page_format].row(slot)])
+
     def write(self, slots: Sequence[int], pages: Tensor, summaries: Tensor | None = None) -> None:
         """Stores encoded pages of one format.
 

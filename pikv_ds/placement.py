@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topology:
-    """Which rank hosts which expert: contiguous blocks, as DeepSpeed and Megatron lay them out."""
+    """Which rank hosts which expert's pages: that of the expert itself, in contiguous blocks as DeepSpeed and Megatron
+    lay them out, unless the experts have been packed anew (`pikv_ds.rebalance`)."""
 
     num_experts: int
     num_ranks: int
+    homes: tuple[int, ...] | None = None
+    """Rank of each expert; None: blocks."""
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.num_experts < 1 or self.num_experts % self.num_ranks:
@@ -26,7 +29,9 @@ class Topology:
             )
 
     def owner(self, expert: int) -> int:
-        """Rank that hosts ``expert``."""
+        """Rank that hosts ``expert``'s pages."""
+        if self.homes is not None:
+            return self.homes[expert]
         return expert // (self.num_experts // self.num_ranks)
 
 

@@ -22,6 +22,7 @@ from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
 from pikv_ds.policies.codecs import CodecPolicy
 from pikv_ds.policies.placements import Placement
+from pikv_ds.rebalance import Rebalancer
 from pikv_ds.reuse import Reuse
 from pikv_ds.sequences import FullPages, SequenceBatch
 
@@ -39,6 +40,8 @@ class Header(NamedTuple):
     score: int
     """The bits of what retention thinks of it."""
     page_format: int
+    home: int
+    """Its home expert, -1 where no router is."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ class PageSender:
 
     Args:
         formats: those of the codec policy's codecs, then that of demoted pages, if there is one.
+        topologies: of every layer; `Rebalancer` changes them.
         nonfinite: int32 ``[num_layers]``, set to 1 where a page with NaN or infinity was sealed.
     """
 
@@ -76,14 +80,15 @@ class PageSender:
         formats: list[PageFormat],
         codec: CodecPolicy,
         placement: Placement,
-        topology: Topology,
+        topologies: list[Topology],
         nonfinite: Tensor,
         evictor: Evictor,
         reuse: Reuse | None,
+        rebalancer: Rebalancer | None,
     ) -> None:
         self.exchange, self.pool, self.table, self.formats, self.codec = exchange, pool, table, formats, codec
-        self.placement, self.topology = placement, topology
-        self.nonfinite, self.evictor, self.reuse = nonfinite, evictor, reuse
+        self.placement, self.topologies = placement, topologies
+        self.nonfinite, self.evictor, self.reuse, self.rebalancer = nonfinite, evictor, reuse, rebalancer
         self.page_size = formats[0].layout.page_size
         self.staged: list[StagedPage] = []
         self._seen: dict[int, list[int]] = {}  # votes per expert so far, per layer
@@ -118,7 +123,7 @@ class PageSender:
             payloads |= dict(zip(which, sealed, strict=True))
         for i, page_format in enumerate(chosen):
             if votes is not None:
-                before = self._seen.get(layer, [0] * self.topology.num_experts)
+                before = self._seen.get(layer, [0] * self.topologies[layer].num_experts)
                 self._seen[layer] = [a + b for a, b in zip(before, votes[i], strict=True)]
             self.staged.append(
                 StagedPage(
@@ -137,7 +142,7 @@ class PageSender:
     def _votes(self, experts: Tensor) -> list[list[int]]:
         """How often each expert was chosen, per page, from ``[N, S, k]`` (-1: dropped by the gate)."""
         flat = experts.flatten(1).long() + 1
-        counts = torch.zeros(flat.shape[0], self.topology.num_experts + 1, dtype=torch.int64, device=flat.device)
+        counts = torch.zeros(flat.shape[0], self.topologies[0].num_experts + 1, dtype=torch.int64, device=flat.device)
         counts.scatter_add_(1, flat, torch.ones_like(flat))
         return counts[:, 1:].tolist()
 
@@ -178,7 +183,7 @@ class PageSender:
                 f"the KV pool is full: {len(homeless)} of {sum(counts)} new pages found no rank with room; "
                 f"{len(homeless) * self.page_size} tokens "
                 f"({sum(self.pool.sizes[h.page_format].page for h in homeless)} bytes) more are needed. "
-                " Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
+                "Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
             )
         self.counters["seals"] += len(placed)
         self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
@@ -192,6 +197,8 @@ class PageSender:
                 key = (source, header.sequence)
                 self.num_sealed[key] = max(self.num_sealed.get(key, 0), header.page_idx + 1)
                 self.evictor.placed(key, header.unit, header.page_format)
+                if self.rebalancer is not None:
+                    self.rebalancer.placed(key, header.unit, header.page_idx, header.owner, header.home)
                 if header.owner == rank and source != rank and not plan.shared:
                     incoming.append((source, header))
                     receive_bytes[source] += sum(self.pool.sizes[header.page_format])
@@ -213,7 +220,8 @@ class PageSender:
     @staticmethod
     def _header(page: StagedPage, owner: int) -> Header:
         sequence = page.batch.ids[page.row]
-        return Header(sequence, page.unit, page.page_idx, owner, float_bits(page.score), page.page_format)
+        home = -1 if page.votes is None else home_expert(page.votes)
+        return Header(sequence, page.unit, page.page_idx, owner, float_bits(page.score), page.page_format, home)
 
     def _enter(self, pages: list[tuple[int, Header]]) -> list[int]:
         """Finds room for pages, given with their source ranks, and notes them; returns their slots."""
@@ -270,7 +278,7 @@ class PageSender:
             limits = page_limits(
                 batch.lengths[row] + batch.new[row],
                 self.page_size,
-                self.topology,
+                self._topology(page),
                 None if batch.shared else self.exchange.rank,
             )
             loads = batch.loads[page.unit][row]
@@ -284,7 +292,10 @@ class PageSender:
         return owners
 
     def _preference(self, page: StagedPage) -> list[int]:
-        return self.placement.owners(page.page_idx, page.votes, self.topology, page.seen)
+        return self.placement.owners(page.page_idx, page.votes, self._topology(page), page.seen)
+
+    def _topology(self, page: StagedPage) -> Topology:
+        return self.topologies[page.unit // self.evictor.streams]
 
     def _store(self, payloads: list[Tensor], slots: list[int]) -> None:
         """Writes pages with their summaries into their slots."""

@@ -47,6 +47,8 @@ class Driver:
     """[row][layer]: keys and values ``[2, K, n, D]``, of latent attention keys ``[1, 1, n, D]``."""
     votes: torch.Generator | None = None
     """Of the experts that tokens choose, where they are not the same on all ranks."""
+    hot: int | None = None
+    """Experts that are chosen at all; None: all."""
 
     def __post_init__(self) -> None:
         self.history = [[self._nothing()] * self.cache.shape.num_layers for _ in range(len(self.batch))]
@@ -68,7 +70,7 @@ class Driver:
             qkv = torch.randn(num, heads, shape.head_dim, generator=self.rng).to(shape.dtype)
             query, *kv = qkv.split([shape.num_heads] + [shape.num_kv_heads] * parts, dim=1)
             value = kv[1] if shape.latent_dim is None else None
-            experts = torch.randint(shape.num_experts, (num, 2), generator=self.votes or self.rng)
+            experts = torch.randint(self.hot or shape.num_experts, (num, 2), generator=self.votes or self.rng)
             out = self.cache.attend(self.batch, layer, query, kv[0], value, 0.25)
             assert out.shape == (*query.shape[:2], shape.value_dim)
             assert out.dtype == shape.dtype

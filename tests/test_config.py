@@ -25,6 +25,8 @@ VALID = {
     "demote": [None],  # with a budget: test_formats.py
     "placement": [
         "expert",
+        "eplb",
+        {"name": "eplb", "every": 10, "slack": 1.5, "moves": 1},
         "balanced",
         {"name": "balanced", "alpha": 2},
         "hierarchical",
@@ -61,7 +63,7 @@ INVALID = [
     ("demote", "int2", 'add a "retention" and a "budget"'),
     ("demote", "int5", "one of none, fp8, int8, int4"),
     ("placement", "experts", 'did you mean "expert"?'),
-    ("placement", "random", "choose one of expert, balanced, hierarchical, interleave, hash"),
+    ("placement", "random", "choose one of expert, eplb, balanced, hierarchical, interleave, hash"),
     ("placement", ["expert"], "from_dict"),
     ("lookup", "qest", 'did you mean "quest"?'),
     ("lookup", 0.5, "from_dict"),
@@ -121,6 +123,9 @@ INVALID_POLICIES = [
         ("placement", {"name": "hash", "period": v}, f"placement.period = {v!r}", "whole number of at least 1")
         for v in (0, -1, 2.0, "8", None, True)
     ),
+    ("placement", {"name": "eplb", "every": 0}, "placement.every = 0", "at least 1"),
+    ("placement", {"name": "eplb", "moves": 1.5}, "placement.moves = 1.5", "at least 1"),
+    ("placement", {"name": "eplb", "slack": 0.9}, "placement.slack = 0.9", "at least 1"),
     ("placement", {"name": "balanced", "alpha": -1}, "placement.alpha = -1", "between 0"),
     ("placement", {"name": "hierarchical", "ranks_per_node": 0}, "placement.ranks_per_node = 0", "at least 1"),
     ("lookup", {"name": "qwest"}, "lookup.name = 'qwest'", 'did you mean "quest"?'),

@@ -143,8 +143,34 @@ class HierarchicalPlacement:
         return sorted(range(topology.num_ranks), key=lambda r: (-by_node[node[r]], node[r], -by_rank[r], r))
 
 
+@dataclass(frozen=True)
+class EplbPlacement(ExpertPlacement):
+    """`ExpertPlacement`, and experts are packed anew over the ranks where their pages pile up (EPLB, DeepSeek 2025).
+
+    The work is done by `pikv_ds.rebalance`; the experts of the model's feed-forward networks stay where they are.
+    """
+
+    every: int = 64
+    """Passes between two looks at the experts' pages."""
+    slack: float = 1.1
+    """How many times the mean the fullest rank may hold of a layer's pages before its experts are packed anew."""
+    moves: int = 32
+    """Pages that a rank gives away per pass, at most, until all are where they belong."""
+    name = "eplb"
+
+    def __post_init__(self) -> None:
+        for key in ("every", "moves"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} = {value!r}: use a whole number of at least 1")
+        value = self.slack
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 100:
+            raise ValueError(f"slack = {value!r}: use a factor of at least 1")
+
+
 PLACEMENTS: dict[str, type[Placement]] = {
     "expert": ExpertPlacement,
+    "eplb": EplbPlacement,
     "balanced": BalancedPlacement,
     "hierarchical": HierarchicalPlacement,
     "interleave": InterleavePlacement,

@@ -41,8 +41,9 @@ BUDGETS: list[dict[str, Any]] = [
     {"retention": "chunk", "budget": {"name": "uniform", "prompt": 0.6}},
     {"retention": "h2o", "budget": {"name": "ada", "prompt": 0.5, "tokens": 4 * PAGE}, "demote": "int2"},
 ]
+HOMES: list[Any] = [name if name != "eplb" else {"name": "eplb", "every": 3, "moves": 4} for name in PLACEMENTS]
 TABLE = [
-    {"codec": codec, "lookup": lookup, "placement": list(PLACEMENTS)[i % len(PLACEMENTS)], **budget}
+    {"codec": codec, "lookup": lookup, "placement": HOMES[(i + i // len(BUDGETS)) % len(HOMES)], **budget}
     for i, (codec, lookup, budget) in enumerate(itertools.product(CODECS, CHOICES, BUDGETS))
 ]
 """Placements go round: all of them meet all of the others, if not in all combinations."""
@@ -117,8 +118,9 @@ def test_on_four_ranks(four: Ranks) -> None:
 
 
 def test_the_table_is_whole() -> None:
-    assert {s["placement"] for s in TABLE} == set(PLACEMENTS)
+    assert {str(s["placement"]) for s in TABLE} == set(map(str, HOMES))
     assert {s["lookup"] if isinstance(s["lookup"], str) else s["lookup"]["name"] for s in TABLE} == set(LOOKUPS)
     assert {s["retention"] for s in TABLE if "retention" in s} < set(RETENTIONS)
-    pairs = {(str(s["placement"]), str(s["lookup"])) for s in TABLE}
-    assert len(pairs) == len(PLACEMENTS) * len(CHOICES)
+    for key, number in (("lookup", len(CHOICES)), ("retention", len(BUDGETS) - 1), ("codec", len(CODECS))):
+        pairs = {(str(s["placement"]), str(s.get(key, "exact"))) for s in TABLE}
+        assert len(pairs) >= len(HOMES) * number, key

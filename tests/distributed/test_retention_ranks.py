@@ -72,13 +72,19 @@ def test_the_same_pages_stay_on_four_ranks(four: Ranks) -> None:
     check(four, settings | {"lookup": {"name": "quest", "budget": 1}, "placement": "interleave"})
 
 
+def test_what_is_known_of_a_page_moves_with_it(two: Ranks) -> None:
+    settings = {"retention": "h2o", "budget": {"name": "uniform", "tokens": 5 * PAGE}}
+    results = check(two, settings | {"placement": {"name": "eplb", "every": 3, "moves": 2, "slack": 1.0}})
+    assert sum(r["sent"].get("moved_page", 0) for r in results) > 0
+
+
 @pytest.mark.parametrize("budget", ["uniform", "ada"])
 def test_the_same_pages_are_demoted_on_one_rank_and_on_two(two: Ranks, budget: str) -> None:
     settings = {"retention": "h2o", "budget": {"name": budget, "prompt": 0.7, "tokens": 5 * PAGE}, "demote": "int8"}
     check(two, settings)
 
 
-def check(ranks: Ranks, settings: dict[str, Any]) -> None:
+def check(ranks: Ranks, settings: dict[str, Any]) -> list[dict[str, Any]]:
     results = ranks.run(on_ranks, passes=60, **settings)
     for source in range(len(results)):
         alone = make_cache(**settings)
@@ -92,3 +98,4 @@ def check(ranks: Ranks, settings: dict[str, Any]) -> None:
         assert together == mine
         assert results[source]["loads"] == [len(unit) for unit in mine]
     assert all(r["left"] == (0, 0) for r in results)
+    return results

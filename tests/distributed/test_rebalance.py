@@ -1,0 +1,129 @@
+"""Experts are packed anew, and their pages move, while generation goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import Ranks, ranks_fixture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from passes import PAGE, Driver, make_cache
+
+from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.metrics import rank_stats
+from pikv_ds.placement import Topology
+from pikv_ds.rebalance import pack
+
+pytestmark = pytest.mark.distributed
+two = ranks_fixture(2)
+four = ranks_fixture(4)
+
+
+def skewed_passes(rank: int, passes: int, shared: bool = False, hot: int = 2, **config: Any) -> dict[str, Any]:
+    """Sequences whose tokens choose the first `hot` experts nearly always; attention is dense attention's."""
+    exchange = Exchange(make_group(dist.group.WORLD, 20))
+    cache = make_cache(exchange=exchange, **config)
+    rng = torch.Generator().manual_seed(0 if shared else rank)
+    driver = Driver(cache, cache.new_batch(2, shared=shared), rng, hot=hot)
+    driver.pass_of([61, 40 if shared else 40 + 8 * rank])
+    for _ in range(passes):
+        driver.step(1)
+    late = driver.admit()
+    driver.pass_of([1, 1, 30])
+    driver.release([late])
+    driver.step(3)
+    stats, sent = rank_stats(cache), dict(exchange.sent_bytes)
+    routed = [len(cache.table.pages(s, 0)) for s in cache.table.sequences()]
+    homes = cache.sender.topologies[0].homes
+    driver.release([0, 1])
+    cache.begin_step(None, [])
+    cache.check_integrity()
+    left = cache.pool.num_used
+    if cache.rebalancer is not None:
+        left += len(cache.rebalancer._homes) + len(cache.rebalancer._loads)
+    exchange.close()
+    return {**stats, "routed": sum(routed), "homes": homes, "left": left, "sent": sent}
+
+
+EPLB = {"name": "eplb", "every": 4, "moves": 3}
+
+
+def skew(results: list[dict[str, Any]]) -> float:
+    pages = [r["routed"] for r in results]
+    return max(pages) * len(pages) / sum(pages)
+
+
+DEMOTION = {
+    "retention": "h2o",
+    "budget": {"name": "ada", "tokens": 4 * PAGE},
+    "demote": {"name": "none", "rotate": True},
+}
+CONFIGS = [
+    {},
+    {"codec": {"name": "per_expert", "experts": {"1": {"name": "none", "rotate": True}}}},
+    {"lookup": {"name": "quest", "budget": 1.0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("shared", "config"),
+    [*((False, c) for c in [*CONFIGS, DEMOTION]), *((True, c) for c in CONFIGS)],
+    ids=str,
+)
+def test_pages_move_and_attention_stays_exact(two: Ranks, shared: bool, config: dict[str, Any]) -> None:
+    before = two.run(skewed_passes, passes=24, shared=shared, placement="expert", **config)
+    after = two.run(skewed_passes, passes=24, shared=shared, placement=EPLB, **config)
+    assert skew(after) < skew(before)
+    assert all(r["homes"] == after[0]["homes"] for r in after)
+    assert after[0]["homes"][0] != after[0]["homes"][1]  # the two hot experts have parted
+    assert sum(r["moved_pages"] for r in after) > 0
+    assert sum(r["sent"]["moved_page"] for r in after) > 0
+    assert all(r["left"] == 0 for r in (*before, *after))
+
+
+def test_on_four_ranks(four: Ranks) -> None:
+    before, after = (
+        four.run(skewed_passes, passes=30, placement=placement, hot=3) for placement in ("expert", EPLB | {"every": 7})
+    )
+    assert skew(after) <= skew(before)
+    assert all(r["left"] == 0 for r in after)
+
+
+def test_a_full_pool_moves_what_it_can(two: Ranks) -> None:
+    """Pages that have no room at home stay; nothing is lost, and nobody waits for room."""
+    results = two.run(skewed_passes, passes=16, placement=EPLB, capacity_tokens=24 * PAGE, watermark=0.0)
+    assert sum(r["moved_pages"] for r in results) > 0
+    assert all(r["left"] == 0 for r in results)
+
+
+def test_one_rank_has_nothing_to_move() -> None:
+    assert make_cache(placement=EPLB).rebalancer is None
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_packing_never_makes_it_worse(ranks: int, per_rank: int, seed: int) -> None:
+    counts = torch.randint(0, 50, [ranks * per_rank], generator=torch.Generator().manual_seed(seed)).tolist()
+    topology = Topology(len(counts), ranks)
+    homes = pack(counts, topology, 1.0)
+    if homes is None:
+        return
+    loads = [[0] * ranks, [0] * ranks]
+    for expert, n in enumerate(counts):
+        loads[0][topology.owner(expert)] += n
+        loads[1][homes[expert]] += n
+    assert max(loads[1]) < max(loads[0])
+    assert [homes.count(rank) for rank in range(ranks)] == [per_rank] * ranks
+    assert pack(counts, Topology(len(counts), ranks, homes), 1.0) is None or max(loads[1]) > sum(counts) / ranks
+
+
+def test_packing_moves_as_little_as_it_must() -> None:
+    topology = Topology(4, 2)
+    assert pack([10, 10, 0, 0], topology, 1.1) in [(0, 1, 1, 0), (0, 1, 0, 1)]  # one of the two stays
+    assert pack([10, 9, 10, 9], topology, 1.1) is None  # even enough
+    assert pack([40, 0, 0, 0], topology, 1.1) is None  # nothing to part
+    assert pack([0, 0, 0, 0], topology, 1.1) is None
+    assert pack([0, 0, 9, 9], topology, 1.1) in [(1, 0, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1), (0, 1, 0, 1)]
