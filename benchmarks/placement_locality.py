@@ -12,6 +12,7 @@ chance puts them on. A text of one piece is the harder case: of several, a query
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ from pikv_ds.eval.snapshot import LayerInputs, take
 from pikv_ds.eval.text import read
 from pikv_ds.placement import Topology, choose_owner, page_limits
 from pikv_ds.policies.placements import PLACEMENTS, HierarchicalPlacement
+from pikv_ds.rebalance import pack
+from pikv_ds.sealing import home_expert
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if "python" in line)
 UNLIMITED = 2**40
@@ -44,6 +47,11 @@ def homes(layer: LayerInputs, name: str, topology: Topology, page_size: int) -> 
     placement: Any = HierarchicalPlacement(2) if name == "hierarchical" else PLACEMENTS[name]()
     chosen = layer.experts[: pages * page_size].view(pages, -1)
     votes = [torch.bincount(row, minlength=topology.num_experts).tolist() for row in chosen]
+    if name == "eplb":  # as if the experts had been packed with these pages in view
+        counts = [0] * topology.num_experts
+        for vote in votes:
+            counts[home_expert(vote)] += 1
+        topology = dataclasses.replace(topology, homes=pack(counts, topology, 1.1))
     loads, seen, out = [0] * topology.num_ranks, [0] * topology.num_experts, []
     limits = page_limits(layer.key.shape[2], page_size, topology, 0)
     for page, vote in enumerate(votes):

@@ -56,7 +56,7 @@ class PiKVConfig:
 
     retention: Retention | None = None
     """Which tokens go first where `budget` is short: None (nothing ever goes), "lru", "lru_plus", "streaming", "h2o",
-    "tova", "snap", "chunk", "expected" or "kvpress:NAME"."""
+    "tova", "snap", "chunk", "expected", "flexgen" or "kvpress:NAME"."""
 
     budget: Budget = field(default_factory=UniformBudget)
     """How much each layer and KV head keeps: "uniform", "pyramid", "ada" or "duo", e.g.

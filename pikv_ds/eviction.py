@@ -269,6 +269,9 @@ class Evictor:
             fair = torch.cat([self._fair(s, visit.layer).repeat(n) for s, n in self._spread(visit)])
             share = torch.zeros_like(total).index_add_(0, slots, fair.repeat_interleave(visit.slots.shape[1])[there])
             at = at[total[at] > share[at]]
+        if self.retention.learns == "reads":
+            total = (total > 0).float()  # the shares of pages that a lookup has left out are zero
+            at = at[total[at] > 0]
         if len(at):
             self.ops.update_utility(at.int(), total[at].contiguous(), self.step, self.retention.decay, self._state)
 

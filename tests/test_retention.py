@@ -22,7 +22,7 @@ from pikv_ds.ops.reference import gather_pages
 from pikv_ds.policies.budgets import BUDGETS, AdaBudget, PyramidBudget, UniformBudget, whole_pages
 from pikv_ds.policies.retention import RETENTIONS, H2oRetention, Prompt, SnapRetention, StreamingRetention
 
-PROMPT_POLICIES = ["lru", "lru_plus", "streaming", "h2o", "tova", "snap", "chunk", "expected"]
+PROMPT_POLICIES = ["lru", "lru_plus", "streaming", "h2o", "tova", "snap", "chunk", "expected", "flexgen"]
 HALF = {"name": "uniform", "prompt": 0.5}
 
 
@@ -210,9 +210,12 @@ def test_pages_over_the_budget_are_evicted_while_decoding(retention: str, budget
     assert len(slabs) <= math.ceil(fullest / cache.pool.slab_pages)
 
 
-def test_what_nobody_attends_to_is_evicted(rng) -> None:
-    """A page of keys that no query ever meets goes, and no other does."""
-    cache = make_cache(debug=True, retention="h2o", budget={"name": "uniform", "tokens": 4 * PAGE})
+@pytest.mark.parametrize(
+    "settings_", [{"retention": "h2o"}, {"retention": "flexgen", "lookup": {"name": "quest", "budget": 0.75}}], ids=str
+)
+def test_what_nobody_attends_to_is_evicted(settings_: dict[str, Any], rng) -> None:
+    """A page of keys that no query ever meets goes, and no other does; nor does one that a lookup never reads stay."""
+    cache = make_cache(debug=True, budget={"name": "uniform", "tokens": 4 * PAGE}, **settings_)
     batch, shape = cache.new_batch(1), cache.shape
 
     def run(width: int, unwanted: slice | None = None) -> None:

@@ -70,7 +70,7 @@ class Retention(Protocol):
 
     @property
     def learns(self) -> str:
-        """What of the attention it wants to be told while decoding: "nothing", "visits" or "mass"."""
+        """What of the attention it wants to be told while decoding: "nothing", "visits", "reads" or "mass"."""
         ...
 
     @property
@@ -185,6 +185,23 @@ class H2oRetention(MassRetention):
             part = Prompt(prompt.query[:, :end], prompt.key[:, :end], prompt.value[:, :end], prompt.scale)
             total[:, :end] += part.attention((end - 1) % 256 + 1).mean(1).sum(1)
         return total * (1 - SUM)
+
+
+@dataclass(frozen=True)
+class FlexGenRetention(MassRetention):
+    """What is read the least often goes first: the cost of moving decides (FlexGen, Sheng et al. 2023).
+
+    FlexGen chooses what lies near by what it costs to fetch the rest, bytes times reads over bandwidth. Pages of one
+    layer have the same bytes, and what is over the budget has one place to go, so its optimum is to keep the pages
+    that are read most often: the moving average of the reads, one wherever a sparse lookup chooses a page or an exact
+    one finds it. Of a prompt the oldest tokens go first: nobody has read it yet.
+    """
+
+    name = "flexgen"
+    learns = "reads"
+
+    def scores(self, prompt: Prompt) -> Tensor:
+        return _recency(prompt) / prompt.length * 1e-3  # together less than one read
 
 
 @dataclass(frozen=True)
@@ -324,6 +341,7 @@ RETENTIONS: dict[str, type[Retention]] = {
     "tova": TovaRetention,
     "snap": SnapRetention,
     "chunk": ChunkRetention,
+    "flexgen": FlexGenRetention,
     "expected": ExpectedRetention,
     "kvpress": KvpressRetention,
 }

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 two = ranks_fixture(2)
 four = ranks_fixture(4)
 
-POLICIES = ["lru", "streaming", "h2o", "snap", "chunk"]
+POLICIES = ["lru", "streaming", "h2o", "snap", "chunk", "flexgen"]
 
 
 def one_sequence(cache: ExpertShardedKVCache, source: int, passes: int) -> None:
