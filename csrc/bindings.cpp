@@ -72,6 +72,7 @@ void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element
 
   SealPagesParams p{};
   p.layout = args.LayoutOf(element, k, s, d, latent_dim);
+  if (p.layout.Packed()) args.Fail("there are no kernels that seal packed pages");
   p.dtype = args.FloatingDtype("keys", dtype);
   // Plain elements have the number of their type.
   if (ScaleRows(p.layout.element) == 0 && element != static_cast<int64_t>(p.dtype)) {

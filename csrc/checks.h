@@ -194,11 +194,17 @@ class Args {
   PageLayout LayoutOf(int64_t element, int64_t num_kv_heads, int64_t page_size, int64_t head_dim,
                       int64_t latent_dim) const {
     constexpr int64_t kLast = static_cast<int64_t>(Element::kInt2);
+    PageLayout layout{};
+    // Of packed pages: bits of keys and of values, and whether scales are bytes, in the next bytes.
+    layout.key_bits = static_cast<int32_t>(element >> 8 & 0xff);
+    layout.value_bits = static_cast<int32_t>(element >> 16 & 0xff);
+    layout.byte_scales = static_cast<int32_t>(element >> 24 & 1);
+    element = layout.Packed() ? element & 0xff : element;
     if (element < 0 || element > kLast) {
       Fail("element must be from 0 to ", kLast, ", got ", element);
     }
-    PageLayout layout;
     layout.element = static_cast<Element>(element);
+    if (layout.Packed()) CheckPacked(layout, head_dim);
     layout.num_kv_heads = Int32("num_kv_heads", num_kv_heads, 1);
     layout.page_size = Int32("page_size", page_size, 1);
     layout.head_dim = Int32("head_dim", head_dim, 1);
@@ -211,6 +217,22 @@ class Args {
     }
     if (latent_dim > 0) CheckLatent();
     return layout;
+  }
+
+  // Pages whose integers are unpacked first; only the CPU's kernels do it.
+  void CheckPacked(const PageLayout& layout, int64_t head_dim) const {
+    if (device_ != Device::kCpu) Fail("there are no CUDA kernels for packed pages");
+    for (const int bits : {layout.key_bits, layout.value_bits}) {
+      const int per_byte = bits == 3 ? 8 : 8 / std::max(bits, 1);
+      if (bits < 1 || bits > 8 || (bits > 4 && bits < 8)) {
+        Fail("packed elements must have 1, 2, 3, 4 or 8 bits, got ", bits);
+      }
+      if (head_dim % per_byte) {
+        Fail("head_dim must be a multiple of the ", per_byte, " elements in a byte, got ",
+             head_dim);
+      }
+    }
+    if (layout.element != Element::kInt8) Fail("packed pages are unpacked to int8, got others");
   }
 
   // Of latent attention keys serve as values; only the CPU's kernels know it.

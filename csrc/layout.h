@@ -10,6 +10,10 @@
 // d, d + D/4, d + D/2, d + 3D/4, lowest bits first. A decoded element is code * scale + minimum.
 // Latent pages end after the key scales: their values are the first latent_dim channels of the
 // keys.
+// Packed pages have integers of any number of bits from 1 to 8, other ones for values than for keys
+// perhaps, and scales of a byte: a scale is 2^(byte / 8 - 24), a minimum a signed byte of quarters
+// of its scale. Three bits are the int2 of the lower two, then one bit per channel. Kernels see
+// them unpacked, as int8.
 #pragma once
 
 #include <cstdint>
@@ -62,30 +66,40 @@ struct PageLayout {
   int32_t page_size;
   Element element;
   int32_t latent_dim;  // 0: values have a section of their own
+  int32_t key_bits;    // of packed pages; 0: those of the element
+  int32_t value_bits;
+  int32_t byte_scales;  // of packed pages: 1 where scales are bytes
 
+  PIKV_HOST_DEVICE constexpr bool Packed() const { return key_bits > 0; }
   PIKV_HOST_DEVICE static constexpr int64_t Aligned(int64_t bytes) {
     return (bytes + 15) / 16 * 16;
   }
-  // Bytes of one token of one KV head.
+  // Bytes of one token of one KV head: its key, and its value where that is no other one.
   PIKV_HOST_DEVICE constexpr int64_t RowBytes() const {
-    return int64_t{head_dim} * ElementBits(element) / 8;
+    return int64_t{head_dim} * (Packed() ? key_bits : ElementBits(element)) / 8;
+  }
+  PIKV_HOST_DEVICE constexpr int64_t ValueRowBytes() const {
+    return Packed() ? int64_t{head_dim} * value_bits / 8 : RowBytes();
   }
   PIKV_HOST_DEVICE constexpr int64_t DataBytes() const {
     return RowBytes() * num_kv_heads * page_size;
   }
+  PIKV_HOST_DEVICE constexpr int64_t ScaleBytes() const { return byte_scales ? 1 : 2; }
   PIKV_HOST_DEVICE constexpr int64_t KeyScaleOffset() const { return Aligned(DataBytes()); }
   PIKV_HOST_DEVICE constexpr int64_t ValueOffset() const {
-    return KeyScaleOffset() + Aligned(int64_t{2} * ScaleRows(element) * num_kv_heads * head_dim);
+    return KeyScaleOffset() +
+           Aligned(ScaleBytes() * ScaleRows(element) * num_kv_heads * head_dim);
   }
   PIKV_HOST_DEVICE constexpr int64_t ValueScaleOffset() const {
-    return ValueOffset() + Aligned(DataBytes());
+    return ValueOffset() + Aligned(ValueRowBytes() * num_kv_heads * page_size);
   }
   PIKV_HOST_DEVICE constexpr int32_t ValueDim() const {
     return latent_dim > 0 ? latent_dim : head_dim;
   }
   PIKV_HOST_DEVICE constexpr int64_t PageBytes() const {
     if (latent_dim > 0) return ValueOffset();
-    return ValueScaleOffset() + Aligned(int64_t{2} * ScaleRows(element) * num_kv_heads * page_size);
+    return ValueScaleOffset() +
+           Aligned(ScaleBytes() * ScaleRows(element) * num_kv_heads * page_size);
   }
 };
 

@@ -105,14 +105,24 @@ class PageLayout:
 
     @property
     def code(self) -> int:
-        """The element's number in ``csrc/layout.h``."""
-        return list(BITS).index(self.element)
+        """The element's number in ``csrc/layout.h``; of packed pages with what `Args.LayoutOf` wants beside it."""
+        if self.kernels_know:
+            return list(BITS).index(self.element)
+        bits = BITS[self.element] | BITS[self.value_element or self.element] << 8 | (self.scales == 8) << 16
+        return list(BITS).index("int8") | bits << 8
 
     @property
     def kernels_know(self) -> bool:
-        """Whether compiled kernels and Triton's can read such pages; else the reference does."""
+        """Whether all kernels, compiled and Triton's, can read such pages; else see `packed`."""
         mixed = self.value_element not in (None, self.element) or self.value_rank not in (None, self.head_dim)
         return self.scales == 16 and self.element not in ("int3", "int1") and not mixed
+
+    @property
+    def packed(self) -> bool:
+        """Whether a CPU's kernels read such pages by unpacking them to int8: integers, whatever their bits."""
+        elements = (self.element, self.value_element or self.element)
+        own_rank = self.value_rank not in (None, self.head_dim) or self.latent_dim is not None
+        return not self.kernels_know and all(e.startswith("int") for e in elements) and not own_rank
 
     @property
     def bits(self) -> int:

@@ -23,7 +23,7 @@ LATENT = ModelShape(
 )
 
 
-KERNEL_CODECS = {name: codec for name, codec in CODECS.items() if name not in ("int3", "int1")}
+KERNEL_CODECS = {name: CODECS[name] for name in ("none", "fp8", "int8", "int4", "int2")}
 """Codecs that every backend has kernels for."""
 
 

@@ -87,9 +87,10 @@ def test_kernels_take_what_they_know_and_no_more(caplog) -> None:
     for codec, slow in (
         (Codec("int4", rotate=True), ()),
         (Codec("int2", clip=True), ("seal_pages",)),
-        (Codec("int3"), ops_module.READ_PAGES),
-        (Codec("int4", values="int2"), ops_module.READ_PAGES),
-        (Codec("int4", scales=8), ops_module.READ_PAGES),
+        (Codec("int3"), ("seal_pages",)),  # unpacked to int8 as they are read
+        (Codec("int4", values="int2"), ("seal_pages",)),
+        (Codec("int4", scales=8), ("seal_pages",)),
+        (Codec("fp8", values="int4"), ops_module.READ_PAGES),
     ):
         layout = codec.layout(2, 64, 32, torch.float32)
         ops = Ops("auto", layout=layout)

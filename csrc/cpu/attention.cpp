@@ -285,6 +285,7 @@ class PagedBlocks final : public BlockSource {
     block->keys = page + rows;
     block->values = page + values_ + rows;
     block->key_stride = block->value_stride = row_bytes_;
+    block->float_scales = false;
     block->num_tokens = layout_.page_size;
     const auto scales = [&](int64_t section, int num_rows, int row, int size) {
       return row >= num_rows ? nullptr
@@ -305,6 +306,101 @@ class PagedBlocks final : public BlockSource {
   int64_t head_stride_;
   int64_t row_bytes_, key_scales_, values_, value_scales_;
   int scale_rows_, value_scale_rows_;
+};
+
+// Codes of few bits as a byte each; a row's `bits` as layout.h has them.
+void UnpackRow(const uint8_t* from, int bits, int dim, uint8_t* to) {
+  const auto pieces = [&](const uint8_t* packed, int width_bits, int shift, bool add) {
+    const int width = dim * width_bits / 8, mask = (1 << width_bits) - 1;
+    for (int piece = 0; piece < 8 / width_bits; ++piece) {
+      uint8_t* out = to + piece * width;
+      const int down = piece * width_bits;
+      if (add) {
+        for (int d = 0; d < width; ++d) out[d] |= (packed[d] >> down & mask) << shift;
+      } else {
+        for (int d = 0; d < width; ++d) out[d] = packed[d] >> down & mask;
+      }
+    }
+  };
+  if (bits == 3) {
+    pieces(from, 2, 0, false);
+    pieces(from + dim / 4, 1, 2, true);
+  } else {
+    pieces(from, bits, 0, false);
+  }
+}
+
+// Packed pages of one table row, unpacked one KV head at a time into memory of the thread that asks.
+// Two blocks are alive at a time: the one that is attended, and the one after it.
+class UnpackedBlocks final : public BlockSource {
+ public:
+  UnpackedBlocks(const PageLayout& layout, const Slabs& slabs, const int32_t* table,
+                 int64_t head_stride)
+      : layout_(layout), slabs_(slabs), table_(table), head_stride_(head_stride) {}
+
+  bool Get(int64_t index, int kv_head, KvBlock* block) const override {
+    const int32_t slot = table_[kv_head * head_stride_ + index];
+    if (slot == 0) return false;
+    const uint8_t* page = slabs_.Row(slot);
+    const int dim = layout_.head_dim, tokens = layout_.page_size;
+    static thread_local std::array<std::vector<uint8_t>, 2> memory;
+    static thread_local int turn = 0;
+    std::vector<uint8_t>& here = memory[turn ^= 1];
+    const size_t codes = size_t{2} * tokens * dim;
+    here.resize(std::max(here.size(), codes + 2 * (dim + tokens) * sizeof(float) + 64));
+    uint8_t* keys = here.data();
+    uint8_t* values = keys + size_t{1} * tokens * dim;
+    auto* scales = reinterpret_cast<float*>(keys + (codes + 63) / 64 * 64);
+    const int64_t row = int64_t{kv_head} * tokens;
+    const uint8_t* key_rows = page + row * layout_.RowBytes();
+    const uint8_t* value_rows = page + layout_.ValueOffset() + row * layout_.ValueRowBytes();
+    for (int t = 0; t < tokens; ++t) {
+      UnpackRow(key_rows + t * layout_.RowBytes(), layout_.key_bits, dim, keys + t * dim);
+      UnpackRow(value_rows + t * layout_.ValueRowBytes(), layout_.value_bits, dim,
+                values + t * dim);
+    }
+    block->keys = keys;
+    block->values = values;
+    block->key_stride = block->value_stride = dim;
+    block->num_tokens = tokens;
+    block->float_scales = layout_.byte_scales != 0;
+    Scales(page + layout_.KeyScaleOffset(), kv_head, dim, scales, &block->key_scales,
+           &block->key_minima);
+    Scales(page + layout_.ValueScaleOffset(), kv_head, tokens, scales + 2 * dim,
+           &block->value_scales, &block->value_minima);
+    return true;
+  }
+
+ private:
+  // Of one KV head, `size` of each kind: where they are, or as float32 in `room`.
+  void Scales(const uint8_t* section, int kv_head, int size, float* room, const void** scales,
+              const void** minima) const {
+    const uint8_t* own = section + layout_.ScaleBytes() * kv_head * size;
+    const uint8_t* lows = own + layout_.ScaleBytes() * layout_.num_kv_heads * size;
+    *scales = own;
+    *minima = lows;
+    if (layout_.byte_scales == 0) return;
+    for (int i = 0; i < size; ++i) {
+      room[i] = ScaleOfByte()[own[i]];
+      room[size + i] = static_cast<float>(static_cast<int8_t>(lows[i])) / 4.0f * room[i];
+    }
+    *scales = room;
+    *minima = room + size;
+  }
+
+  static const std::array<float, 256>& ScaleOfByte() {
+    static const std::array<float, 256> table = [] {
+      std::array<float, 256> powers;
+      for (int i = 0; i < 256; ++i) powers[i] = std::exp2(static_cast<float>(i) / 8.0f - 24.0f);
+      return powers;
+    }();
+    return table;
+  }
+
+  PageLayout layout_;
+  Slabs slabs_;
+  const int32_t* table_;
+  int64_t head_stride_;
 };
 
 // Plain keys and values of one sequence; strides in bytes.
@@ -384,12 +480,20 @@ void DecodeAttentionCpu(const DecodeAttentionParams& p) {
   work.lse = p.lse;
   work.num_blocks.assign(p.counts, p.counts + p.num_table_rows);
   std::vector<PagedBlocks> blocks;
+  std::vector<UnpackedBlocks> unpacked;
   blocks.reserve(p.num_table_rows);
+  unpacked.reserve(p.num_table_rows);
   for (int64_t row = 0; row < p.num_table_rows; ++row) {
     const int64_t entries = p.table_per_head ? num_kv_heads * p.table_width : p.table_width;
-    blocks.emplace_back(p.layout, p.slabs, p.table + row * entries,
-                        p.table_per_head ? p.table_width : 0);
-    work.sources.push_back(&blocks.back());
+    const int32_t* table = p.table + row * entries;
+    const int64_t head_stride = p.table_per_head ? p.table_width : 0;
+    if (p.layout.Packed()) {
+      unpacked.emplace_back(p.layout, p.slabs, table, head_stride);
+      work.sources.push_back(&unpacked.back());
+    } else {
+      blocks.emplace_back(p.layout, p.slabs, table, head_stride);
+      work.sources.push_back(&blocks.back());
+    }
   }
   Runner(work).Run();
 }

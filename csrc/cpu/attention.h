@@ -15,11 +15,12 @@ struct KvBlock {
   int64_t key_stride;  // bytes from token to token
   int64_t value_stride;
   // Values that are the keys (latent attention) have the keys' scales, per channel.
-  const uint16_t* key_scales;    // float16 [D]; null for elements without scales
-  const uint16_t* key_minima;    // float16 [D]; null for fp8
-  const uint16_t* value_scales;  // float16 [tokens]
-  const uint16_t* value_minima;
-  int num_tokens;  // at least 1
+  const void* key_scales;    // [D]; null for elements without scales
+  const void* key_minima;    // [D]; null for fp8
+  const void* value_scales;  // [tokens]
+  const void* value_minima;
+  bool float_scales;  // scales and minima are float32, else float16
+  int num_tokens;     // at least 1
 };
 
 // The blocks of one sequence.

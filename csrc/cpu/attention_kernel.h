@@ -497,6 +497,13 @@ class Attention {
     for (int i = 0; i < n; i += kLanes) Store(to + i, Simd::LoadHalves(from + i, n - i));
   }
 
+  // n scales or minima; fills up likewise.
+  static void LoadScales(const KvBlock& kv, const void* from, int n, float* to) {
+    if (!kv.float_scales) return LoadHalves(static_cast<const uint16_t*>(from), n, to);
+    std::memcpy(to, from, n * sizeof(float));
+    for (int i = n; i < RoundUp(n, kLanes); ++i) to[i] = 0.0f;
+  }
+
   // Where A begins for a row: of all rows, or of those of a step if it changes from page to page.
   uint32_t* QueryA(int head, int row) {
     const int64_t a_row = Code::kScales ? row % kRowStep * query_digits_
@@ -513,8 +520,8 @@ class Attention {
     const int num_tokens = Min(kv.num_tokens, Visible(index, num_rows_ - 1));
     if (num_tokens == 0) return;
     if (Code::kScales) {
-      LoadHalves(kv.key_scales, head_dim_, key_scales_);
-      if (Code::kMinima) LoadHalves(kv.key_minima, head_dim_, key_minima_);
+      LoadScales(kv, kv.key_scales, head_dim_, key_scales_);
+      if (Code::kMinima) LoadScales(kv, kv.key_minima, head_dim_, key_minima_);
       if (kPlaceScales && !task_.keys_only) PlaceScales();
     }
     PackKeys(kv, num_tokens);
@@ -522,8 +529,8 @@ class Attention {
       const int num = Min(kRowStep, num_rows_ - first);
       Scores(first, num, num_tokens, head, index);
       if (!task_.keys_only && kValueScales && first == 0) {
-        LoadHalves(kv.value_scales, kv.num_tokens, value_scales_);
-        if (kValueMinima) LoadHalves(kv.value_minima, kv.num_tokens, value_minima_);
+        LoadScales(kv, kv.value_scales, kv.num_tokens, value_scales_);
+        if (kValueMinima) LoadScales(kv, kv.value_minima, kv.num_tokens, value_minima_);
       }
       for (int m = 0; m < num; ++m) {
         RowWeights(first, m, num_tokens, head, index);

@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   pikv eval --cases 6 --lengths 1000                       a first look, a few minutes
   pikv eval --suite standard --json eval.json --plot eval.png --resume    everything; go on after an interruption
   pikv eval --show --json eval.json --plot eval.png        what the file has, without running anything
-  pikv eval --pikv '{"codec": "int4"}' --presses KeyDiff:0.75 SnapKV:0.75
+  pikv eval --pikv 'four bits={"codec": "int4"}' --presses KeyDiff:0.75 SnapKV:0.75
   pikv eval --model /models/Qwen3-30B-A3B --tasks needle text --markdown eval.md
 
 Contexts are compressed before the question is known. One process, one rank: what is lost does not depend on the
@@ -47,7 +47,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", choices=("standard", "pikv", "peers", "none"),
                         help="methods; default: pikv, or none where methods are named")  # fmt: skip
-    parser.add_argument("--pikv", action="append", default=[], metavar="JSON", help="a configuration (repeatable)")
+    parser.add_argument("--pikv", action="append", default=[], metavar="[NAME=]JSON",
+                        help="a configuration, and its name in the tables (repeatable)")  # fmt: skip
     parser.add_argument("--presses", nargs="+", default=[], metavar="NAME:RATIO", help="of kvpress, e.g. SnapKV:0.5")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="prose to hide needles in")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
@@ -156,12 +157,13 @@ def methods_of(args: argparse.Namespace) -> Sequence[Any]:
     if suite != "none":
         out += [m for m in every if suite == "standard" or (m.family == "pikv") == (suite == "pikv")]
     for text in args.pikv:
+        label, _, settings = text.partition("={") if text.split("{")[0].endswith("=") else (text, "", text[1:])
         try:
-            config = json.loads(text)
+            config = json.loads("{" + settings)
         except json.JSONDecodeError as error:
             raise ValueError(f"--pikv {text}: {error.msg}; write a JSON object") from None
         PiKVConfig.from_dict(config)
-        out.append(methods.PiKV(text, config))
+        out.append(methods.PiKV(label, config))
     return [*out, *(methods.parse_press(text) for text in args.presses)]
 
 

@@ -124,7 +124,8 @@ class Ops:
         if self.layout.latent_dim is not None and self.device_type not in LATENT_DEVICES.get(backend, ()):
             return READ_VALUES
         if not self.layout.kernels_know:
-            return READ_PAGES
+            unpacks = self.layout.packed and (backend, self.device_type) == ("cpp", "cpu")
+            return READ_PAGES[:1] if unpacks else READ_PAGES
         return READ_PAGES[:1] if self.layout.clip else ()
 
     def implementation(self, op: str) -> str:

@@ -28,7 +28,10 @@ def _names(kind: type, names: str) -> dict[str, type]:
     return dict.fromkeys(names.split(), kind)
 
 
-Layout = _struct("Layout", **_names(c_int32, "num_kv_heads head_dim page_size element latent_dim"))
+Layout = _struct(
+    "Layout",
+    **_names(c_int32, "num_kv_heads head_dim page_size element latent_dim key_bits value_bits byte_scales"),
+)
 SlabRows = _struct("SlabRows", pointers=c_void_p, slab_rows=c_int64, row_bytes=c_int64)
 SealPages = _struct(
     "SealPages",
