@@ -200,7 +200,7 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
     arguments = [
         "eval", "--model", f"{checkpoint}/model", "--dtype", "float32", "--tasks", "needle", "text",
         "--lengths", "400", "--cases", "2", "--text", f"{checkpoint}/prose.txt", "--threads", "1",
-        "--pikv", '{"codec": "int4"}', "--pikv", "{}", "--presses", "Knorm:0.5", "--resume",
+        "--pikv", 'four bits={"codec": "int4"}', "--pikv", "{}", "--presses", "Knorm:0.5", "--resume",
         "--json", f"{checkpoint}/out.json", "--markdown", f"{checkpoint}/out.md", "--plot", f"{checkpoint}/out.png",
     ]  # fmt: skip
     assert cli.main(arguments) == 0
@@ -233,6 +233,7 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
         (["--show", "--json", "nowhere.json"], "--json nowhere.json: no results"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["--pikv", "{"], "write a JSON object"),
+        (["--pikv", "name=int4"], "write a JSON object"),
         (["--pikv", '{"codec": "int5"}'], "pikv.codec = 'int5'"),
         (["--text", "nowhere.txt"], "--text nowhere.txt"),
         (["--model", "nowhere"], "--model nowhere"),

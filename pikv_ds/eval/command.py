@@ -157,13 +157,13 @@ def methods_of(args: argparse.Namespace) -> Sequence[Any]:
     if suite != "none":
         out += [m for m in every if suite == "standard" or (m.family == "pikv") == (suite == "pikv")]
     for text in args.pikv:
-        label, _, settings = text.partition("={") if text.split("{")[0].endswith("=") else (text, "", text[1:])
+        name, settings = ("", text) if text.startswith("{") else text.partition("=")[::2]
         try:
-            config = json.loads("{" + settings)
+            config = json.loads(settings)
         except json.JSONDecodeError as error:
             raise ValueError(f"--pikv {text}: {error.msg}; write a JSON object") from None
         PiKVConfig.from_dict(config)
-        out.append(methods.PiKV(label, config))
+        out.append(methods.PiKV(name or text, config))
     return [*out, *(methods.parse_press(text) for text in args.presses)]
 
 
