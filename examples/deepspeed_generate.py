@@ -58,9 +58,11 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     console.print(f"model loaded and sharded in {time.perf_counter() - started:.1f} s")
 
     mine, questions, prefixes = generation.my_prompts(args, tokenizer, world)
-    batch = padded(mine, tokenizer)
+    state = generation.State(args.state, world)
+    before = state.read(mine, world)
+    batch = padded([[*prompt, *ids] for prompt, ids in zip(mine, before, strict=True)], tokenizer)
     settings = {
-        "max_new_tokens": args.max_new_tokens,
+        "max_new_tokens": args.max_new_tokens - max(map(len, before), default=0),
         "do_sample": False,
         "pad_token_id": generation.pad_token(tokenizer),
     }
@@ -68,13 +70,22 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
         settings["eos_token_id"] = None
     pikv_ds.api.attachment_of(engine).store.forget_peaks()
     watch = Watch(engine.module, batch["attention_mask"].sum().item(), tokenizer, console, questions, prefixes)
-    with watch, torch.inference_mode():
+    with watch, torch.inference_mode(), launch_env.stop_on_signals() as request:
         out = engine.module.generate(
             **{k: v.to(launch_env.device()) for k, v in batch.items()},
             streamer=watch if mine else None,
+            stopping_criteria=[generation.stop_when(request)],
             **settings,
         )
-    answers = [ids[batch["input_ids"].shape[1] :] for ids in out.cpu()] if mine else []
+    new = [ids[batch["input_ids"].shape[1] :].tolist() for ids in out.cpu()] if mine else []
+    answers = [[*ids, *more] for ids, more in zip(before, new, strict=True)]
+    if request:
+        state.write(answers)
+        where = f"its tokens are in {state.path}" if state.path else "give --state FILE to go on from here"
+        told = f"stopped by {request.signals[0]} after {len(answers[0]) if answers else 0} tokens"
+        print(f"rank {world.rank}: {told}; {where}", flush=True)
+    else:
+        state.remove()
     figures = pikv_ds.stats(engine)
     own = {
         "rank": world.rank,
@@ -82,6 +93,8 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
         "answers": [p + tokenizer.decode(a, skip_special_tokens=True) for p, a in zip(prefixes, answers, strict=True)],
         "prompt_tokens": [len(p) for p in mine],
         "new_tokens": sum(len(a) for a in answers),
+        "answer_ids": answers,
+        "stopped_by": request.signals[0] if request else None,
         **watch.times(),
     }
     pikv_ds.detach(engine)

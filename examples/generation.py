@@ -72,6 +72,12 @@ def parse_arguments(argv: list[str], description: str | None, examples: str, lau
         metavar="N",
         help=f"start N ranks with {launcher} (when run with plain python)",
     )
+    parser.add_argument(
+        "--state",
+        metavar="FILE",
+        help="where each rank notes its tokens when it is asked to stop (SIGUSR1 or SIGTERM, as SLURM sends them "
+        "before the time limit), and from where it goes on when it is started again",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="always generate --max-new-tokens tokens")
     parser.add_argument(
         "--verify",
@@ -104,7 +110,11 @@ def main(args: argparse.Namespace, launch: Callable[[int], int], run: Callable[.
     """
     if args.ranks is not None and not launch_env.launched():
         return launch(args.ranks)
-    launch_env.prepare()
+    try:
+        launch_env.prepare()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     world = launch_env.world()
     if args.ranks not in (None, world.size):
         print(
@@ -196,7 +206,52 @@ def encode(tokenizer: Any, text: str, question: str | None) -> list[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+    """What fills short prompts up; masked, so that any token will do."""
+    return int(next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None))
+
+
+class State:
+    """The tokens that a rank had generated when it was asked to stop: one file per rank."""
+
+    def __init__(self, path: str | None, world: launch_env.World) -> None:
+        self.path = None if path is None else Path(f"{path}.rank{world.rank}")
+
+    def read(self, prompts: list[list[int]], world: launch_env.World) -> list[list[int]]:
+        """Tokens after each prompt, none where nothing was noted.
+
+        Raises:
+            ValueError: the file is of another job.
+        """
+        if self.path is None or not self.path.exists():
+            return [[] for _ in prompts]
+        try:
+            answers = json.loads(self.path.read_text())["answers"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--state: {self.path} holds no tokens ({error}); remove it to begin anew") from None
+        if len(answers) != len(prompts):
+            raise ValueError(
+                f"--state: {self.path} is of {len(answers)} prompts, this rank of {world.size} has {len(prompts)}; go "
+                "on with the same prompts and ranks, or remove it to begin anew"
+            )
+        return answers
+
+    def write(self, answers: list[list[int]]) -> None:
+        if self.path is not None:
+            partial = self.path.with_suffix(self.path.suffix + ".part")
+            partial.write_text(json.dumps({"answers": answers}) + "\n")
+            partial.replace(self.path)
+
+    def remove(self) -> None:
+        """The job is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def stop_when(request: launch_env.StopRequest) -> Callable[..., Any]:
+    """Stops all sequences at the next token once somebody has asked for it; other ranks go on until they are asked."""
+    import torch
+
+    return lambda ids, scores, **kwargs: torch.full((len(ids),), bool(request), device=ids.device)
 
 
 def gather(own: dict[str, Any], world: launch_env.World) -> list[dict[str, Any]]:

@@ -21,3 +21,7 @@ class PeerError(PiKVError):
 
 class LostRankError(PeerError):
     """Another rank died or fell silent: the group cannot be used any more."""
+
+
+class LaunchError(ValueError):
+    """A launcher's variables are missing or contradict each other. The message names them and a command that works."""

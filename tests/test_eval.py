@@ -26,13 +26,7 @@ PROSE = " ".join(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, so that lengths can be counted by hand."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    characters = sorted(set(map(chr, range(32, 127))) | {"\n", "?"})
-    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    return tiny.tokenizer()
 
 
 def text_of(tokenizer: Any, ids: list[int]) -> str:

@@ -16,6 +16,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -79,6 +80,16 @@ def llama(
 
 
 MODELS: dict[str, Callable[..., PreTrainedModel]] = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "llama": llama}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, so that lengths can be counted by hand."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    characters = sorted(set(map(chr, range(32, 127))) | {"\n", "?"})
+    inner = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
