@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pikv_ds.bench.timing import Timing
 
 EXAMPLES = """examples:
-  pikv report                                      which ops run here, and why
+  pikv report                                      what is installed, which ops run here, and why
   pikv bench                                       decode attention at 4k and 32k tokens, one thread
   pikv bench --context 1k 4k 16k --threads 1 2     more of it
   pikv bench --op lookup --context 32k --codecs int4   choosing an eighth of the pages, against all
@@ -49,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add(commands)
     calibrate_command.add(commands)
     tune_command.add(commands)
-    report = commands.add_parser("report", help="which ops run here, and why")
+    report = commands.add_parser(
+        "report",
+        help="what is installed, which ops run here, and why",
+        description="Like ds_report: versions, devices, CPU features, backends and the owner of each op.",
+        epilog="examples:\n  pikv report\n  pikv report --json > report.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     report.add_argument("--json", action="store_true", help="as JSON")
     report.set_defaults(run=_report)
     args = parser.parse_args(argv)

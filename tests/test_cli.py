@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from pikv_ds import report
 from pikv_ds.bench.attention import Setting, paged, torch_baselines
 from pikv_ds.bench.timing import Contender, measure
 from pikv_ds.cli import main
@@ -22,6 +25,35 @@ def test_report_names_each_op_and_each_backend(capsys: pytest.CaptureFixture[str
     assert main(["report"]) == 0
     text = capsys.readouterr().out
     assert all(op in text for op in OPS)
+    assert "\x1b" not in text  # plain in a pipe
+
+
+def test_report_knows_what_is_installed() -> None:
+    found = report.software()
+    assert found["torch"].version == torch.__version__
+    assert found["deepspeed"].ok
+    assert found["transformers"].version == importlib.metadata.version("transformers")
+    for name in ("megatron-core", "mpi4py", "NVIDIA apex", "NCCL", "CUDA", "SLURM", "mpirun"):
+        assert found[name].version or found[name].note, name
+    assert not torch.cuda.is_available() or found["NCCL"].ok
+
+
+def test_versions_out_of_range_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "4.9" if n == "transformers" else version(n))
+    found = report.software()["transformers"]
+    assert (found.version, found.ok) == ("4.9", False)
+    assert "PiKV wants" in found.note
+
+
+@pytest.mark.parametrize("inside", ["multi_tensor_apply", "interfaces"])
+def test_the_other_apex_is_not_nvidias(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex" / inside).mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = report.nvidia_apex()
+    assert found.ok == (inside == "multi_tensor_apply")
+    assert found.ok or "not NVIDIA's" in found.note
 
 
 @pytest.mark.parametrize("op", ["decode", "lookup", "seal"])
