@@ -112,6 +112,9 @@ def _program(command: list[str], use: str, line: int = 0) -> Found:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return Found((done.stdout or done.stderr).strip().splitlines()[line].strip())
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip().splitlines()
+        return Found(None, f"{command[0]} is there, but says: {said[-1] if said else error}", ok=False)
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         return Found(None, f"{command[0]} does not run: {error}", ok=False)
 
