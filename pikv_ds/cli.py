@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from pikv_ds import plan_command
 from pikv_ds.eval import calibrate_command, command, tune_command
+from pikv_ds.plan_command import tokens
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   pikv report                                      what is installed, which ops run here, and why
+  pikv plan --model mixtral-8x7b --context 128k --ranks 8 --gib 20    what the cache takes, and what fits
   pikv bench                                       decode attention at 4k and 32k tokens, one thread
   pikv bench --context 1k 4k 16k --threads 1 2     more of it
   pikv bench --op lookup --context 32k --codecs int4   choosing an eighth of the pages, against all
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add(commands)
     calibrate_command.add(commands)
     tune_command.add(commands)
+    plan_command.add(commands)
     report = commands.add_parser(
         "report",
         help="what is installed, which ops run here, and why",
@@ -75,7 +79,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     bench.add_argument("--op", choices=("decode", "lookup", "seal"), default="decode", help="default: decode")
     bench.add_argument(
-        "--context", nargs="+", type=_tokens, default=[4096, 32768], metavar="N", help="tokens; default: 4k 32k"
+        "--context", nargs="+", type=tokens, default=[4096, 32768], metavar="N", help="tokens; default: 4k 32k"
     )
     bench.add_argument(
         "--codecs", nargs="+", choices=CODEC_CHOICES, default=["none", "int8", "int4"], help="default: none int8 int4"
@@ -173,13 +177,6 @@ def _progress(console: Console, what: str) -> Callable[[Iterable[int]], Iterable
     from rich.progress import track
 
     return lambda rounds: track(list(rounds), description=what, console=console, transient=True)
-
-
-def _tokens(text: str) -> int:
-    number = text.lower().removesuffix("k")
-    if not number.isdigit() or int(number) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write 4096 or 4k")
-    return int(number) * (1024 if text.lower().endswith("k") else 1)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -1,0 +1,217 @@
+"""`pikv plan`: what a model's KV cache takes, before anything runs.
+
+Everything here is arithmetic on the layouts that the cache itself uses, slabs, tails and padding included; tests
+compare it with what a real cache allocates. Sizes are bytes per rank unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pikv_ds.cache import ModelShape
+from pikv_ds.config import PAGE_SIZES, PiKVConfig
+from pikv_ds.formats import PageFormat, make_format
+from pikv_ds.placement import Topology, rank_bound
+
+HOST_BYTES_PER_PAGE = 128
+"""Of the page table on the host: a tuple of two numbers and its place in a list. An estimate."""
+
+PRESETS: dict[str, dict[str, int]] = {
+    "mixtral-8x7b": {"num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_experts": 8},
+    "mixtral-8x22b": {"num_layers": 56, "num_heads": 48, "num_kv_heads": 8, "head_dim": 128, "num_experts": 8},
+    "qwen3-30b-a3b": {"num_layers": 48, "num_heads": 32, "num_kv_heads": 4, "head_dim": 128, "num_experts": 128},
+    "qwen3-235b-a22b": {"num_layers": 94, "num_heads": 64, "num_kv_heads": 4, "head_dim": 128, "num_experts": 128},
+    "deepseek-v3": {
+        "num_layers": 61, "num_heads": 128, "num_kv_heads": 1, "head_dim": 576, "num_experts": 256, "latent_dim": 512,
+    },
+}  # fmt: skip
+"""Shapes by name, from the models' published configurations. Of latent attention (DeepSeek-V3) a head is the latent
+and the rotary key."""
+
+
+def shape_of(model: str, dtype: torch.dtype) -> ModelShape:
+    """A model's shape from a preset's name, a Hugging Face folder, or its ``config.json``.
+
+    Raises:
+        ValueError: there is none of the name, or a size is missing in it.
+    """
+    if model.lower() in PRESETS:
+        return ModelShape(dtype=dtype, **PRESETS[model.lower()])
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    if not path.is_file():
+        raise ValueError(f"--model {model}: no preset ({', '.join(PRESETS)}), and no folder with a config.json")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {model}: {path} cannot be read ({error})") from None
+    config = config.get("text_config", config)
+
+    def need(*names: str) -> int:
+        for name in names:
+            if isinstance(config.get(name), int):
+                return int(config[name])
+        raise ValueError(f"--model {model}: {path} names no {names[0]}")
+
+    heads = need("num_attention_heads")
+    experts = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), 1)
+    layers = need("num_hidden_layers")
+    if config.get("kv_lora_rank"):
+        latent = need("kv_lora_rank")
+        return ModelShape(layers, heads, 1, latent + need("qk_rope_head_dim"), int(experts), dtype, latent)
+    head_dim = config.get("head_dim") or need("hidden_size") // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    return ModelShape(layers, heads, int(kv_heads), int(head_dim), int(experts), dtype)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be served."""
+
+    context: int
+    """Tokens of each sequence."""
+    batch: int
+    """Sequences of the whole group."""
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to keep a load's KV."""
+
+    name: str
+    pages: float
+    """Bytes of pages, slack included, on the mean rank."""
+    most_pages: float
+    """On a rank at its bound, whatever the routing."""
+    tails: float
+    summaries: float
+    buffers: float
+    """Of one layer's exchange while decoding; reused layer by layer."""
+    host: float
+    wire: float
+    """Bytes that a rank sends per decoded token of each sequence, all layers, step plan included."""
+    share: float
+    """Device memory of the mean rank over that of DP attention."""
+
+    @property
+    def total(self) -> float:
+        """Device memory of the mean rank."""
+        return self.pages + self.tails + self.summaries + self.buffers
+
+    @property
+    def most(self) -> float:
+        """Device memory of a rank at its bound."""
+        scale = self.most_pages / self.pages if self.pages else 1.0
+        return self.most_pages + self.tails + self.summaries * scale + self.buffers
+
+
+def formats_of(shape: ModelShape, config: PiKVConfig) -> list[PageFormat]:
+    """The page formats that a cache of these settings has; those without kernels here count, too."""
+    streams = shape.num_kv_heads if config.codec.per_head else 1
+    codecs = [*config.codec.codecs, *([config.demote] if config.demote is not None else [])]
+    return [
+        make_format(
+            codec,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            streams=streams,
+            head_dim=shape.head_dim,
+            latent_dim=shape.latent_dim,
+            dtype=shape.dtype,
+            page_size=config.page_size,
+            summary=config.lookup.summary,
+            backend="reference",
+            device=torch.device("cpu"),
+        )
+        for codec in codecs
+    ]
+
+
+def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") -> Plan:
+    """What the sharded cache takes.
+
+    Raises:
+        ValueError: several codecs (how many pages each gets is not known beforehand), a budget, or experts that cannot
+            be spread over the ranks.
+    """
+    if len(config.codec.codecs) > 1 or config.retention is not None:
+        raise ValueError("plan counts one codec and no budget; how pages are shared out is known when they are there")
+    topology = Topology(shape.num_experts if shape.num_experts > 1 else load.ranks, load.ranks)
+    (page_format,) = formats_of(shape, config)
+    size, units = config.page_size, shape.num_layers
+    full = load.context // size
+    pages_of_all = load.batch * units * full
+    bound = min(full, rank_bound(load.context, size, topology) // size) * load.batch * units
+
+    def slabs(pages: float, num_bytes: int) -> float:
+        """With the null page, in whole slabs."""
+        return math.ceil((pages + 1) / config.slab_pages) * config.slab_pages * num_bytes
+
+    mean = pages_of_all / load.ranks
+    own = math.ceil(load.batch / load.ranks)
+    token = shape.token_bytes // shape.num_layers
+    tails = own * size * token * shape.num_layers
+    peers = load.ranks - 1
+    element, partial = shape.dtype.itemsize, 4 if config.partial_dtype == "float32" else 2
+    query, answer = shape.head_dim * element, shape.value_dim * partial + 4
+    others = load.batch - own
+    buffers = shape.num_heads * ((peers * own + others) * query + (others + peers * own) * answer) if peers else 0
+    wire = own * shape.num_layers * peers * shape.num_heads * (query + answer) + 112 * peers
+    pages = slabs(mean, page_format.size.page)
+    summaries = slabs(mean, page_format.size.summary)
+    return Plan(
+        name, pages, slabs(bound, page_format.size.page), tails, summaries, buffers, mean * HOST_BYTES_PER_PAGE, wire,
+        (pages + tails + summaries + buffers) / _whole(shape, load, own),
+    )  # fmt: skip
+
+
+def _whole(shape: ModelShape, load: Load, sequences: float) -> float:
+    return sequences * load.context * shape.token_bytes
+
+
+def baselines(shape: ModelShape, config: PiKVConfig, load: Load) -> list[Plan]:
+    """The same load without PiKV, uncompressed and without slack: the least that the others can take."""
+    own = math.ceil(load.batch / load.ranks)
+    dp = _whole(shape, load, own)
+    tp = _whole(shape, load, load.batch) / min(load.ranks, shape.num_kv_heads)
+    dcp = _whole(shape, load, load.batch) / load.ranks
+    exact = plan(shape, PiKVConfig(page_size=config.page_size, partial_dtype=config.partial_dtype), load)
+
+    def of(name: str, pages: float, wire: float) -> Plan:
+        return Plan(name, pages, pages, 0, 0, 0, 0, wire, pages / dp)
+
+    return [
+        of("DP attention", dp, 0),
+        of("TP, heads replicated" if load.ranks > shape.num_kv_heads else "TP, heads split", tp, 0),
+        of("p mod c", dcp, exact.wire),
+    ]
+
+
+def largest(fits: Callable[[int], bool], most: int = 2**40) -> int:
+    """The largest whole number that fits, 0 if not even 1 does; what fits once fits for all smaller ones."""
+    low, high = 0, 1
+    while high < most and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def page_size_rule(load: Load, active_pages: int = 16) -> int:
+    """PiKV's shard size ``sqrt(L / (K G))``: it balances a rank's page summaries, L / (G S), against K pages that are
+    read; the nearest size that there is."""
+    best = math.sqrt(load.context / (active_pages * load.ranks))
+    return min((s for s in PAGE_SIZES if s >= 8), key=lambda s: abs(math.log(s / best)))
+
+
+def facts(result: Plan) -> dict[str, Any]:
+    """As plain numbers."""
+    return {**vars(result), "total": result.total, "most": result.most}
