@@ -22,9 +22,9 @@ EXAMPLES = """examples:
 
 --batch counts the sequences of all ranks. "most" is a rank at its bound, whatever the routing; the rest is the mean.
 DP attention: each rank keeps its own sequences; TP: each rank keeps its KV heads of all, or copies where there are
-more ranks than heads; p mod c: decode context parallelism. All three are counted without slack, uncompressed. What fits
-is judged by "most"; "one sequence" is the longest alone. Step times are not planned yet: they want a measured cost
-model."""
+more ranks than heads; p mod c: decode context parallelism. All three are counted without slack, uncompressed. What
+fits is judged by "most"; "one sequence" is the longest alone. Step times are not planned yet: they want a measured
+cost model."""
 
 
 def tokens(text: str) -> int:
@@ -145,8 +145,10 @@ def plot(path: Path, shape: Any, first: Any, configs: dict[str, Any], load: Any,
         for way in [*ways, *(planner.plan(shape, c, changed, n) for n, c in configs.items())]:
             curves.setdefault(way.name, []).append(way.total / 2**30)
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, values in curves.items():
-        axes.plot(contexts, values, "-o" if name in configs else "--", markersize=4, label=name)
+    dashes = iter(("--", ":", "-."))  # on top: some of them lie on each other, and on PiKV's without a codec
+    for name, values in sorted(curves.items(), key=lambda curve: curve[0] not in configs):
+        style = {"marker": "o", "lw": 3, "alpha": 0.6} if name in configs else {"color": "black", "ls": next(dashes)}
+        axes.plot(contexts, values, label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel="GiB of KV per rank", title=title)
     axes.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts], minor=False)
     axes.minorticks_off()
