@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pikv_ds.eval.methods import Full
 from pikv_ds.eval.run import Outcome
 
 
@@ -32,6 +33,10 @@ class Row:
     count: int
     hits: float | None
     interval: tuple[float, float] | None
+    lost: int
+    """Cases in which the full cache does better."""
+    gained: int
+    """Cases in which it does worse."""
     same: int
     bytes_per_token: float
     of_full: float
@@ -48,9 +53,12 @@ class Row:
 def rows(outcomes: Iterable[Outcome], task: str) -> list[Row]:
     """One row per method, in the order of the outcomes."""
     by_method: dict[str, list[Outcome]] = {}
+    full: dict[str, float] = {}
     for o in outcomes:
         if o.task == task:
             by_method.setdefault(o.method, []).append(o)
+            if o.method == Full.name and o.score is not None:
+                full[o.case] = o.score
     out = []
     for method, group in by_method.items():
         n, scores = len(group), [o.score for o in group if o.score is not None]
@@ -69,6 +77,8 @@ def rows(outcomes: Iterable[Outcome], task: str) -> list[Row]:
                 n,
                 sum(scores) if scores else None,
                 wilson(sum(scores), n) if scores else None,
+                sum(o.score is not None and o.score < full.get(o.case, -1.0) for o in group),
+                sum(o.score is not None and o.score > full.get(o.case, 2.0) for o in group),
                 sum(o.same_tokens for o in group),
                 sum(o.bytes_per_token for o in group) / n,
                 sum(o.bytes_per_token for o in group) / sum(o.full_bytes_per_token for o in group),
@@ -100,6 +110,7 @@ def cells(row: Row, task: str) -> list[str]:
         row.method,
         f"{row.hits:g}/{row.count}",
         f"{low:.2f}-{high:.2f}",
+        f"{row.lost} / {row.gained}",
         f"{row.same}/{row.count}",
         f"{row.bytes_per_token:,.0f}",
         f"{row.of_full:.3f}",
@@ -110,7 +121,7 @@ def cells(row: Row, task: str) -> list[str]:
 def head(task: str) -> list[str]:
     if task == "text":
         return ["method", "perplexity", "KL", "agree", "B/token", "of full"]
-    return ["method", "found", "95 %", "same", "B/token", "of full", "ms"]
+    return ["method", "found", "95 %", "lost/gained", "same", "B/token", "of full", "ms"]
 
 
 def table(outcomes: Sequence[Outcome], task: str) -> Table:
