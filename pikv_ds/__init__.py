@@ -1,6 +1,6 @@
 """PiKV-DS: a distributed, expert-sharded KV cache for DeepSpeed and Megatron MoE inference."""
 
-from pikv_ds.api import attach, detach, initialize, new_cache, stats
+from pikv_ds.api import attach, detach, initialize, new_cache, serve_metrics, stats
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import ConfigError, PiKVConfig
 from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
@@ -19,5 +19,6 @@ __all__ = [
     "detach",
     "initialize",
     "new_cache",
+    "serve_metrics",
     "stats",
 ]

@@ -24,6 +24,7 @@ from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
     from pikv_ds.hf import Attachment, PiKVCache
+    from pikv_ds.prometheus import Server
 
 _KEY = "_pikv_attachment"
 
@@ -47,7 +48,12 @@ def initialize(model: nn.Module, config: Mapping[str, Any], **kwargs: Any) -> An
 
     hf.check_supported(model)
     engine = deepspeed_moe.initialize(model, config, settings.timeout_s, **kwargs)
-    attach(engine, settings)
+    attachment = attach(engine, settings)
+    if getattr(getattr(engine, "monitor", None), "enabled", False):  # of DeepSpeed's configuration
+        from pikv_ds.prometheus import Watcher, monitor_events
+
+        watcher = Watcher(then=lambda figures: engine.monitor.write_events(monitor_events(figures)))
+        attachment.store.watchers.append(watcher)
     return engine
 
 
@@ -126,6 +132,22 @@ def stats(model: Any) -> dict[str, Any]:
     return metrics.stats(attachment_of(model).store)
 
 
+def serve_metrics(model: Any, port: int = 9400, interval_s: float = 1.0) -> Server:
+    """Shows this rank's figures to Prometheus under ``http://HOST:port/metrics``, until `Server.close`.
+
+    Args:
+        model: a model or engine with PiKV attached.
+        port: another one for each rank of a machine; 0 takes a free one.
+        interval_s: least time between two readings of the cache.
+
+    Raises:
+        ValueError: PiKV is not attached, prometheus_client is missing, or the port is taken.
+    """
+    from pikv_ds import prometheus
+
+    return prometheus.serve(attachment_of(model).store, port, interval_s)
+
+
 def attachment_of(model: Any) -> Attachment:
     """The attachment of a model or engine.
 
@@ -194,4 +216,4 @@ def _digest(path: str) -> str:
         return str(error)
 
 
-__all__ = ["ConfigError", "attach", "attachment_of", "detach", "initialize", "new_cache", "stats"]
+__all__ = ["ConfigError", "attach", "attachment_of", "detach", "initialize", "new_cache", "serve_metrics", "stats"]

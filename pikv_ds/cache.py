@@ -234,6 +234,8 @@ class ExpertShardedKVCache:
         """The sum of `bound` over this rank's sequences at the lengths that they may reach, where whoever admits
         them knows; told with each step plan."""
         self.committed_by_rank = [0] * self.exchange.size
+        self.watchers: list[Callable[[ExpertShardedKVCache], None]] = []
+        """Called after each step plan, on the thread that makes the passes."""
         self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
@@ -566,6 +568,8 @@ class ExpertShardedKVCache:
         self.evictor.evict(self.sender.num_sealed, self._batches)
         if self.rebalancer is not None:
             self.rebalancer.step(self.num_steps, self.plan.free, self.sender.num_sealed, self._batches)
+        for watcher in self.watchers:
+            watcher(self)
 
     def _exchange_sequences(self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool) -> None:
         """Which sequences ask for their pages, where that has changed, and which are finished."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +34,17 @@ SHARED_SOURCE = 0
 
 
 @contextlib.contextmanager
-def talking(what: str) -> Iterator[None]:
-    """Turns a backend's failure into an error that says what was going on."""
+def talking(what: str, waited: Counter[str] | None = None) -> Iterator[None]:
+    """Turns a backend's failure into an error that says what was going on.
+
+    Args:
+        waited: takes up the seconds that the host spends in it.
+    """
+    started = time.perf_counter()
     try:
         yield
+        if waited is not None:
+            waited[what] += time.perf_counter() - started  # type: ignore[assignment]  # Counters count anything
     except torch.OutOfMemoryError:  # a RuntimeError, too, but nobody else's
         raise
     except RuntimeError as error:
@@ -79,11 +87,12 @@ class Dispatched:
     received: Tensor
     """``[sum of the other ranks' rows, H, D]``, in rank order; ready after `wait`."""
     _work: Any
+    _waited: Counter[str]
 
     def wait(self) -> Tensor:
         """The other ranks' queries, in rank order."""
         if self._work is not None:
-            with talking("received queries"):
+            with talking("received queries", self._waited):
                 self._work.wait()
         return self.received
 
@@ -96,10 +105,11 @@ class PagesInFlight:
     """uint8, flat, in rank order of the pages' sources; ready after `wait`."""
     _work: Any
     _sent: Tensor  # keeps the send buffer alive until the transfer is over
+    _waited: Counter[str]
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            with talking("received pages"):
+            with talking("received pages", self._waited):
                 self._work.wait()
         return self.received
 
@@ -130,6 +140,9 @@ class Exchange:
         self.device = torch.device(device)
         self.partial_dtype = partial_dtype
         self.sent_bytes: Counter[str] = Counter()
+        self.waited_s: Counter[str] = Counter()
+        """Seconds in which the host waited for the others, by what it did. On GPUs waits are the stream's, and do not
+        show here."""
 
     def close(self) -> None:
         """Destroys the group. Every rank of it does so, when none needs it any more."""
@@ -142,7 +155,7 @@ class Exchange:
             return [list(row)]
         mine = torch.tensor(row, dtype=torch.int64, device=self.device)
         everyone = torch.empty(self.size * len(row), dtype=torch.int64, device=self.device)
-        with talking("exchanged the step plan"):
+        with talking("exchanged the step plan", self.waited_s):
             _all_gather(everyone, mine, group=self.group)
         self.sent_bytes[kind] += mine.nbytes * (self.size - 1)
         return everyone.view(self.size, -1).tolist()
@@ -176,7 +189,7 @@ class Exchange:
         padded = torch.zeros(max(counts), dtype=torch.float32, device=self.device)
         padded[: len(values)] = values
         everyone = torch.empty(self.size * len(padded), dtype=torch.float32, device=self.device)
-        with talking("exchanged what the pages are worth"):
+        with talking("exchanged what the pages are worth", self.waited_s):
             _all_gather(everyone, padded, group=self.group)
         self.sent_bytes[kind] += padded.nbytes * (self.size - 1)
         return [x[:n] for x, n in zip(everyone.view(self.size, -1), counts, strict=True)]
@@ -186,7 +199,7 @@ class Exchange:
         if self.size == 1:
             return [text]
         texts: list[str | None] = [None] * self.size
-        with talking("exchanged the reason of an error"):
+        with talking("exchanged the reason of an error", self.waited_s):
             dist.all_gather_object(texts, text, group=self.group)
         return texts
 
@@ -201,13 +214,13 @@ class Exchange:
         others = [0 if r == self.rank else n for r, n in enumerate(counts)]
         received = query.new_empty(sum(others), num_heads, head_dim)
         if self.size == 1 or sum(counts) == 0:
-            return Dispatched(tuple(counts), received, None)
+            return Dispatched(tuple(counts), received, None, self.waited_s)
         copies = query.repeat(self.size - 1, 1, 1)
         mine = [0 if r == self.rank else counts[self.rank] for r in range(self.size)]
-        with talking("sent queries"):
+        with talking("sent queries", self.waited_s):
             work = dist.all_to_all_single(received, copies, others, mine, group=self.group, async_op=True)
         self.sent_bytes["query"] += copies.nbytes
-        return Dispatched(tuple(counts), received, work)
+        return Dispatched(tuple(counts), received, work, self.waited_s)
 
     def combine(self, handle: Dispatched, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Returns partials to the queries' ranks.
@@ -228,7 +241,7 @@ class Exchange:
         back = [0 if r == self.rank else c for r, c in enumerate(handle.counts)]
         mine = [0 if r == self.rank else n for r in range(self.size)]
         received = packed.new_empty((self.size - 1) * n, *packed.shape[1:])
-        with talking("exchanged partial attentions"):
+        with talking("exchanged partial attentions", self.waited_s):
             dist.all_to_all_single(received, packed, mine, back, group=self.group)
         self.sent_bytes["partial"] += packed.nbytes
         return _unpack(received.view(self.size - 1, n, *packed.shape[1:]), self.partial_dtype)
@@ -246,7 +259,7 @@ class Exchange:
             return out[None], lse[None]
         packed = _pack(out.to(self.partial_dtype), lse)
         received = packed.new_empty(self.size * packed.numel())
-        with talking("exchanged partial attentions"):
+        with talking("exchanged partial attentions", self.waited_s):
             _all_gather(received, packed.flatten(), group=self.group)
         self.sent_bytes["partial"] += packed.nbytes * (self.size - 1)
         return _unpack(received.view(self.size, *packed.shape), self.partial_dtype)
@@ -267,7 +280,7 @@ class Exchange:
         received = payload.new_empty(sum(receive_bytes))
         work = None
         if self.size > 1:
-            with talking("sent pages"):
+            with talking("sent pages", self.waited_s):
                 work = dist.all_to_all_single(
                     received,
                     payload,
@@ -277,7 +290,7 @@ class Exchange:
                     async_op=True,
                 )
             self.sent_bytes[kind] += payload.nbytes
-        return PagesInFlight(received, work, payload)
+        return PagesInFlight(received, work, payload, self.waited_s)
 
 
 def _pack(out: Tensor, lse: Tensor) -> Tensor:

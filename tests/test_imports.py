@@ -17,14 +17,23 @@ CSRC = ROOT.parent / "csrc"
 
 FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences", "slabs"}
 """Modules that import torch, the standard library and each other only."""
-CORE = FOUNDATION | {"exchange", "eviction", "reuse", "sealing", "attention", "cache", "metrics"}
-FOREIGN = {"metrics": {"rich"}, "policies.retention": {"kvpress"}, "policies.codecs": {"safetensors"}}
+CORE = FOUNDATION | {"exchange", "eviction", "reuse", "sealing", "attention", "cache", "metrics", "formats"}
+CORE |= {"demotion", "rebalance", "prometheus", "planner"}
+FOREIGN = {
+    "metrics": {"rich"},
+    "prometheus": {"prometheus_client"},
+    "policies.retention": {"kvpress"},
+    "policies.codecs": {"safetensors"},
+}
 """Packages that a core module imports where it needs them."""
 INTEGRATIONS = {"hf", "hf_cache", "hf_generate", "deepspeed_moe", "api"}
 FORBIDDEN = {
     "exchange": {"attention", "cache", "sealing"},
     "eviction": {"attention", "cache", "sealing"},
     "sealing": {"attention", "cache"},
+    "formats": {"exchange", "attention", "cache", "sealing", "eviction"},
+    "demotion": {"exchange", "attention", "cache", "sealing", "eviction"},
+    "rebalance": {"attention", "cache", "sealing"},
     "attention": {"cache", "sealing"},
     "hf": {"deepspeed_moe", "api"},
     "hf_generate": {"deepspeed_moe", "api"},
