@@ -51,7 +51,7 @@ def homes(layer: LayerInputs, name: str, topology: Topology, page_size: int) -> 
         counts = [0] * topology.num_experts
         for vote in votes:
             counts[home_expert(vote)] += 1
-        topology = dataclasses.replace(topology, homes=pack(counts, topology, 1.1))
+        topology = dataclasses.replace(topology, homes=pack(counts, topology, 1.1, 1))
     loads, seen, out = [0] * topology.num_ranks, [0] * topology.num_experts, []
     limits = page_limits(layer.key.shape[2], page_size, topology, 0)
     for page, vote in enumerate(votes):

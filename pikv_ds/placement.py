@@ -18,8 +18,8 @@ class Topology:
 
     num_experts: int
     num_ranks: int
-    homes: tuple[int, ...] | None = None
-    """Rank of each expert; None: blocks."""
+    homes: tuple[tuple[int, ...], ...] | None = None
+    """Ranks of each expert, several where it is so hot that they share its pages in turn; None: blocks."""
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.num_experts < 1 or self.num_experts % self.num_ranks:
@@ -28,10 +28,11 @@ class Topology:
                 f"choose an EP size that divides {self.num_experts}"
             )
 
-    def owner(self, expert: int) -> int:
-        """Rank that hosts ``expert``'s pages."""
+    def owner(self, expert: int, page_idx: int = 0) -> int:
+        """Rank that hosts ``expert``'s page of this number within its sequence."""
         if self.homes is not None:
-            return self.homes[expert]
+            ranks = self.homes[expert]
+            return ranks[page_idx % len(ranks)]
         return expert // (self.num_experts // self.num_ranks)
 
 

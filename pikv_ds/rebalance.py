@@ -1,7 +1,7 @@
 """`Rebalancer`: packs experts anew over the ranks, and moves their pages while generation goes on.
 
 Every so many passes the ranks add up how many pages each expert is home to. Where one rank would hold too many of a
-layer's, the experts are distributed anew (`pack`), each rank getting as many of them: new pages follow at once, old
+layer's, the experts are distributed anew (`pack`), hot ones over several ranks: new pages follow at once, old
 ones move a few per rank and pass, between the step plan and the first layer. Pages move as their bytes are. All ranks
 decide the same from what they have exchanged; the bound on a rank's share of a sequence holds throughout.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ from pikv_ds.policies.placements import EplbPlacement
 from pikv_ds.reuse import Reuse
 from pikv_ds.sequences import SequenceBatch
 
-Sequence = tuple[int, int]
-"""Source rank and id."""
+Key = tuple[int, int]
+"""A sequence: source rank and id."""
 
 
 class Move(NamedTuple):
@@ -44,7 +45,7 @@ class Move(NamedTuple):
     visits: int
 
     @property
-    def key(self) -> Sequence:
+    def key(self) -> Key:
         return self.source, self.sequence
 
 
@@ -73,29 +74,29 @@ class Rebalancer:
         self.evictor, self.reuse, self.page_size = evictor, reuse, page_size
         self.counters: Counter[str] = Counter()
         """``repacks`` of a layer's experts, and ``moved_pages`` that have come here."""
-        self._homes: dict[Sequence, dict[tuple[int, int], int]] = {}  # home expert of the pages here, [unit, number]
-        self._loads: dict[Sequence, list[list[int]]] = {}  # pages of everybody, [unit][rank]
-        self._queue: deque[tuple[Sequence, int, int]] = deque()  # (sequence, unit, page number) here, to be moved
+        self._homes: dict[Key, dict[tuple[int, int], int]] = {}  # home expert of the pages here, [unit, number]
+        self._loads: dict[Key, list[list[int]]] = {}  # pages of everybody, [unit][rank]
+        self._queue: deque[tuple[Key, int, int]] = deque()  # (sequence, unit, page number) here, to be moved
         self._moving = False  # the same on every rank
 
-    def placed(self, sequence: Sequence, unit: int, page_idx: int, owner: int, home: int) -> None:
+    def placed(self, sequence: Key, unit: int, page_idx: int, owner: int, home: int) -> None:
         """A page has got an owner; told on every rank alike."""
         units = self._loads.setdefault(sequence, [[0] * self.exchange.size for _ in range(self.table.num_units)])
         units[unit][owner] += 1
         if owner == self.exchange.rank and home >= 0:
             self._homes.setdefault(sequence, {})[unit, page_idx] = home
 
-    def evicted(self, sequence: Sequence, unit: int, page_idx: int, owner: int) -> None:
+    def evicted(self, sequence: Key, unit: int, page_idx: int, owner: int) -> None:
         """A page is gone; told on every rank alike."""
         self._loads[sequence][unit][owner] -= 1
         self._homes.get(sequence, {}).pop((unit, page_idx), None)
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Key) -> None:
         """A sequence is gone."""
         self._homes.pop(sequence, None)
         self._loads.pop(sequence, None)
 
-    def step(self, step: int, free: list[int], num_sealed: dict[Sequence, int], batches: list[SequenceBatch]) -> None:
+    def step(self, step: int, free: list[int], num_sealed: dict[Key, int], batches: list[SequenceBatch]) -> None:
         """Looks whether it is time to pack anew, and moves some pages. Every rank calls it at the same point.
 
         Args:
@@ -120,7 +121,7 @@ class Rebalancer:
         for layer, topology in enumerate(self.topologies):
             part = slice(layer * experts, (layer + 1) * experts)
             counts = [sum(column) for column in zip(*(row[part] for row in everyone), strict=True)]
-            packed = pack(counts, topology, self.policy.slack)
+            packed = pack(counts, topology, self.policy.slack, self.policy.redundant)
             if packed is not None:
                 self.topologies[layer] = dataclasses.replace(topology, homes=packed)
                 self.counters["repacks"] += 1
@@ -130,10 +131,10 @@ class Rebalancer:
                 (sequence, unit, page_idx)
                 for sequence, homes in self._homes.items()
                 for (unit, page_idx), home in homes.items()
-                if self.topologies[unit // streams].owner(home) != self.exchange.rank
+                if self.topologies[unit // streams].owner(home, page_idx) != self.exchange.rank
             )
 
-    def _move(self, free: list[int], num_sealed: dict[Sequence, int], batches: list[SequenceBatch]) -> None:
+    def _move(self, free: list[int], num_sealed: dict[Key, int], batches: list[SequenceBatch]) -> None:
         proposals = [move for move in (self._proposal() for _ in range(self.policy.moves)) if move is not None]
         rows = [x for move in [*proposals, *[NOTHING] * (self.policy.moves - len(proposals))] for x in move]
         tables = self.exchange.all_gather(rows, kind="rebalance")
@@ -172,7 +173,7 @@ class Rebalancer:
             for page_format in range(self.table.num_formats):
                 for number, slot in self.table.pages(sequence, unit, page_format):
                     if number == page_idx:
-                        target = self.topologies[unit // self.evictor.streams].owner(home)
+                        target = self.topologies[unit // self.evictor.streams].owner(home, page_idx)
                         known = self.evictor.knowledge(slot)
                         return Move(*sequence, unit, page_idx, page_format, home, target, *known)
         return None
@@ -211,11 +212,12 @@ class Rebalancer:
         self.counters["moved_pages"] += len(arriving)
 
 
-def pack(counts: list[int], topology: Topology, slack: float) -> tuple[int, ...] | None:
-    """The rank of each expert, packed so that ranks hold about as many pages; None where it is not worth it.
+def pack(counts: list[int], topology: Topology, slack: float, redundant: int) -> tuple[tuple[int, ...], ...] | None:
+    """The ranks of each expert, packed so that all hold about as many pages; None where it is not worth it.
 
-    EPLB's balanced packing (DeepSeek, 2025): heaviest experts first, each to the lightest rank that still has room for
-    an expert. Ranks are then named so that as many pages as possible stay where they are.
+    EPLB's two steps (DeepSeek, 2025): one more rank, ``redundant * num_ranks`` times, for the expert with the most
+    pages per rank; then balanced packing: heaviest shares first, each to the lightest rank that still has room for one
+    and has none of the expert. Ranks are then named so that as many pages as possible stay where they are.
 
     Args:
         counts: pages of each expert.
@@ -224,27 +226,41 @@ def pack(counts: list[int], topology: Topology, slack: float) -> tuple[int, ...]
     ranks, experts = topology.num_ranks, len(counts)
     mean = sum(counts) / ranks
 
-    def fullest(homes: list[int]) -> int:
-        return max(sum(n for n, r in zip(counts, homes, strict=True) if r == rank) for rank in range(ranks))
+    def fullest(homes: Sequence[tuple[int, ...]]) -> float:
+        loads = [0.0] * ranks
+        for count, owners in zip(counts, homes, strict=True):
+            for rank in owners:
+                loads[rank] += count / len(owners)
+        return max(loads)
 
-    now = [topology.owner(e) for e in range(experts)]
+    now = topology.homes or tuple((topology.owner(e),) for e in range(experts))
     if mean == 0 or fullest(now) <= slack * mean:
         return None
+    shares = [1] * experts
+    for _ in range(redundant * ranks):
+        open_ = [e for e in range(experts) if shares[e] < ranks]
+        if not open_:
+            break
+        shares[max(open_, key=lambda e: (counts[e] / shares[e], -e))] += 1
+    room = -(-sum(shares) // ranks)
     bins: list[list[int]] = [[] for _ in range(ranks)]
-    for expert in sorted(range(experts), key=lambda e: (-counts[e], e)):
-        open_bins = [b for b in bins if len(b) < experts // ranks]
-        min(open_bins, key=lambda b: (sum(counts[e] for e in b), bins.index(b))).append(expert)
+
+    def weight(members: list[int]) -> float:
+        return sum(counts[e] / shares[e] for e in members)
+
+    parts = sorted((e for e in range(experts) for _ in range(shares[e])), key=lambda e: (-counts[e] / shares[e], e))
+    for expert in parts:
+        open_bins = [i for i, b in enumerate(bins) if len(b) < room]
+        best = min(open_bins, key=lambda i: (expert in bins[i], weight(bins[i]), i))
+        bins[best].append(expert)
     stays = sorted(
-        ((sum(counts[e] for e in members if now[e] == rank), rank, i)
-         for i, members in enumerate(bins) for rank in range(ranks)),
-        key=lambda x: (-x[0], x[1], x[2]),
-    )  # fmt: skip
+        (-sum(counts[e] / shares[e] for e in members if rank in now[e]), rank, i)
+        for i, members in enumerate(bins)
+        for rank in range(ranks)
+    )
     names: dict[int, int] = {}
     for _, rank, i in stays:
         if i not in names and rank not in names.values():
             names[i] = rank
-    homes = [0] * experts
-    for i, members in enumerate(bins):
-        for expert in members:
-            homes[expert] = names[i]
-    return tuple(homes) if fullest(homes) < fullest(now) else None
+    homes = tuple(tuple(sorted({names[i] for i, b in enumerate(bins) if e in b})) for e in range(experts))
+    return homes if fullest(homes) < fullest(now) else None

@@ -26,7 +26,7 @@ VALID = {
     "placement": [
         "expert",
         "eplb",
-        {"name": "eplb", "every": 10, "slack": 1.5, "moves": 1},
+        {"name": "eplb", "every": 10, "slack": 1.5, "moves": 1, "redundant": 0},
         "balanced",
         {"name": "balanced", "alpha": 2},
         "hierarchical",
@@ -124,6 +124,7 @@ INVALID_POLICIES = [
         for v in (0, -1, 2.0, "8", None, True)
     ),
     ("placement", {"name": "eplb", "every": 0}, "placement.every = 0", "at least 1"),
+    ("placement", {"name": "eplb", "redundant": -1}, "placement.redundant = -1", "at least 0"),
     ("placement", {"name": "eplb", "moves": 1.5}, "placement.moves = 1.5", "at least 1"),
     ("placement", {"name": "eplb", "slack": 0.9}, "placement.slack = 0.9", "at least 1"),
     ("placement", {"name": "balanced", "alpha": -1}, "placement.alpha = -1", "between 0"),

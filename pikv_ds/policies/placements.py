@@ -147,7 +147,8 @@ class HierarchicalPlacement:
 class EplbPlacement(ExpertPlacement):
     """`ExpertPlacement`, and experts are packed anew over the ranks where their pages pile up (EPLB, DeepSeek 2025).
 
-    The work is done by `pikv_ds.rebalance`; the experts of the model's feed-forward networks stay where they are.
+    Hot experts get several ranks, which take their pages in turn (EPLB's redundant experts). The work is done by
+    `pikv_ds.rebalance`; the experts of the model's feed-forward networks stay where they are.
     """
 
     every: int = 64
@@ -156,16 +157,25 @@ class EplbPlacement(ExpertPlacement):
     """How many times the mean the fullest rank may hold of a layer's pages before its experts are packed anew."""
     moves: int = 32
     """Pages that a rank gives away per pass, at most, until all are where they belong."""
+    redundant: int = 1
+    """Experts per rank that may have one more rank; 0: each expert has one rank."""
     name = "eplb"
 
     def __post_init__(self) -> None:
-        for key in ("every", "moves"):
+        for key, least in (("every", 1), ("moves", 1), ("redundant", 0)):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} = {value!r}: use a whole number of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{key} = {value!r}: use a whole number of at least {least}")
         value = self.slack
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 100:
             raise ValueError(f"slack = {value!r}: use a factor of at least 1")
+
+    def owners(
+        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
+    ) -> list[int]:
+        if votes is None:
+            return InterleavePlacement().owners(page_idx, votes, topology)
+        return list(dict.fromkeys(topology.owner(e, page_idx) for e in _ranking(votes)))
 
 
 PLACEMENTS: dict[str, type[Placement]] = {
