@@ -178,7 +178,7 @@ def plot(path: Path, outcomes: Sequence[Outcome], tasks: Sequence[str], title: s
         axis.set_ylabel("agreement with the full cache" if task == "text" else "answers found")
         axis.set_title(task)
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right")
+        axis.legend(loc="best")
     names_axis = axes[0][-1]
     names_axis.axis("off")
     for name, number in numbers.items():

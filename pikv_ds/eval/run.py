@@ -188,7 +188,8 @@ def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]
 
 def dump(path: Path, settings: dict[str, Any], done: dict[tuple[str, str], Outcome], extra: dict[str, Any]) -> None:
     """Writes all outcomes, by way of a second file, so that an interrupted run leaves a whole one."""
-    content = {"settings": settings, **extra, "outcomes": [asdict(o) for o in done.values()]}
+    head = json.dumps({"settings": settings, **extra, "outcomes": []}).removesuffix("]}")
+    lines = ",\n".join(json.dumps(asdict(o)) for o in done.values())  # a line each: small, and to be compared
     partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(json.dumps(content, indent=0) + "\n")
+    partial.write_text(f"{head}\n{lines}\n]}}\n")
     partial.replace(path)
