@@ -173,8 +173,8 @@ class TwoStageLookup(SparseLookup):
     """How many times the budget is ranked exactly."""
     grain: int = 8
     """Tokens of a sub-page."""
-    summary_bits: int = 4
-    """Bits per element of a summary: 4 or 8."""
+    summary_bits: int = 8
+    """Bits per element of a summary: 8, or 4, which takes half of the bytes and loses a few pages more."""
     name = "two_stage"
 
     def __post_init__(self) -> None:
