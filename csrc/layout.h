@@ -87,8 +87,7 @@ struct PageLayout {
   PIKV_HOST_DEVICE constexpr int64_t ScaleBytes() const { return byte_scales ? 1 : 2; }
   PIKV_HOST_DEVICE constexpr int64_t KeyScaleOffset() const { return Aligned(DataBytes()); }
   PIKV_HOST_DEVICE constexpr int64_t ValueOffset() const {
-    return KeyScaleOffset() +
-           Aligned(ScaleBytes() * ScaleRows(element) * num_kv_heads * head_dim);
+    return KeyScaleOffset() + Aligned(ScaleBytes() * ScaleRows(element) * num_kv_heads * head_dim);
   }
   PIKV_HOST_DEVICE constexpr int64_t ValueScaleOffset() const {
     return ValueOffset() + Aligned(ValueRowBytes() * num_kv_heads * page_size);

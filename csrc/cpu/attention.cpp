@@ -330,8 +330,8 @@ void UnpackRow(const uint8_t* from, int bits, int dim, uint8_t* to) {
   }
 }
 
-// Packed pages of one table row, unpacked one KV head at a time into memory of the thread that asks.
-// Two blocks are alive at a time: the one that is attended, and the one after it.
+// Packed pages of one table row, unpacked one KV head at a time into memory of the thread that
+// asks. Two blocks are alive at a time: the one that is attended, and the one after it.
 class UnpackedBlocks final : public BlockSource {
  public:
   UnpackedBlocks(const PageLayout& layout, const Slabs& slabs, const int32_t* table,
