@@ -108,7 +108,7 @@ def cells(row: Row, task: str) -> list[str]:
     assert row.hits is not None
     return [
         row.method,
-        f"{row.hits:g}/{row.count}",
+        f"{row.hits:.3g}/{row.count}",
         f"{low:.2f}-{high:.2f}",
         f"{row.lost} / {row.gained}",
         f"{row.same}/{row.count}",
