@@ -27,7 +27,7 @@ class Demoter:
     table: PageTable
     reuse: Reuse | None
     counters: Counter[str] = field(default_factory=Counter)
-    """``demoted_pages``, while decoding."""
+    """``demoted_pages``: of prompts, counted on their sequences' rank, and while decoding."""
 
     @property
     def page_format(self) -> int:

@@ -173,6 +173,7 @@ class Evictor:
         for stream, part in enumerate(_streams(pages, self.streams)):
             rated = scores if self.streams == 1 else scores[stream : stream + 1]
             if self.demoter is not None:
+                self.demoter.counters["demoted_pages"] += len(part.keys) - counts[stream]
                 yield first + stream, _mark(part, rated, counts[stream])
                 continue
             assert self.retention is not None

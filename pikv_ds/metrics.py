@@ -22,9 +22,9 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     what is held now. The ``peak_*`` counts, ``held_*`` and ``unsharded_kv_bytes`` belong to one
     moment, the same on all ranks: the end of the pass after which the group held the most tokens.
     ``dropped_pages`` are of prompts, cut before they were sealed, on their sequences' rank; ``evicted_pages`` were
-    freed while decoding, on the rank that held them, ``demoted_pages`` encoded anew there; of one KV head each where
-    heads have pages of their own. ``moved_pages`` have come here from other ranks when experts were packed anew.
-    ``pages_by_codec`` are here now, under the codecs' labels.
+    freed while decoding, on the rank that held them; ``demoted_pages`` are kept with the smaller codec instead
+    (counted likewise); of one KV head each where heads have pages of their own. ``moved_pages`` have come here from
+    other ranks when experts were packed anew. ``pages_by_codec`` are here now, under the codecs' labels.
     Of sparse lookups: ``reuse`` visits to pages, and those among them shortly after an earlier one
     (`pikv_ds.reuse`); ``reuse_distances`` their histogram over powers of two; ``audit`` the attention mass
     on this rank's pages that the choice held, where it was audited.

@@ -38,7 +38,7 @@ COUNTERS = {
     "overflowed_pages": "Pages that went to another rank than their home expert's.",
     "dropped_pages": "Pages' worth of prompts that budgets have dropped.",
     "evicted_pages": "Pages that budgets have freed while decoding.",
-    "demoted_pages": "Pages encoded anew with a smaller codec while decoding.",
+    "demoted_pages": "Pages over a budget that are kept with a smaller codec.",
     "moved_pages": "Pages that came here when experts were packed anew.",
     "queries": "Query tokens times layers.",
     "pages_in_scope": "(KV head, page) pairs that queries could have read here.",
