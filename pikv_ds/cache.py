@@ -22,7 +22,7 @@ from pikv_ds.demotion import Demoter
 from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
 from pikv_ds.eviction import Evictor
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
-from pikv_ds.formats import make_format
+from pikv_ds.formats import make_formats, num_streams
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.policies.placements import EplbPlacement
@@ -31,36 +31,11 @@ from pikv_ds.rebalance import Rebalancer
 from pikv_ds.reuse import Reuse
 from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
+from pikv_ds.shape import ModelShape
 from pikv_ds.slabs import lasting_zeros
 
 UNLIMITED = 2**40
 """Free pages that a rank without a capacity announces."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the cache must know of a model. The same on every rank."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    """Experts of the routed layers; a model without any counts one per rank."""
-    dtype: torch.dtype
-    latent_dim: int | None = None
-    """Latent attention: the values are so many leading channels of the keys (see `PageLayout`)."""
-
-    @property
-    def value_dim(self) -> int:
-        """Channels of a value, and of an attention output."""
-        return self.head_dim if self.latent_dim is None else self.latent_dim
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token over all layers in an unsharded, uncompressed cache (of latents, where it has them)."""
-        elements = self.head_dim + (self.head_dim if self.latent_dim is None else 0)
-        return self.num_layers * self.num_kv_heads * elements * self.dtype.itemsize
 
 
 FINE, FAILED, NON_FINITE = range(3)
@@ -139,27 +114,10 @@ class ExpertShardedKVCache:
                 f'pikv.retention = "{config.retention.name}": prompts of latent attention are attended to elsewhere, '
                 "so their tokens cannot be rated here; leave retention and budget out"
             )
-        per_head = (config.retention is not None and config.budget.per_head) or config.codec.per_head
-        self.streams = shape.num_kv_heads if per_head else 1
+        self.streams = num_streams(shape, config)
         """KV heads of a layer with pages of their own, 1 where a page holds all heads."""
         config.codec.check(shape.num_layers, shape.num_kv_heads, shape.num_experts)
-        codecs = [*config.codec.codecs, *([config.demote] if config.demote is not None else [])]
-        self.formats = [
-            make_format(
-                codec,
-                num_layers=shape.num_layers,
-                num_kv_heads=shape.num_kv_heads,
-                streams=self.streams,
-                head_dim=shape.head_dim,
-                latent_dim=shape.latent_dim,
-                dtype=shape.dtype,
-                page_size=config.page_size,
-                summary=config.lookup.summary,
-                backend=config.backend,
-                device=self.device,
-            )
-            for codec in codecs
-        ]
+        self.formats = make_formats(shape, config, config.backend, self.device)
         self.layout, self.ops = self.formats[0].layout, self.formats[0].ops
         capacity = config.capacity_tokens
         self.pool = PagePool(

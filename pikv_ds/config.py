@@ -205,6 +205,18 @@ def load_json(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def name_or_json(option: str, text: str) -> Any:
+    """A policy as it is written on a command line: ``int4``, or ``{"name": "int4", "rotate": true}``.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else text
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{option} {text}: {error.msg}; write a name or a JSON object") from None
+
+
 def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
     """A policy from its name, or from {"name": ..., options}; instances pass through."""
     name, options = value, {}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pikv_ds.config import PiKVConfig
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.ops.projections import Projections
@@ -18,6 +19,7 @@ from pikv_ds.ops.reference import unseal_pages
 from pikv_ds.pages import PageSize
 from pikv_ds.policies.codecs import Codec
 from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
+from pikv_ds.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -75,32 +77,25 @@ class PageFormat:
         return self.bases[layer].output(out).contiguous() if self.bases else out
 
 
-def make_format(
-    codec: Codec,
-    *,
-    num_layers: int,
-    num_kv_heads: int,
-    streams: int,
-    head_dim: int,
-    latent_dim: int | None,
-    dtype: torch.dtype,
-    page_size: int,
-    summary: Summary | None,
-    backend: str,
-    device: torch.device,
-) -> PageFormat:
-    """A codec's format for a model.
+def num_streams(shape: ModelShape, config: PiKVConfig) -> int:
+    """KV heads of a layer with pages of their own; 1: a page holds all heads."""
+    budget_per_head = config.retention is not None and config.budget.per_head
+    return shape.num_kv_heads if budget_per_head or config.codec.per_head else 1
 
-    Args:
-        streams: KV heads of a layer with pages of their own, 1 where a page holds all heads.
-        summary: what lookups need to see of a page.
+
+def make_formats(shape: ModelShape, config: PiKVConfig, backend: str, device: torch.device) -> list[PageFormat]:
+    """The formats of a cache: those of the codec policy's codecs, then that of demoted pages, if there is one.
 
     Raises:
-        ValueError: the codec does not fit, or the backend has no kernels for such pages.
+        ValueError: a codec does not fit, or the backend has no kernels for such pages.
     """
-    bases = codec.bases(num_layers, num_kv_heads, head_dim, device)
-    key_rank, value_rank = head_dim, None
-    if bases:
-        key_rank, value_rank = bases[0].key_read.shape[2], bases[0].value_read.shape[2]
-    layout = codec.layout(num_kv_heads // streams, key_rank, page_size, dtype, latent_dim, value_rank)
-    return PageFormat(codec, layout, Ops(backend, device.type, layout), bases, summary)
+    heads = shape.num_kv_heads // num_streams(shape, config)
+    formats = []
+    for codec in [*config.codec.codecs, *([] if config.demote is None else [config.demote])]:
+        bases = codec.bases(shape.num_layers, shape.num_kv_heads, shape.head_dim, device)
+        key_rank, value_rank = shape.head_dim, None
+        if bases:
+            key_rank, value_rank = bases[0].key_read.shape[2], bases[0].value_read.shape[2]
+        layout = codec.layout(heads, key_rank, config.page_size, shape.dtype, shape.latent_dim, value_rank)
+        formats.append(PageFormat(codec, layout, Ops(backend, device.type, layout), bases, config.lookup.summary))
+    return formats

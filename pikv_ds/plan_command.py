@@ -64,7 +64,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
     from pikv_ds import planner
-    from pikv_ds.config import PiKVConfig
+    from pikv_ds.config import PiKVConfig, name_or_json
 
     for name in ("batch", "ranks"):
         if getattr(args, name) < 1:
@@ -76,9 +76,10 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"{path}: there is no folder {path.parent}")
     shape = planner.shape_of(args.model, getattr(torch, args.dtype))
     load = planner.Load(args.context, args.batch, args.ranks)
-    settings = {"page_size": args.page_size, "lookup": _value("lookup", args.lookup)}
+    settings = {"page_size": args.page_size, "lookup": name_or_json("lookup", args.lookup)}
     configs = {
-        f"PiKV {codec}": PiKVConfig.from_dict({**settings, "codec": _value("codec", codec)}) for codec in args.codec
+        f"PiKV {codec}": PiKVConfig.from_dict({**settings, "codec": name_or_json("codec", codec)})
+        for codec in args.codec
     }
     first = next(iter(configs.values()))
     ways = [*planner.baselines(shape, first, load), *(planner.plan(shape, c, load, n) for n, c in configs.items())]
@@ -167,10 +168,3 @@ def _bytes(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:,.1f} {unit}"
     return f"{num_bytes:,.0f} B" if num_bytes else "0"
-
-
-def _value(option: str, text: str) -> Any:
-    try:
-        return json.loads(text) if text.lstrip().startswith("{") else text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--{option} {text}: {error.msg}; write a name or a JSON object") from None

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from pikv_ds.cache import ModelShape
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
-from pikv_ds.formats import PageFormat, make_format
+from pikv_ds.formats import make_formats, num_streams
 from pikv_ds.placement import Topology, rank_bound
+from pikv_ds.shape import ModelShape
 
 HOST_BYTES_PER_PAGE = 128
 """Of the page table on the host: a tuple of two numbers and its place in a list. An estimate."""
@@ -112,28 +112,6 @@ class Plan:
         return self.most_pages + self.tails + self.summaries * scale + self.buffers
 
 
-def formats_of(shape: ModelShape, config: PiKVConfig) -> list[PageFormat]:
-    """The page formats that a cache of these settings has; those without kernels here count, too."""
-    streams = shape.num_kv_heads if config.codec.per_head else 1
-    codecs = [*config.codec.codecs, *([config.demote] if config.demote is not None else [])]
-    return [
-        make_format(
-            codec,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            streams=streams,
-            head_dim=shape.head_dim,
-            latent_dim=shape.latent_dim,
-            dtype=shape.dtype,
-            page_size=config.page_size,
-            summary=config.lookup.summary,
-            backend="reference",
-            device=torch.device("cpu"),
-        )
-        for codec in codecs
-    ]
-
-
 def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") -> Plan:
     """What the sharded cache takes.
 
@@ -144,8 +122,8 @@ def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") 
     if len(config.codec.codecs) > 1 or config.retention is not None:
         raise ValueError("plan counts one codec and no budget; how pages are shared out is known when they are there")
     topology = Topology(shape.num_experts if shape.num_experts > 1 else load.ranks, load.ranks)
-    (page_format,) = formats_of(shape, config)
-    size, units = config.page_size, shape.num_layers
+    (page_format,) = make_formats(shape, config, "reference", torch.device("cpu"))
+    size, units = config.page_size, shape.num_layers * num_streams(shape, config)
     full = load.context // size
     pages_of_all = load.batch * units * full
     bound = min(full, rank_bound(load.context, size, topology) // size) * load.batch * units

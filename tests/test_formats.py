@@ -242,8 +242,8 @@ def test_settings_come_back(heads: str) -> None:
     assert PiKVConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.files() == [heads]
     assert isinstance(config.codec, CodecPolicy)
-    assert PerLayerCodec({"0": Codec("int8")}).settings()["layers"] == {"0": "int8"}
-    assert PerExpertCodec({"0": "int8"}, "int8").codecs == (Codec("int8"),)  # no format twice
+    assert PerLayerCodec(layers={"0": Codec("int8")}).settings()["layers"] == {"0": "int8"}
+    assert PerExpertCodec("int8", {"0": "int8"}).codecs == (Codec("int8"),)  # no format twice
     with pytest.raises(ConfigError, match="is what pages have already"):
         PiKVConfig.from_dict(settings | {"demote": "none"})
 

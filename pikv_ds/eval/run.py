@@ -189,7 +189,12 @@ def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]
 def dump(path: Path, settings: dict[str, Any], done: dict[tuple[str, str], Outcome], extra: dict[str, Any]) -> None:
     """Writes all outcomes, by way of a second file, so that an interrupted run leaves a whole one."""
     head = json.dumps({"settings": settings, **extra, "outcomes": []}).removesuffix("]}")
-    lines = ",\n".join(json.dumps(asdict(o)) for o in done.values())  # a line each: small, and to be compared
+    lines = ",\n".join(json.dumps(_written(o)) for o in done.values())  # a line each: small, and to be compared
     partial = path.with_suffix(path.suffix + ".part")
     partial.write_text(f"{head}\n{lines}\n]}}\n")
     partial.replace(path)
+
+
+def _written(outcome: Outcome) -> dict[str, Any]:
+    """An outcome without what only *text* has, where it has it not."""
+    return {k: v for k, v in asdict(outcome).items() if v is not None or k == "score"}

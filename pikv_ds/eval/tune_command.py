@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def _cases(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> list[A
 
 def tune(args: argparse.Namespace) -> int:
     """Measures the grid and writes the best configuration."""
-    from pikv_ds.config import PiKVConfig, load_json
+    from pikv_ds.config import PiKVConfig, load_json, name_or_json
     from pikv_ds.eval import methods, run
     from pikv_ds.eval import tune as controller
 
@@ -85,7 +84,7 @@ def tune(args: argparse.Namespace) -> int:
     start = dict(base.get("pikv", {}))
     configs: dict[str, dict[str, Any]] = {}
     for codec, lookup, size in itertools.product(args.codecs, args.lookups, args.page_sizes):
-        values = {"codec": _value("codecs", codec), "lookup": _value("lookups", lookup), "page_size": size}
+        values = {"codec": name_or_json("codecs", codec), "lookup": name_or_json("lookups", lookup), "page_size": size}
         config = {**start, **values}
         PiKVConfig.from_dict(config)
         configs[", ".join([_short(values["codec"]), _short(values["lookup"]), f"p{size}"])] = config
@@ -122,13 +121,6 @@ def tune(args: argparse.Namespace) -> int:
         controller.plot(args.plot, found, best, f"{args.model}, {args.dtype}: {objective.text}")
     print(f"{args.out}: {best.name}", file=sys.stderr)
     return 0
-
-
-def _value(option: str, text: str) -> Any:
-    try:
-        return json.loads(text) if text.lstrip().startswith("{") else text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--{option} {text}: {error.msg}; write a name or a JSON object") from None
 
 
 def _short(value: Any) -> str:

@@ -172,7 +172,7 @@ class Codec:
 
     @property
     def label(self) -> str:
-        """A short name for tables: ``int4/int2 rotated clipped r8``."""
+        """A short name for tables: ``int4/int2, rotated, clipped, 8-bit scales``."""
         parts = [self.name if self.values is None else f"{self.name}/{self.values}"]
         parts += [word for word, on in (("rotated", self.rotate), ("clipped", self.clip)) if on]
         parts += ["8-bit scales"] * (self.scales == 8) + ["projected"] * (self.projections is not None)
@@ -256,22 +256,25 @@ def _distinct(codecs: list[Codec]) -> tuple[Codec, ...]:
 
 
 @dataclass(frozen=True)
-class PerLayerCodec:
-    """A codec for each layer, e.g. more bits for the first ones, whose errors reach all others."""
+class RangesCodec:
+    """What codecs by layer and by expert have in common: a table of ranges, and a default."""
 
-    layers: Mapping[str, Any] = field(default_factory=dict)
-    """``{"0-2": "int8", "29": {"name": "int4", "rotate": true}}``"""
     default: Any = "none"
-    """Of all other layers."""
-    name = "per_layer"
+    """Of all that the table does not name."""
     per_head = False
 
     def __post_init__(self) -> None:
         _ = self.codecs
 
+    @property
+    def _ranges(self) -> tuple[str, Mapping[str, Any]]:
+        """The table with the name of its key."""
+        raise NotImplementedError
+
     @cached_property
     def _table(self) -> dict[int, Codec]:
-        return _parse_ranges(self.layers, "layers")
+        key, ranges = self._ranges
+        return _parse_ranges(ranges, key)
 
     @cached_property
     def _default(self) -> Codec:
@@ -281,60 +284,61 @@ class PerLayerCodec:
     def codecs(self) -> tuple[Codec, ...]:
         return _distinct([self._default, *self._table.values()])
 
-    def choose(self, layer: int, head: int, expert: int | None) -> int:
-        return self.codecs.index(self._table.get(layer, self._default))
+    def _choose(self, number: int | None) -> int:
+        return self.codecs.index(self._default if number is None else self._table.get(number, self._default))
 
-    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
-        if max(self._table) >= num_layers:
-            raise ValueError(f"pikv.codec.layers: names layer {max(self._table)}, the model has 0 to {num_layers - 1}")
+    def _check(self, what: str, count: int) -> None:
+        if max(self._table) >= count:
+            key, _ = self._ranges
+            raise ValueError(f"pikv.codec.{key}: names {what} {max(self._table)}, the model has 0 to {count - 1}")
 
     def settings(self) -> Any:
-        return {"name": self.name, "layers": _plain(self.layers), "default": _plain(self.default)}
+        key, ranges = self._ranges
+        return {"name": self.name, key: _plain(ranges), "default": _plain(self.default)}  # type: ignore[attr-defined]
 
     def files(self) -> list[str]:
         return [path for codec in self.codecs for path in codec.files()]
 
 
 @dataclass(frozen=True)
-class PerExpertCodec:
-    """A codec for each home expert, e.g. more bits where the pages of rare or important experts lie."""
+class PerLayerCodec(RangesCodec):
+    """A codec for each layer, e.g. more bits for the first ones, whose errors reach all others."""
+
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """``{"0-2": "int8", "29": {"name": "int4", "rotate": true}}``"""
+    name = "per_layer"
+
+    @property
+    def _ranges(self) -> tuple[str, Mapping[str, Any]]:
+        return "layers", self.layers
+
+    def choose(self, layer: int, head: int, expert: int | None) -> int:
+        return self._choose(layer)
+
+    def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
+        self._check("layer", num_layers)
+
+
+@dataclass(frozen=True)
+class PerExpertCodec(RangesCodec):
+    """A codec for each home expert, e.g. more bits where the pages of rare or important experts lie.
+
+    Pages of layers without a router get the default.
+    """
 
     experts: Mapping[str, Any] = field(default_factory=dict)
     """``{"0-3": "int8"}``"""
-    default: Any = "none"
-    """Of all other experts, and of layers without a router."""
     name = "per_expert"
-    per_head = False
-
-    def __post_init__(self) -> None:
-        _ = self.codecs
-
-    @cached_property
-    def _table(self) -> dict[int, Codec]:
-        return _parse_ranges(self.experts, "experts")
-
-    @cached_property
-    def _default(self) -> Codec:
-        return parse_codec(self.default, "default")
 
     @property
-    def codecs(self) -> tuple[Codec, ...]:
-        return _distinct([self._default, *self._table.values()])
+    def _ranges(self) -> tuple[str, Mapping[str, Any]]:
+        return "experts", self.experts
 
     def choose(self, layer: int, head: int, expert: int | None) -> int:
-        return self.codecs.index(self._default if expert is None else self._table.get(expert, self._default))
+        return self._choose(expert)
 
     def check(self, num_layers: int, num_kv_heads: int, num_experts: int) -> None:
-        if max(self._table) >= num_experts:
-            raise ValueError(
-                f"pikv.codec.experts: names expert {max(self._table)}, the model has 0 to {num_experts - 1}"
-            )
-
-    def settings(self) -> Any:
-        return {"name": self.name, "experts": _plain(self.experts), "default": _plain(self.default)}
-
-    def files(self) -> list[str]:
-        return [path for codec in self.codecs for path in codec.files()]
+        self._check("expert", num_experts)
 
 
 @dataclass(frozen=True)
