@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pikv_ds import launch_env, metrics
+from pikv_ds import launch_env, metrics, trace
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.config import ConfigError, PiKVConfig
 from pikv_ds.errors import PeerError
@@ -194,6 +194,8 @@ def compare(exchange: Exchange, config: PiKVConfig, shape: ModelShape) -> None:
         PeerError: naming the ranks and what differs.
     """
     files = {f"file {path}": _digest(path) for path in config.files()}
+    if config.trace is not None:
+        files["trace"] = trace.obstacle(config.trace) or config.trace
     mine = {"version": __version__, "torch": torch.__version__, **config.to_dict(), **vars(shape), **files}
     texts = exchange.all_gather_text(json.dumps(mine, default=str, sort_keys=True))
     first = json.loads(texts[0] or "{}")

@@ -381,7 +381,7 @@ class ShardedAttention:
             sealed = torch.tensor([self.num_sealed[s] for s in sequences], dtype=torch.int32, device=query.device)
             sealed = sealed.repeat_interleave(repeats * streams)
             owners = [s for s, n in zip(sequences, lengths, strict=True) for _ in range(n * streams)]
-            table = self._choose(page_format, owners, query, every, page_idx, counts, sealed, scale)
+            table = self._choose(layer, page_format, owners, query, every, page_idx, counts, sealed, scale)
         else:
             self.counters["pages_read"] += in_scope
         page_lse = query.new_empty(*query.shape[:2], table.shape[-1], dtype=torch.float32) if learns else None
@@ -392,6 +392,7 @@ class ShardedAttention:
 
     def _choose(
         self,
+        layer: int,
         page_format: int,
         owners: list[tuple[int, int]],
         query: Tensor,
@@ -422,6 +423,8 @@ class ShardedAttention:
         table = lookup.select(this.ops, query, candidates)
         self._chosen = self._chosen + (table > 0).sum()
         reuse.visit(table)
+        if self.table.trace is not None:
+            self.table.trace.visit(layer, table[table > 0].unique().tolist())
         if lookup.audit_every and reuse.step % lookup.audit_every == 0:
             out, lse = self._empty(query, this.layout.value_dim)
             page_lse = query.new_empty(*query.shape[:2], slots.shape[1], dtype=torch.float32)

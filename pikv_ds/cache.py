@@ -33,6 +33,7 @@ from pikv_ds.sealing import PageSender
 from pikv_ds.sequences import SequenceBatch
 from pikv_ds.shape import ModelShape
 from pikv_ds.slabs import lasting_zeros
+from pikv_ds.trace import PageTrace
 
 UNLIMITED = 2**40
 """Free pages that a rank without a capacity announces."""
@@ -95,7 +96,7 @@ class ExpertShardedKVCache:
 
     Raises:
         ValueError: the experts cannot be spread over the ranks, the codec does not fit, the backend
-            has no kernels for such pages, or there is a budget for latent ones.
+            has no kernels for such pages, there is a budget for latent ones, or the trace cannot be written.
     """
 
     def __init__(
@@ -129,6 +130,8 @@ class ExpertShardedKVCache:
             poison=config.debug,
         )
         self.table = PageTable(self.num_units, self.device, len(self.formats))
+        if config.trace is not None:
+            self.table.trace = PageTrace(config.trace, self.exchange.rank, self._facts(), self.streams)
         reuse = None if config.lookup.summary is None else Reuse(self.device)
         demoter = None if config.demote is None else Demoter(self.formats, self.pool, self.table, reuse)
         self.evictor = Evictor(
@@ -526,8 +529,25 @@ class ExpertShardedKVCache:
         self.evictor.evict(self.sender.num_sealed, self._batches)
         if self.rebalancer is not None:
             self.rebalancer.step(self.num_steps, self.plan.free, self.sender.num_sealed, self._batches)
+        if self.table.trace is not None:
+            bytes_now = self.kv_bytes, self.pool.page_storage_bytes
+            self.table.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
         for watcher in self.watchers:
             watcher(self)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a trace begins with."""
+        codecs = [{"codec": f.codec.label, "page": f.size.page, "summary": f.size.summary} for f in self.formats]
+        return {
+            "ranks": self.exchange.size,
+            "layers": self.shape.num_layers,
+            "experts": self.shape.num_experts,
+            "page_size": self.config.page_size,
+            "capacity_pages": self.pool.capacity_pages,
+            "placement": self.config.placement.name,
+            "lookup": self.config.lookup.name,
+            "codecs": codecs,
+        }
 
     def _exchange_sequences(self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool) -> None:
         """Which sequences ask for their pages, where that has changed, and which are finished."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from pikv_ds import plan_command
+from pikv_ds import plan_command, trace_command
 from pikv_ds.eval import calibrate_command, command, tune_command
 from pikv_ds.plan_command import tokens
 from pikv_ds.version import __version__
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   pikv report                                      what is installed, which ops run here, and why
   pikv plan --model mixtral-8x7b --context 128k --ranks 8 --gib 20    what the cache takes, and what fits
+  pikv trace plot traces                           occupancy, reuse and homes of a run's pages, as a picture
   pikv bench                                       decode attention at 4k and 32k tokens, one thread
   pikv bench --context 1k 4k 16k --threads 1 2     more of it
   pikv bench --op lookup --context 32k --codecs int4   choosing an eighth of the pages, against all
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate_command.add(commands)
     tune_command.add(commands)
     plan_command.add(commands)
+    trace_command.add(commands)
     report = commands.add_parser(
         "report",
         help="what is installed, which ops run here, and why",

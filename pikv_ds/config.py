@@ -86,6 +86,10 @@ class PiKVConfig:
     timeout_s: float = 120.0
     """Seconds after which a collective of the cache gives up on a silent rank."""
 
+    trace: str | None = None
+    """Folder into which each rank writes what happens to its pages, ``trace-rankN.jsonl`` (see ``pikv trace``): a line
+    for each page and, with a sparse lookup, for each layer and pass. None: no trace."""
+
     debug: bool = False
     """Check every invariant after every step and poison unused memory. Slow."""
 
@@ -108,6 +112,8 @@ class PiKVConfig:
             _fail("partial_dtype", self.partial_dtype, _choices(self.partial_dtype, PARTIAL_DTYPES))
         if self.backend not in BACKENDS:
             _fail("backend", self.backend, _choices(self.backend, BACKENDS))
+        if self.trace is not None and (not isinstance(self.trace, str) or not self.trace):
+            _fail("trace", self.trace, "name a folder, or leave it out for no trace")
         if not isinstance(self.debug, bool):
             _fail("debug", self.debug, "use true or false")
         kinds = {

@@ -43,7 +43,7 @@ class Demoter:
         out: list[int] = []
         for (unit, page_format), members in groups.items():
             before, after = self.formats[page_format], self.formats[self.page_format]
-            slots = [self.table.remove_page(sequence, unit, page_idx) for sequence, page_idx in members]
+            slots = [self.table.remove_page(sequence, unit, page_idx, "demote") for sequence, page_idx in members]
             encoded = torch.empty(len(slots), before.size.page, dtype=torch.uint8, device=self.pool.device)
             at = torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
             before.ops.gather_pages(self.pool.pages[page_format], at, encoded)

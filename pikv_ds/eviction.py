@@ -326,7 +326,7 @@ class Evictor:
                     batch.loads[unit][row][rank] -= 1
                     batch.dropped[unit][row] += 1
                 if rank == self.exchange.rank:
-                    freed.append(self.table.remove_page(sequence, unit, page_idx))
+                    freed.append(self.table.remove_page(sequence, unit, page_idx, "evict"))
         assert at == width
         self.pool.free(freed)
         self.counters["evicted_pages"] += len(freed)

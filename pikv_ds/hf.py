@@ -90,6 +90,8 @@ class Attachment:
         for attention in self._attention_modules:
             del attention._pikv
             attention.__dict__.pop("rotary_emb", None)
+        if self.store.table.trace is not None:
+            self.store.table.trace.close()
         del self.model.generate
         self.model.set_attn_implementation(self._previous)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pikv_ds.errors import PoolFullError
 from pikv_ds.slabs import Slabs, lasting_zeros
+from pikv_ds.trace import PageTrace
 
 NULL_SLOT = 0
 POISON_BYTE = 0xFF
@@ -254,6 +255,8 @@ class PageTable:
     def __init__(self, num_units: int, device: torch.device | str = "cpu", num_formats: int = 1) -> None:
         self.num_units, self.num_formats = num_units, num_formats
         self.device = torch.device(device)
+        self.trace: PageTrace | None = None
+        """Told of every page that comes and goes."""
         self._pages: dict[tuple[int, int], list[list[list[tuple[int, int]]]]] = {}
         """[unit][format][n] = (page_idx, slot)"""
         self._rows: dict[tuple[range, tuple[tuple[int, int], ...], int], TableRows] = {}
@@ -266,19 +269,30 @@ class PageTable:
         assert all(p != page_idx for p, _ in pages[-1:]), f"page {page_idx} of {sequence} came twice"
         pages.append((page_idx, slot))
         self._rows.clear()
+        if self.trace is not None:
+            self.trace.store(sequence, unit, page_idx, slot, page_format)
 
     def remove(self, sequence: tuple[int, int]) -> list[int]:
         """Forgets a sequence and returns the slots of all its pages."""
         self._rows.clear()
-        return [slot for unit in self._pages.pop(sequence, []) for pages in unit for _, slot in pages]
+        slots = [slot for unit in self._pages.pop(sequence, []) for pages in unit for _, slot in pages]
+        if self.trace is not None:
+            self.trace.free(slots, "release")
+        return slots
 
-    def remove_page(self, sequence: tuple[int, int], unit: int, page_idx: int) -> int:
-        """Forgets one page and returns its slot."""
+    def remove_page(self, sequence: tuple[int, int], unit: int, page_idx: int, why: str) -> int:
+        """Forgets one page and returns its slot.
+
+        Args:
+            why: for the trace: "evict", "demote" or "move".
+        """
         self._rows.clear()
         for pages in self._pages[sequence][unit]:
             for place, (number, slot) in enumerate(pages):
                 if number == page_idx:
                     pages.pop(place)
+                    if self.trace is not None:
+                        self.trace.free([slot], why)
                     return slot
         raise KeyError(f"page {page_idx} of {sequence} is not here")
 

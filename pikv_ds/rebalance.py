@@ -189,7 +189,7 @@ class Rebalancer:
     def _exchange(self, accepted: list[list[Move]]) -> None:
         rank, size = self.exchange.rank, self.exchange.size
         leaving = sorted(accepted[rank], key=lambda move: move.target)
-        slots = [self.table.remove_page(move.key, move.unit, move.page_idx) for move in leaving]
+        slots = [self.table.remove_page(move.key, move.unit, move.page_idx, "move") for move in leaving]
         rows = [self.pool.read(slot) for slot in slots]
         self.pool.free(slots)
         for move in leaving:

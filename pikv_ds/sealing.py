@@ -186,6 +186,9 @@ class PageSender:
                 "Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
             )
         self.counters["seals"] += len(placed)
+        if self.table.trace is not None:
+            for page, row in zip(placed, rows, strict=True):
+                self.table.trace.seal(row.sequence, row.unit, row.page_idx, row.owner, row.home, page.votes)
         self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
         if plan.shared:
             owners = self._adopt(staged, headers[SHARED_SOURCE], known=bool(placed))

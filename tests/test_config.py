@@ -50,6 +50,7 @@ VALID = {
     "partial_dtype": ["float32", "bfloat16"],
     "backend": ["auto", "reference", "cpp"],
     "timeout_s": [1, 1.0, 86400],
+    "trace": [None, "traces"],
     "debug": [False, True],
 }
 
@@ -81,6 +82,7 @@ INVALID = [
     ("backend", "cuda", "choose one of auto, reference, cpp, triton"),
     ("backend", "Auto", 'did you mean "auto"?'),
     *(("timeout_s", v, "between 1 and 86400") for v in (0, -1, 86401, float("inf"), float("nan"), "120", None)),
+    *(("trace", v, "name a folder, or leave it out") for v in (0, "", True)),
     *(("debug", v, "true or false") for v in (0, 1, "true", None)),
 ]
 

@@ -196,7 +196,7 @@ def test_a_table_that_names_the_wrong_format_is_found() -> None:
         table.check_integrity(pool)
     assert table.formats(range(1), ((0, 0),)) == [0]
     with pytest.raises(KeyError, match="page 7"):
-        table.remove_page((0, 0), 0, 7)
+        table.remove_page((0, 0), 0, 7, "evict")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,19 @@ import pikv_ds
 ROOT = Path(pikv_ds.__file__).parent
 CSRC = ROOT.parent / "csrc"
 
-FOUNDATION = {"ops", "config", "layout", "errors", "placement", "pages", "policies", "sequences", "shape", "slabs"}
+FOUNDATION = {
+    "ops",
+    "config",
+    "layout",
+    "errors",
+    "placement",
+    "pages",
+    "policies",
+    "sequences",
+    "shape",
+    "slabs",
+    "trace",
+}
 """Modules that import torch, the standard library and each other only."""
 CORE = FOUNDATION | {"exchange", "eviction", "reuse", "sealing", "attention", "cache", "metrics", "formats"}
 CORE |= {"demotion", "rebalance", "prometheus", "planner"}
