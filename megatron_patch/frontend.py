@@ -80,7 +80,9 @@ class Client(InferenceClient):  # type: ignore[misc]
         metrics.latency.observe(time.time() - arrived)
         added = next((e.timestamp for e in request.events if e.type == DynamicInferenceEventType.ADD), arrived)
         metrics.queue.observe(max(0.0, added - arrived))
-        for seconds in (request.tpot or [])[1:]:
+        first, *rest = request.tpot or [0.0]  # durations of the steps that made its tokens
+        metrics.first_token.observe(max(0.0, added - arrived) + first)
+        for seconds in rest:
             metrics.step.observe(seconds)
         return record
 

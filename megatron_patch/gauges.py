@@ -9,8 +9,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
+from pikv_ds import prometheus
+
 PREFIX = "megatron:"
-KV_PREFIX = "pikv:"
 USAGE = PREFIX + "kv_cache_usage_perc"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
@@ -27,11 +28,11 @@ class Board:
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
 
-    def publish(self, figures: dict[str, float]) -> None:
+    def publish(self, figures: dict[str, Any]) -> None:
         """Replaces this rank's figures."""
         self._store.set(f"figures/{self._rank}", json.dumps(figures))
 
-    def read(self) -> dict[int, dict[str, float]]:
+    def read(self) -> dict[int, dict[str, Any]]:
         """The last figures of every rank that has published any."""
         keys = {rank: f"figures/{rank}" for rank in range(self._size)}
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
@@ -52,22 +53,12 @@ HELP = {
     PREFIX + "num_requests_running": "Requests in this rank's batch.",
     PREFIX + "num_requests_waiting": "Requests that wait on this rank, paused ones included.",
     USAGE: "Share of the blocks of Megatron's KV buffer that are in use (1 is all).",
-    KV_PREFIX + "tokens": "Tokens per layer that lie on this rank, those of other ranks' sequences included.",
-    KV_PREFIX + "own_tokens": "Tokens of this rank's own sequences: what Megatron would keep here.",
-    KV_PREFIX + "pages": "Pages of all layers in this rank's pool.",
-    KV_PREFIX + "kv_bytes": "Bytes allocated for keys and values: pool, open tails, pages under way.",
-    KV_PREFIX + "pool_bytes": "The part of it that holds sealed pages, scales and slack included.",
-    KV_PREFIX + "summary_bytes": "Bytes allocated for the pages' summaries.",
-    KV_PREFIX + "peak_kv_bytes": "Most bytes at any moment.",
-    KV_PREFIX + "kv_cache_usage_perc": "Share of pikv.capacity_tokens that is in use (1 is all).",
 }
 
 
 class Metrics:
-    """What ``/metrics`` shows. Names are vLLM's, where it has the same figure.
-
-    No ``time_to_first_token_seconds``: Megatron answers when a request is complete, and keeps no
-    time of its first token.
+    """What ``/metrics`` shows. Names are vLLM's, where it has the same figure; those of the KV store are PiKV's own
+    (`pikv_ds.prometheus`).
 
     Args:
         board: where the ranks publish.
@@ -93,8 +84,14 @@ class Metrics:
             buckets=_SECONDS,
             registry=kind,
         )
+        self.first_token = Histogram(
+            f"{name}:time_to_first_token_seconds",
+            "From a request's arrival to the end of the step that made its first token.",
+            buckets=_SECONDS,
+            registry=kind,
+        )
         self.step = Histogram(
-            f"{name}:time_per_output_token_seconds",
+            f"{name}:inter_token_latency_seconds",
             "Duration of the steps that made tokens, the first token's left out.",
             buckets=_SECONDS,
             registry=kind,
@@ -108,11 +105,13 @@ class Metrics:
     def describe(self) -> Iterable[Any]:
         return []  # so that registering asks no rank for anything
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The ranks' figures as gauges; prometheus_client calls it."""
+    def collect(self) -> Iterator[Any]:
+        """The ranks' figures; prometheus_client calls it."""
         families: dict[str, GaugeMetricFamily] = {}
-        for rank, figures in self._board.read().items():
-            for name, value in figures.items():
-                family = families.setdefault(name, GaugeMetricFamily(name, HELP.get(name, ""), labels=["rank"]))
+        ranks = self._board.read()
+        for rank, figures in ranks.items():
+            for name, value in figures["engine"].items():
+                family = families.setdefault(name, GaugeMetricFamily(name, HELP[name], labels=["rank"]))
                 family.add_metric([str(rank)], value)
         yield from families.values()
+        yield from prometheus.families([figures["pikv"] for figures in ranks.values() if figures["pikv"]])

@@ -46,7 +46,7 @@ PUBLISH_SECONDS = 0.5
 REQUIREMENTS = ("flask", "asgiref", "hypercorn", "zmq", "msgpack", "prometheus_client")
 """What Megatron's server and ours import; ``asgiref`` comes with ``flask[async]``."""
 
-Figures = Callable[[], dict[str, float]]
+Figures = Callable[[], dict[str, Any]]
 
 
 class Loaded(NamedTuple):
@@ -56,8 +56,8 @@ class Loaded(NamedTuple):
         model: a GPTModel on this rank's device.
         tokenizer: such as `tokenizer.HFTokenizer`.
         context_length: the model's own, in tokens.
-        kv_stats: where PiKV is under the model: figures of this rank's KV store by name, shown in
-            ``/metrics`` as ``pikv:NAME`` with the rank; called between two steps of the engine.
+        kv_stats: where PiKV is under the model: figures of this rank's KV store (`pikv_ds.prometheus.reading`), shown
+            in ``/metrics``; called between two steps of the engine.
     """
 
     model: Any
@@ -210,21 +210,11 @@ def _progress(parameters: Iterable[Any]) -> Iterable[Any]:
 def kv_figures(model: Any) -> Figures:
     """What a rank's KV store holds and did, for ``/metrics``; needs no other rank."""
     from megatron_patch import attachment_of
-    from pikv_ds.metrics import rank_stats
+    from pikv_ds.prometheus import reading
 
     store = attachment_of(model).store
 
-    def figures() -> dict[str, float]:
-        stats = rank_stats(store)
-        names = ("tokens", "own_tokens", "pages", "kv_bytes", "pool_bytes", "summary_bytes", "peak_kv_bytes")
-        out = {name: float(stats[name]) for name in names}
-        out |= {f"{name}_total": float(stats[name]) for name in ("steps", "seals", "overflowed_pages", "queries")}
-        out |= {f"sent_{kind}_bytes_total": float(n) for kind, n in stats["sent_bytes"].items()}
-        if store.rank_capacity is not None:
-            out["kv_cache_usage_perc"] = stats["tokens"] / store.rank_capacity
-        return out
-
-    return figures
+    return lambda: reading(store)
 
 
 def _dtype(name: str, hf_config: Any) -> torch.dtype:
@@ -329,8 +319,7 @@ async def _publish(board: Any, engine: Any, kv_stats: Figures | None) -> None:
         figures = gauges.engine_figures(engine)
         if kv_stats is not None:
             del figures[gauges.USAGE]  # of a buffer that is not there
-            figures |= {gauges.KV_PREFIX + name: value for name, value in kv_stats().items()}
-        board.publish(figures)
+        board.publish({"engine": figures, "pikv": None if kv_stats is None else kv_stats()})
         await asyncio.sleep(PUBLISH_SECONDS)
         if os.getppid() != parent:
             raise RuntimeError("the launcher is gone")

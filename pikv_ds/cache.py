@@ -23,6 +23,7 @@ from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
 from pikv_ds.eviction import Evictor
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.formats import make_formats, num_streams
+from pikv_ds.metrics import Latencies
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.policies.placements import EplbPlacement
@@ -68,6 +69,8 @@ class Announcement(NamedTuple):
     """Of the tokens of such a batch."""
     committed: int
     """See `ExpertShardedKVCache.committed_tokens`."""
+    pages: int
+    """In the rank's pool, of all layers."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,11 @@ class ExpertShardedKVCache:
         """The sum of `bound` over this rank's sequences at the lengths that they may reach, where whoever admits
         them knows; told with each step plan."""
         self.committed_by_rank = [0] * self.exchange.size
+        self.pages_by_rank = [0] * self.exchange.size
+        """Pages of every rank's pool at the last step plan."""
+        self.first_token, self.between_tokens = Latencies(), Latencies()
+        """Of this rank's own sequences, where whoever generates tells them: from the call to a sequence's first token,
+        and from one of its tokens to the next."""
         self.watchers: list[Callable[[ExpertShardedKVCache], None]] = []
         """Called after each step plan, on the thread that makes the passes."""
         self.num_steps = 0  # step plans so far, the same on every rank
@@ -493,6 +501,7 @@ class ExpertShardedKVCache:
             shared=int(shared),
             digest=digest if shared else 0,
             committed=self.committed_tokens,
+            pages=self.pool.num_used,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_steps += 1
@@ -501,6 +510,7 @@ class ExpertShardedKVCache:
         self._raise_if_any_failed(everyone, error)
         self._raise_if_not_shared(everyone)
         self.committed_by_rank = [a.committed for a in everyone]
+        self.pages_by_rank = [a.pages for a in everyone]
         own_tokens = sum(a.own_tokens for a in everyone)
         if own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass

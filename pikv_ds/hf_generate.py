@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ def generate(
     of ``prefill_chunk_tokens``.
     """
     model, store = attachment.model, attachment.store
-    settings = generation_config or model.generation_config
+    settings, called = generation_config or model.generation_config, time.perf_counter()
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     chunk, num_chunks = store.config.prefill_chunk_tokens, 1
     problem: Exception | None = None
@@ -75,7 +76,9 @@ def generate(
             assert chunk is not None
             kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
             _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
-        model._get_stopping_criteria = lambda *a, **k: ReleasingCriteria(attachment._get_criteria(*a, **k), cache)
+        model._get_stopping_criteria = lambda *a, **k: ReleasingCriteria(
+            attachment._get_criteria(*a, **k), cache, Stopwatch(store, called, len(ids))
+        )
         model._has_unfinished_sequences = functools.partial(_unfinished, cache, lockstep)
         out = attachment._generate(ids, generation_config=generation_config, **kwargs)
         if cache.release_finished:
@@ -164,15 +167,42 @@ _LOST_RANK = re.compile(r"gloo|NCCL|connection (closed|reset)", re.IGNORECASE)
 class ReleasingCriteria(StoppingCriteriaList):
     """Stopping criteria that also give back the pages of the sequences that they stop."""
 
-    def __init__(self, criteria: StoppingCriteriaList, cache: PiKVCache) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, cache: PiKVCache, stopwatch: Stopwatch) -> None:
         super().__init__(criteria)
-        self.cache = cache
+        self.cache, self.stopwatch = cache, stopwatch
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = super().__call__(input_ids, scores, **kwargs)
+        self.stopwatch.token(done)
         if self.cache.release_finished and bool(done.any()):
             self.cache.release(done.nonzero().squeeze(1).tolist())
         return done
+
+
+class Stopwatch:
+    """Takes the time of each token of a call.
+
+    Args:
+        called: `time.perf_counter` when the call began.
+        running: sequences of it.
+    """
+
+    def __init__(self, store: ExpertShardedKVCache, called: float, running: int) -> None:
+        self._store, self._last = store, called
+        self._running, self._finished, self._first = running, torch.zeros(running, dtype=torch.bool), True
+
+    def token(self, done: Tensor) -> None:
+        """Every sequence that was running has one more token.
+
+        Args:
+            done: bool ``[batch]``, of those that end with it; of others that have ended before, too.
+        """
+        now = time.perf_counter()
+        latencies = self._store.first_token if self._first else self._store.between_tokens
+        latencies.observe(now - self._last, self._running)
+        self._finished |= done.cpu()
+        self._running = len(done) - int(self._finished.sum())
+        self._last, self._first = now, False
 
 
 class Lockstep:

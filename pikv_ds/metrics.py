@@ -5,14 +5,36 @@ Sizes are memory that is really allocated: whole slabs, scales, padding and meta
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from pikv_ds.cache import ExpertShardedKVCache
+
+
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0,
+)  # fmt: skip
+"""Upper bounds of the buckets of latencies."""
+
+
+@dataclass
+class Latencies:
+    """A histogram of durations, of buckets as Prometheus has them."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    """Of each bucket by itself, the last one without an upper bound."""
+    total_s: float = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        """So long, so many times."""
+        self.counts[bisect.bisect_left(SECONDS, seconds)] += times
+        self.total_s += seconds * times
 
 
 def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
@@ -28,7 +50,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     Of sparse lookups: ``reuse`` visits to pages, and those among them shortly after an earlier one
     (`pikv_ds.reuse`); ``reuse_distances`` their histogram over powers of two; ``audit`` the attention mass
     on this rank's pages that the choice held, where it was audited.
-    ``peak_kv_bytes`` is the most at any moment, pages and prompts under way included.
+    ``peak_kv_bytes`` is the most at any moment, pages and prompts under way included. ``skew`` is the fullest rank's
+    pages over the mean at the last step plan.
     """
     layers, fullest = cache.shape.num_layers, cache.fullest
     attention, sender = cache.attention.counters, cache.sender.counters
@@ -38,6 +61,7 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "tokens": cache.stored_tokens / layers,
         "own_tokens": cache.own_tokens,
         "pages": cache.pool.num_used,
+        "skew": _skew([float(n) for n in cache.pages_by_rank]),
         "kv_bytes": cache.kv_bytes,
         "pool_bytes": cache.pool.page_storage_bytes,
         "summary_bytes": cache.pool.summary_storage_bytes,

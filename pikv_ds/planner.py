@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pikv_ds.cache import Announcement
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
 from pikv_ds.formats import make_formats, num_streams
 from pikv_ds.placement import Topology, rank_bound
@@ -22,6 +23,9 @@ from pikv_ds.shape import ModelShape
 
 HOST_BYTES_PER_PAGE = 128
 """Of the page table on the host: a tuple of two numbers and its place in a list. An estimate."""
+
+PLAN_BYTES = 8 * len(Announcement._fields)
+"""That a rank tells each other one per pass, whatever it does."""
 
 PRESETS: dict[str, dict[str, int]] = {
     "mixtral-8x7b": {"num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "num_experts": 8},
@@ -141,7 +145,7 @@ def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") 
     query, answer = shape.head_dim * element, shape.value_dim * partial + 4
     others = load.batch - own
     buffers = shape.num_heads * ((peers * own + others) * query + (others + peers * own) * answer) if peers else 0
-    wire = own * shape.num_layers * peers * shape.num_heads * (query + answer) + 112 * peers
+    wire = own * shape.num_layers * peers * shape.num_heads * (query + answer) + PLAN_BYTES * peers
     pages = slabs(mean, page_format.size.page)
     summaries = slabs(mean, page_format.size.summary)
     return Plan(

@@ -1,8 +1,8 @@
 """The cache's figures for Prometheus, and for DeepSpeed's monitor.
 
 ``pikv_ds.serve_metrics(engine, port=9400)`` on each rank (another port for each on one machine) shows them under
-``/metrics``; ``launch/grafana-pikv.json`` is a dashboard for it. Megatron's server has a ``/metrics`` of its own, with
-the same names for its gauges (`megatron_patch.gauges`). The socket is prometheus_client's.
+``/metrics``; ``launch/grafana-pikv.json`` is a dashboard for it. Megatron's server shows the same beside its own
+figures (`megatron_patch.gauges`). The socket is prometheus_client's.
 
 Figures are taken by the cache's own thread at the end of a step plan, at most once per `interval_s`: whoever scrapes
 sees the last ones and never touches the cache.
@@ -10,13 +10,15 @@ sees the last ones and never touches the cache.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pikv_ds.metrics import rank_stats
+from pikv_ds.metrics import SECONDS, rank_stats
+from pikv_ds.reuse import WINDOW
 
 if TYPE_CHECKING:
     from pikv_ds.cache import ExpertShardedKVCache
@@ -31,6 +33,7 @@ GAUGES = {
     "pool_bytes": "The part of it that holds sealed pages, scales and slack included.",
     "summary_bytes": "Bytes allocated for the pages' summaries.",
     "peak_kv_bytes": "Most bytes at any moment.",
+    "skew": "Pages of the fullest rank over the mean of all, at the last step plan.",
 }
 COUNTERS = {
     "steps": "Forward passes of the group.",
@@ -44,6 +47,23 @@ COUNTERS = {
     "pages_in_scope": "(KV head, page) pairs that queries could have read here.",
     "pages_visited": "Those that they have read.",
 }
+
+
+HISTOGRAMS = {
+    "time_to_first_token_seconds": "From the call to a sequence's first token.",
+    "inter_token_latency_seconds": "From a token of a sequence to its next one.",
+}
+
+
+def reading(cache: ExpertShardedKVCache) -> dict[str, Any]:
+    """A cache's figures now, as JSON values; needs no other rank."""
+    figures = rank_stats(cache)
+    capacity = cache.pool.capacity_pages
+    figures["kv_cache_usage_perc"] = cache.pool.num_used / capacity if capacity else None
+    figures["waited_s"] = dict(cache.exchange.waited_s)
+    latencies = zip(HISTOGRAMS, (cache.first_token, cache.between_tokens), strict=True)
+    figures["latencies"] = {name: (list(x.counts), x.total_s) for name, x in latencies if any(x.counts)}
+    return figures
 
 
 @dataclass
@@ -61,13 +81,9 @@ class Watcher:
         if now - self._last < self.interval_s:
             return
         self._last = now
-        figures = rank_stats(cache)
-        capacity = cache.pool.capacity_pages
-        figures["kv_cache_usage_perc"] = cache.pool.num_used / capacity if capacity else None
-        figures["waited_s"] = dict(cache.exchange.waited_s)
-        self.figures = figures
+        self.figures = reading(cache)
         if self.then is not None:
-            self.then(figures)
+            self.then(self.figures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,53 +96,57 @@ class Collector:
         return []
 
     def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        yield from families([self.watcher.figures] if self.watcher.figures else [])
 
-        figures = self.watcher.figures
-        if not figures:
-            return
-        rank = [str(figures["rank"])]
-        for name, text in GAUGES.items():
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["rank"])
-            gauge.add_metric(rank, figures[name])
-            yield gauge
-        if figures["kv_cache_usage_perc"] is not None:
-            usage = GaugeMetricFamily(
-                PREFIX + "kv_cache_usage_perc", "Share of the pool that is in use (1 is all).", labels=["rank"]
-            )
-            usage.add_metric(rank, figures["kv_cache_usage_perc"])
-            yield usage
-        for name, text in COUNTERS.items():
-            counter = CounterMetricFamily(PREFIX + name, text, labels=["rank"])
-            counter.add_metric(rank, figures[name])
-            yield counter
-        pages = GaugeMetricFamily(PREFIX + "pages_by_codec", "Pages here, by their codec.", labels=["rank", "codec"])
-        for codec, count in figures["pages_by_codec"].items():
-            pages.add_metric([*rank, codec], count)
-        yield pages
-        wire = CounterMetricFamily(PREFIX + "wire_bytes", "Bytes sent to other ranks.", labels=["rank", "kind"])
-        for kind, num_bytes in figures["sent_bytes"].items():
-            wire.add_metric([*rank, kind], num_bytes)
-        yield wire
-        waited = CounterMetricFamily(
-            PREFIX + "waited_seconds", "Time in which the host waited for other ranks.", labels=["rank", "what"]
-        )
-        for what, seconds in figures["waited_s"].items():
-            waited.add_metric([*rank, what], seconds)
-        yield waited
-        if figures["reuse"] is not None:
-            for name, value in zip(("visits", "hits"), figures["reuse"], strict=True):
-                counter = CounterMetricFamily(
-                    f"{PREFIX}lookup_{name}", f"Page {name} of sparse lookups (see pikv_ds.reuse).", labels=["rank"]
-                )
-                counter.add_metric(rank, value)
-                yield counter
-        if figures["audit"] is not None:
-            mass = GaugeMetricFamily(
-                PREFIX + "captured_mass", "Attention mass that sparse lookups held, where audited.", labels=["rank"]
-            )
-            mass.add_metric(rank, figures["audit"]["mean"])
-            yield mass
+
+def families(ranks: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """Ranks' figures (`reading`) as prometheus_client's families of metrics; what no rank has is left out."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+    def family(kind: Any, name: str, text: str, label: str | None, values: Sequence[Any]) -> Iterator[Any]:
+        """One family: of each rank a figure or None, or one for each value of a label."""
+        out = kind(PREFIX + name, text, labels=["rank"] if label is None else ["rank", label])
+        for figures, of_rank in zip(ranks, values, strict=True):
+            rank = str(figures["rank"])
+            if label is None and of_rank is not None:
+                out.add_metric([rank], of_rank)
+            for value, figure in of_rank.items() if label is not None else ():
+                out.add_metric([rank, value], figure)
+        if out.samples:
+            yield out
+
+    gauge, counter = GaugeMetricFamily, CounterMetricFamily
+    for name, text in GAUGES.items():
+        yield from family(gauge, name, text, None, [f[name] for f in ranks])
+    for name, text in COUNTERS.items():
+        yield from family(counter, name, text, None, [f[name] for f in ranks])
+    usage = "Share of the pool that is in use (1 is all)."
+    yield from family(gauge, "kv_cache_usage_perc", usage, None, [f["kv_cache_usage_perc"] for f in ranks])
+    tiers = "Pages here, by the tier of memory that they lie in."
+    yield from family(gauge, "pages_by_tier", tiers, "tier", [{"device": f["pages"]} for f in ranks])
+    codecs = "Pages here, by their codec."
+    yield from family(gauge, "pages_by_codec", codecs, "codec", [f["pages_by_codec"] for f in ranks])
+    yield from family(counter, "wire_bytes", "Bytes sent to other ranks.", "kind", [f["sent_bytes"] for f in ranks])
+    waited = "Communication that nothing hides: seconds in which the host waited for other ranks."
+    yield from family(counter, "exposed_communication_seconds", waited, "what", [f["waited_s"] for f in ranks])
+    soon = f"Visits of sparse lookups to pages that were visited at most {WINDOW} passes before."
+    yield from family(counter, "lookup_hits", soon, None, [f["reuse"] and f["reuse"][1] for f in ranks])
+    late = "The other visits of sparse lookups to pages."
+    yield from family(
+        counter, "lookup_misses", late, None, [f["reuse"] and f["reuse"][0] - f["reuse"][1] for f in ranks]
+    )
+    mass = "Attention mass that sparse lookups held, where audited."
+    yield from family(gauge, "captured_mass", mass, None, [f["audit"] and f["audit"]["mean"] for f in ranks])
+    for name, text in HISTOGRAMS.items():
+        histogram = HistogramMetricFamily(PREFIX + name, text, labels=["rank"])
+        for figures in ranks:
+            if name in figures["latencies"]:
+                counts, total = figures["latencies"][name]
+                bounds = [*map(str, SECONDS), "+Inf"]
+                cumulative = list(zip(bounds, itertools.accumulate(counts), strict=True))
+                histogram.add_metric([str(figures["rank"])], cumulative, total)
+        if histogram.samples:
+            yield histogram
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import tiny
 
 import pikv_ds
 from pikv_ds.metrics import rank_stats
-from pikv_ds.prometheus import COUNTERS, GAUGES, Watcher, monitor_events
+from pikv_ds.prometheus import COUNTERS, GAUGES, HISTOGRAMS, Watcher, families, monitor_events, reading
 
 pytest.importorskip("prometheus_client")
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +64,36 @@ def test_prometheus_sees_what_stats_says(model: Any) -> None:
     cache.release()
 
 
+def test_latencies_of_generate(model: Any) -> None:
+    """Three sequences, one of which ends after two tokens: three first tokens, and four times five, less three."""
+    server = pikv_ds.serve_metrics(model, port=0, interval_s=0)
+    ids = tiny.prompt(3, 20)
+    free = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert scrape(server.port)['pikv:inter_token_latency_seconds_count{rank="0"}'] == 12
+    row = next(r for r in range(3) if int(free[r, 21]) not in free[r, 22:].tolist() + free[r, 20:21].tolist())
+    ends = int(free[row, 21])
+    early = [free[r, 20:].tolist().index(ends) + 1 if ends in free[r, 20:].tolist() else 5 for r in range(3)]
+    assert early[row] == 2
+    model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    seen = scrape(server.port)
+    assert seen['pikv:time_to_first_token_seconds_count{rank="0"}'] == 6
+    assert seen['pikv:inter_token_latency_seconds_count{rank="0"}'] == 12 + sum(early) - 3
+    for name in HISTOGRAMS:
+        assert seen[f'pikv:{name}_bucket{{le="+Inf",rank="0"}}'] == seen[f'pikv:{name}_count{{rank="0"}}']
+        assert 0 < seen[f'pikv:{name}_sum{{rank="0"}}'] < 60
+    server.close()
+
+
+def test_figures_of_several_ranks_are_one_family_each(model: Any) -> None:
+    cache = pikv_ds.new_cache(model)
+    first = reading(cache.store)
+    found = list(families([first, {**json.loads(json.dumps(first)), "rank": 1, "reuse": None}]))
+    assert len({f.name for f in found}) == len(found) > 20
+    ranks = {f.name: [sample.labels["rank"] for sample in f.samples] for f in found}
+    assert ranks["pikv:pages"] == ["0", "1"]
+    assert ranks["pikv:lookup_hits"] == ["0"]
+
+
 def test_a_watcher_takes_its_time(model: Any) -> None:
     readings: list[dict[str, Any]] = []
     cache = pikv_ds.new_cache(model)
@@ -85,8 +115,9 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
     board = json.loads((ROOT / "launch" / "grafana-pikv.json").read_text())
     text = json.dumps(board)
     known = {f"pikv:{name}" for name in GAUGES} | {f"pikv:{name}_total" for name in COUNTERS}
-    known |= {"pikv:kv_cache_usage_perc", "pikv:pages_by_codec", "pikv:wire_bytes_total", "pikv:captured_mass"}
-    known |= {"pikv:waited_seconds_total", "pikv:lookup_hits_total", "pikv:lookup_visits_total"}
+    known |= {"pikv:kv_cache_usage_perc", "pikv:pages_by_codec", "pikv:pages_by_tier", "pikv:captured_mass"}
+    known |= {"pikv:exposed_communication_seconds_total", "pikv:lookup_hits_total", "pikv:lookup_misses_total"}
+    known |= {"pikv:wire_bytes_total", *(f"pikv:{name}_bucket" for name in HISTOGRAMS)}
     import re
 
     asked = set(re.findall(r"pikv:\w+", text))

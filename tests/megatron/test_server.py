@@ -250,6 +250,13 @@ def test_a_client_that_goes_away_harms_nobody_and_leaves_no_page(server: Server,
         time.sleep(0.05)
     assert held == ({"0": 0, "1": 0}, {"0": 0, "1": 0})
     assert server.figures("pikv:seals_total")["0"] > 0
+    skews = server.figures("pikv:skew")
+    assert set(skews) == {"0", "1"}
+    assert all(1 <= skew <= 2 for skew in skews.values())
+    answered = server.counter("megatron:time_to_first_token_seconds_count")
+    assert answered > 0
+    assert server.counter("megatron:time_to_first_token_seconds_sum") > 0
+    assert server.counter("megatron:inter_token_latency_seconds_count") > answered
     assert server.figures("megatron:kv_cache_usage_perc") == {}  # that buffer is not there
     assert server.figures("pikv:kv_cache_usage_perc") == {"0": 0, "1": 0}
 
