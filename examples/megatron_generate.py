@@ -35,7 +35,7 @@ PASS_TOKENS = 512
 
 def main(argv: list[str]) -> int:
     def launch(count: int) -> int:
-        from megatron_patch import ranks
+        from pikv_ds import ranks
 
         return ranks.run([sys.executable, __file__, *argv], count)
 

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_patch import compat, ranks
-from pikv_ds import launch_env
+from megatron_patch import compat
+from pikv_ds import launch_env, ranks
 from pikv_ds.config import ConfigError, PiKVConfig, load_json
 from pikv_ds.errors import PiKVError
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from pikv_ds import plan_command, trace_command
+from pikv_ds import trace_command
 from pikv_ds.eval import calibrate_command, command, tune_command
-from pikv_ds.plan_command import tokens
+from pikv_ds.plan import command as plan_command
+from pikv_ds.plan.command import tokens
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:

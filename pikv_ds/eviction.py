@@ -28,14 +28,12 @@ from pikv_ds.exchange import Exchange, StepPlan
 from pikv_ds.ops import Ops
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.pages import PagePool, PageTable
-from pikv_ds.policies.budgets import Budget, whole_pages
+from pikv_ds.policies.budgets import LOCAL_PAGES, SINK_PAGES, Budget, page_limits, prompt_pages
 from pikv_ds.policies.retention import Prompt, Retention
 from pikv_ds.sequences import FullPages, SequenceBatch
 
 Sequence = tuple[int, int]
 """Source rank and id."""
-SINK_PAGES, LOCAL_PAGES = 1, 1
-"""First pages of a sequence, and latest ones, that are never evicted."""
 NOBODY = 2**31 - 1
 """In the place of a utility's bits: this rank has no page to offer."""
 
@@ -100,8 +98,9 @@ class Evictor:
         self._live: dict[Sequence, list[int]] = {}  # pages per unit, over all ranks
         self._grown: dict[Sequence, None] = {}  # sequences whose pages have become more since the last eviction
         self._state = UtilityState.empty(0, pool.device)
-        mean = math.inf if budget.tokens is None else float(budget.tokens)
-        self._limits: list[list[int] | None] = [self._page_limits(mean, layer) for layer in range(num_layers)]
+        self._limits: list[list[int] | None] = [
+            page_limits(budget, layer, num_layers, num_kv_heads, streams, page_size) for layer in range(num_layers)
+        ]
 
     @property
     def evicts(self) -> bool:
@@ -123,15 +122,6 @@ class Evictor:
         """Whether it wants to see the attention on pages."""
         return self.evicts and self.retention is not None and self.retention.learns != "nothing"
 
-    def _page_limits(self, mean: float, layer: int) -> list[int] | None:
-        """Most pages per stream of a layer while decoding, None where there is no limit for any."""
-        limits = self.budget.split(mean, layer, self.num_layers, self.num_kv_heads, None)
-        if all(math.isinf(x) for x in limits):
-            return None
-        least = SINK_PAGES + LOCAL_PAGES
-        size = self.page_size
-        return [10**9 if math.isinf(x) else max(least, int(x // size)) for x in limits[: self.streams]]
-
     # -- prompts -----------------------------------------------------------------------------
 
     def sealed_pages(self, num_tokens: int, layer: int) -> int:
@@ -145,13 +135,11 @@ class Evictor:
 
         Their sum does not depend on the scores, so that other ranks know it beforehand.
         """
-        full, rest = divmod(num_tokens, self.page_size)
         if not self.cuts:
-            return [full] * self.streams
-        mean = int(num_tokens * self.budget.prompt + 1e-9)
-        mean = min(mean, self.budget.tokens) if self.budget.tokens is not None else mean
-        limits = self.budget.split(mean, layer, self.num_layers, self.num_kv_heads, scores)[: self.streams]
-        return whole_pages(limits, rest, full, self.page_size, least=SINK_PAGES)
+            return [num_tokens // self.page_size] * self.streams
+        return prompt_pages(
+            self.budget, num_tokens, layer, self.num_layers, self.num_kv_heads, self.streams, self.page_size, scores
+        )
 
     def rate(self, prompt: Prompt) -> Tensor:
         """Scores of a prompt's tokens, ``[K, n]`` without NaN."""

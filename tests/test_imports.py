@@ -30,7 +30,7 @@ FOUNDATION = {
 }
 """Modules that import torch, the standard library and each other only."""
 CORE = FOUNDATION | {"exchange", "eviction", "reuse", "sealing", "attention", "cache", "metrics", "formats"}
-CORE |= {"demotion", "rebalance", "prometheus", "planner"}
+CORE |= {"demotion", "rebalance", "prometheus", "ranks"}
 FOREIGN = {
     "metrics": {"rich"},
     "prometheus": {"prometheus_client"},

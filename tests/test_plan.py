@@ -11,10 +11,11 @@ import pytest
 import torch
 from passes import LATENT, PAGE, SHAPE, Driver, make_cache
 
-from pikv_ds import PiKVConfig, planner
+from pikv_ds import PiKVConfig
 from pikv_ds.cache import ModelShape
 from pikv_ds.cli import main
 from pikv_ds.metrics import wire_bytes_per_token_layer
+from pikv_ds.plan import planner
 from pikv_ds.policies.codecs import ELEMENTS
 
 CODECS: list[Any] = [*ELEMENTS, {"name": "int3", "values": "int1", "rotate": True, "clip": True, "scales": 8}]
@@ -46,6 +47,51 @@ def test_memory_is_what_a_cache_allocates(codec: Any, lookup: str, shape: ModelS
     assert made.summaries == cache.pool.summary_storage_bytes
     assert made.pages + made.tails == pytest.approx(cache.kv_bytes, rel=0.01)
     assert made.most_pages == made.pages  # one rank has it all
+
+
+BUDGET = {"name": "uniform", "prompt": 0.5, "tokens": 12 * PAGE}
+SEVERAL: dict[str, dict[str, Any]] = {
+    "per_layer": {"codec": {"name": "per_layer", "layers": {"0": "int8"}, "default": "int4"}},
+    "per_head": {"codec": {"name": "per_head", "heads": "HEADS", "retrieval": "int8", "default": "int2"}},
+    "per_head, bf16": {"codec": {"name": "per_head", "heads": "HEADS", "retrieval": "none", "default": "int4"}},
+    "budget": {"retention": "snap", "budget": BUDGET},
+    "short budget": {"retention": "snap", "budget": {"name": "uniform", "tokens": 5 * PAGE}},
+    "pyramid": {"retention": "streaming", "budget": {**BUDGET, "name": "pyramid"}, "codec": "int8"},
+    "ada": {"retention": "h2o", "budget": {**BUDGET, "name": "ada"}},
+    "duo": {"retention": "streaming", "budget": {"name": "duo", "heads": "HEADS", "sink": 8, "recent": 24}},
+    "demote": {"retention": "snap", "budget": BUDGET, "codec": "int8", "demote": "int2"},
+    "demote by layer": {
+        "retention": "snap", "budget": BUDGET, "demote": "int2",
+        "codec": {"name": "per_layer", "layers": {"1": "int8"}, "default": "int4"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_memory_of_several_codecs_and_budgets(name: str, tmp_path: Path, rng) -> None:
+    (tmp_path / "heads.json").write_text(json.dumps({"retrieval": [[True, False], [False, False]]}))
+    settings = json.loads(json.dumps(SEVERAL[name]).replace("HEADS", str(tmp_path / "heads.json")))
+    settings |= {"page_size": PAGE, "slab_pages": 1}
+    shape = dataclasses.replace(SHAPE, dtype=torch.bfloat16)
+    cache = make_cache(shape, **settings)
+    batch, width = cache.new_batch(3), 40 * PAGE + 3
+    for step in (width, 1, 1):
+        cache.begin_step(batch, [step] * 3)
+        for layer in range(shape.num_layers):
+            heads = (shape.num_heads, shape.num_kv_heads)
+            query, key = (torch.randn(3 * step, n, shape.head_dim, generator=rng).to(shape.dtype) for n in heads)
+            cache.attend(batch, layer, query, key, key, 0.25)
+            cache.routed(batch, layer, None)
+    made = planner.plan(shape, PiKVConfig.from_dict(settings), planner.Load(width, 3, 1))
+    assert made.pages == pytest.approx(cache.pool.page_storage_bytes, rel=0.01)
+    assert made.most_pages == made.pages
+
+
+def test_memory_of_codecs_by_expert_is_the_mean_over_experts() -> None:
+    codec = {"name": "per_expert", "experts": {"0": "int8"}, "default": "int4"}
+    config = PiKVConfig.from_dict({"codec": codec, "page_size": PAGE})
+    default, hot = planner.pages_by_format(SHAPE, config, 40 * PAGE)
+    assert (default, hot) == (0.75 * 80, 0.25 * 80)  # of four experts, at two layers
 
 
 def test_wire_is_the_caches_own_formula() -> None:
@@ -132,8 +178,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "mixtral-8x7b", "--gib", "-1"], "--gib -1.0: use a size above 0"),
         (["--model", "mixtral-8x7b", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (
-            ["--model", "mixtral-8x7b", "--codec", '{"name": "per_layer", "layers": {"0": "int8"}}'],
-            "plan counts one codec",
+            ["--model", "mixtral-8x7b", "--codec", '{"name": "per_layer", "layers": {"40": "int8"}}'],
+            "names layer 40",
         ),
     ],
 )

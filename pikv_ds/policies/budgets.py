@@ -181,6 +181,49 @@ BUDGETS: dict[str, type[Budget]] = {
 }
 
 
+SINK_PAGES, LOCAL_PAGES = 1, 1
+"""First pages of a sequence, and latest ones, that are never evicted."""
+NO_LIMIT = 10**9
+"""Pages of a stream that may keep all."""
+
+
+def page_limits(
+    budget: Budget, layer: int, num_layers: int, num_heads: int, streams: int, page_size: int
+) -> list[int] | None:
+    """Most pages of a sequence in each stream of a layer while decoding, None where there is no limit for any.
+
+    Args:
+        streams: KV heads with pages of their own, 1 where a page holds all `num_heads`.
+    """
+    mean = math.inf if budget.tokens is None else float(budget.tokens)
+    limits = budget.split(mean, layer, num_layers, num_heads, None)
+    if all(math.isinf(x) for x in limits):
+        return None
+    least = SINK_PAGES + LOCAL_PAGES
+    return [NO_LIMIT if math.isinf(x) else max(least, int(x // page_size)) for x in limits[:streams]]
+
+
+def prompt_pages(
+    budget: Budget,
+    num_tokens: int,
+    layer: int,
+    num_layers: int,
+    num_heads: int,
+    streams: int,
+    page_size: int,
+    scores: Tensor | None = None,
+) -> list[int]:
+    """Full pages of a prompt that each stream of a layer keeps, ``[streams]``.
+
+    Their sum does not depend on the scores ``[num_heads, num_tokens]``, so that other ranks know it beforehand.
+    """
+    full, rest = divmod(num_tokens, page_size)
+    mean = int(num_tokens * budget.prompt + 1e-9)
+    mean = min(mean, budget.tokens) if budget.tokens is not None else mean
+    limits = budget.split(mean, layer, num_layers, num_heads, scores)[:streams]
+    return whole_pages(limits, rest, full, page_size, least=SINK_PAGES)
+
+
 def whole_pages(limits: list[float], open_tokens: int, full_pages: int, page_size: int, least: int) -> list[int]:
     """How many of a sequence's full pages each head keeps, so that pages and open tokens stay within the limits.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pikv_ds.cache import Announcement
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
 from pikv_ds.formats import make_formats, num_streams
 from pikv_ds.placement import Topology, rank_bound
+from pikv_ds.policies.budgets import page_limits, prompt_pages
 from pikv_ds.shape import ModelShape
 
 HOST_BYTES_PER_PAGE = 128
@@ -120,23 +121,25 @@ def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") 
     """What the sharded cache takes.
 
     Raises:
-        ValueError: several codecs (how many pages each gets is not known beforehand), a budget, or experts that cannot
-            be spread over the ranks.
+        ValueError: experts that cannot be spread over the ranks, or calibration files of another model.
     """
-    if len(config.codec.codecs) > 1 or config.retention is not None:
-        raise ValueError("plan counts one codec and no budget; how pages are shared out is known when they are there")
     topology = Topology(shape.num_experts if shape.num_experts > 1 else load.ranks, load.ranks)
-    (page_format,) = make_formats(shape, config, "reference", torch.device("cpu"))
+    config.codec.check(shape.num_layers, shape.num_kv_heads, shape.num_experts)
+    formats = make_formats(shape, config, "reference", torch.device("cpu"))
     size, units = config.page_size, shape.num_layers * num_streams(shape, config)
-    full = load.context // size
-    pages_of_all = load.batch * units * full
-    bound = min(full, rank_bound(load.context, size, topology) // size) * load.batch * units
+    counts = [load.batch * pages for pages in pages_by_format(shape, config, load.context)]
+    bound = rank_bound(load.context, size, topology) // size * load.batch * units
+    share = min(1.0, bound / sum(counts)) if sum(counts) else 1.0  # of all pages, on a rank at its bound
 
-    def slabs(pages: float, num_bytes: int) -> float:
-        """With the null page, in whole slabs."""
-        return math.ceil((pages + 1) / config.slab_pages) * config.slab_pages * num_bytes
+    def slabs(pages: Sequence[float], sizes: Sequence[int]) -> float:
+        """With the null page, in whole slabs, of one format each."""
+        first = next((i for i, n in enumerate(pages) if n), 0)
+        return sum(
+            math.ceil((n + (i == first)) / config.slab_pages) * config.slab_pages * num_bytes
+            for i, (n, num_bytes) in enumerate(zip(pages, sizes, strict=True))
+        )
 
-    mean = pages_of_all / load.ranks
+    mean = [n / load.ranks for n in counts]
     own = math.ceil(load.batch / load.ranks)
     token = shape.token_bytes // shape.num_layers
     tails = own * size * token * shape.num_layers
@@ -146,12 +149,40 @@ def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") 
     others = load.batch - own
     buffers = shape.num_heads * ((peers * own + others) * query + (others + peers * own) * answer) if peers else 0
     wire = own * shape.num_layers * peers * shape.num_heads * (query + answer) + PLAN_BYTES * peers
-    pages = slabs(mean, page_format.size.page)
-    summaries = slabs(mean, page_format.size.summary)
+    page_bytes, summary_bytes = [f.size.page for f in formats], [f.size.summary for f in formats]
+    pages, summaries = slabs(mean, page_bytes), slabs(mean, summary_bytes)
+    most = slabs([n * share for n in counts], page_bytes)
     return Plan(
-        name, pages, slabs(bound, page_format.size.page), tails, summaries, buffers, mean * HOST_BYTES_PER_PAGE, wire,
+        name, pages, most, tails, summaries, buffers, sum(mean) * HOST_BYTES_PER_PAGE, wire,
         (pages + tails + summaries + buffers) / _whole(shape, load, own),
     )  # fmt: skip
+
+
+def pages_by_format(shape: ModelShape, config: PiKVConfig, context: int) -> list[float]:
+    """Pages of one sequence, all layers and streams, in each of the cache's formats, after it was read as a prompt.
+
+    Of codecs by expert it is the mean over experts that are chosen equally often.
+    """
+    streams, size, full = num_streams(shape, config), config.page_size, context // config.page_size
+    budget, heads, layers = config.budget, shape.num_kv_heads, shape.num_layers
+    counts = [0.0] * (len(config.codec.codecs) + (config.demote is not None))
+    for layer in range(layers):
+        kept = [full] * streams
+        if config.retention is not None:
+            limits = page_limits(budget, layer, layers, heads, streams, size)
+            if budget.prompt < 1 or limits is not None:
+                kept = prompt_pages(budget, context, layer, layers, heads, streams, size)
+            if limits is not None and budget.pooled:
+                kept = [min(sum(kept), sum(limits)) / streams] * streams  # type: ignore[list-item]
+            elif limits is not None:
+                kept = [min(pair) for pair in zip(kept, limits, strict=True)]
+        for stream, pages in enumerate(kept):
+            experts = range(shape.num_experts)
+            for expert in experts:
+                counts[config.codec.choose(layer, stream, expert)] += pages / len(experts)
+            if config.demote is not None:
+                counts[-1] += full - pages
+    return counts
 
 
 def _whole(shape: ModelShape, load: Load, sequences: float) -> float:

@@ -37,7 +37,7 @@ def tokens(text: str) -> int:
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to `pikv`."""
-    from pikv_ds.planner import PRESETS
+    from pikv_ds.plan.planner import PRESETS
 
     parser = commands.add_parser(
         "plan",
@@ -63,8 +63,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
-    from pikv_ds import planner
     from pikv_ds.config import PiKVConfig, name_or_json
+    from pikv_ds.plan import planner
 
     for name in ("batch", "ranks"):
         if getattr(args, name) < 1:
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
 def _fitting(shape: Any, first: Any, configs: dict[str, Any], name: str, load: Any, room: float) -> dict[str, int]:
     """What a rank at its bound has room for: the longest context at this batch, the largest batch at this context, the
     longest context of a sequence alone."""
-    from pikv_ds import planner
+    from pikv_ds.plan import planner
 
     def most(**change: int) -> float:
         changed = dataclasses.replace(load, **change)
@@ -136,7 +136,7 @@ def plot(path: Path, shape: Any, first: Any, configs: dict[str, Any], load: Any,
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from pikv_ds import planner
+    from pikv_ds.plan import planner
 
     contexts: Sequence[int] = [load.context * 2**i // 16 for i in range(6)]
     curves: dict[str, list[float]] = {}

@@ -11,7 +11,7 @@ import pytest
 
 START = """
 import sys
-from megatron_patch import ranks
+from pikv_ds import ranks
 sys.exit(ranks.run([sys.executable, "-c", sys.argv[1]], 2))
 """
 
