@@ -314,7 +314,7 @@ def _attachment(
 ) -> Attachment:
     settings = with_backend(config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {}))
     several = dist.is_initialized() and dist.get_world_size() > 1
-    own = make_group(group if several else None, settings.timeout_s)
+    own = make_group(group if several else None, settings.timeout_s, settings.group_size)
     return Attachment(settings, Exchange(own, device, getattr(torch, settings.partial_dtype)), static_batches)
 
 

@@ -94,7 +94,7 @@ def attach(
             "the model has no expert-parallel layers; name the ranks that share KV: attach(..., ep_group=…)"
         )
     device = next(module.parameters()).device
-    kv_group = make_group(group if world > 1 else None, settings.timeout_s)
+    kv_group = make_group(group if world > 1 else None, settings.timeout_s, settings.group_size)
     exchange = Exchange(kv_group, device, getattr(torch, settings.partial_dtype))
 
     def make_store(shape: ModelShape) -> ExpertShardedKVCache:

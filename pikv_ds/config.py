@@ -62,6 +62,10 @@ class PiKVConfig:
     """How much each layer and KV head keeps: "uniform", "pyramid", "ada" or "duo", e.g.
     {"name": "uniform", "prompt": 0.5, "tokens": 4096}. Needs a `retention`."""
 
+    group_size: int | None = None
+    """Consecutive ranks of the expert-parallel group that share their KV: queries go to all of them, so where the
+    group spans nodes, a node's ranks (8) are a good choice. None: all of the group; 1: each keeps its own."""
+
     capacity_tokens: int | None = None
     """Most tokens per layer that this rank's pool may hold, over all sequences. None: the pool
     grows as long as the device has memory."""
@@ -99,6 +103,8 @@ class PiKVConfig:
         if self.capacity_tokens is not None:
             _whole("capacity_tokens", self.capacity_tokens, at_least=self.page_size, because="one page")
         _whole("slab_pages", self.slab_pages, at_least=1)
+        if self.group_size is not None:
+            _whole("group_size", self.group_size, at_least=1)
         if self.prefill_chunk_tokens is not None:
             _whole(
                 "prefill_chunk_tokens",

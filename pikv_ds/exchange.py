@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pikv_ds.errors import LostRankError
+from pikv_ds.errors import LostRankError, PeerError
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """One name until torch 2.12, the other since."""
@@ -305,7 +305,9 @@ def _unpack(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return outs, packed[..., split:].contiguous().view(torch.float32).squeeze(-1)
 
 
-def make_group(ranks_like: dist.ProcessGroup | None, timeout_s: float) -> dist.ProcessGroup | None:
+def make_group(
+    ranks_like: dist.ProcessGroup | None, timeout_s: float, size: int | None = None
+) -> dist.ProcessGroup | None:
     """A process group of the cache's own with the ranks of `ranks_like` and its own timeout.
 
     Groups of a launcher or framework keep their default timeout (30 minutes) and their traffic
@@ -314,14 +316,34 @@ def make_group(ranks_like: dist.ProcessGroup | None, timeout_s: float) -> dist.P
 
     Args:
         ranks_like: the expert-parallel group of this rank, or None: one rank, no group.
+        size: take so many consecutive ranks of it only; None: all. One rank needs no group.
+
+    Raises:
+        ValueError: `ranks_like` cannot be divided into groups of this size.
+        PeerError: the ranks do not agree on who belongs together.
     """
     if ranks_like is None:
         return None
     mine = sorted(dist.get_process_group_ranks(ranks_like))
+    if size is not None:
+        if len(mine) % size:
+            divisors = [n for n in range(1, len(mine) + 1) if len(mine) % n == 0]
+            raise ValueError(
+                f"pikv.group_size = {size}: the expert-parallel group has {len(mine)} ranks; use one of {divisors}"
+            )
+        first = mine.index(dist.get_rank()) // size * size
+        mine = mine[first : first + size]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
+    for ranks in everyone:
+        different = next((r for r in ranks if everyone[r] != ranks), None)
+        if different is not None:
+            raise PeerError(
+                f"ranks {ranks} and {everyone[different]} would share their KV, but no rank can be in two groups; "
+                "start all ranks with the same pikv.group_size"
+            )
     own = None
-    for ranks in sorted({tuple(r) for r in everyone}):
+    for ranks in sorted({tuple(r) for r in everyone if len(r) > 1}):
         group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s))
         if dist.get_rank() in ranks:
             own = group

@@ -221,7 +221,9 @@ class Lockstep:
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.several = world > 1
         own = store.exchange
-        self._groups = [own.group] if own.size == world else [own.group, dist.group.WORLD]
+        self._groups = [own.group] if own.size > 1 else []
+        if own.size < world:
+            self._groups.append(dist.group.WORLD)
         self._plans = store.num_steps  # how many there will have been once this rank has kept what was agreed
         self._looping = False
         self._over = False  # nobody waits in the loop's check any more

@@ -207,7 +207,7 @@ def router_weight(x: torch.Tensor, num_experts: int, iterations: int, top1_share
 
 
 @torch.inference_mode()
-def _ffn_inputs(model: Any, input_ids: torch.Tensor, step: Callable[[float], None]) -> torch.Tensor:
+def ffn_inputs(model: Any, input_ids: torch.Tensor, step: Callable[[float], None]) -> torch.Tensor:
     """Outputs of every `post_attention_layernorm`: [layers, T', H] fp32.
 
     The first token of each chunk is left out: it is an attention sink whose hidden state lies so
@@ -426,7 +426,7 @@ def _write(recipe: _Recipe, text: str, target: Path, progress: bool) -> None:
         dense, tokenizer = load_dense()
         stage(1)
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        inputs = _ffn_inputs(dense, ids[: recipe.calibration_tokens], step)
+        inputs = ffn_inputs(dense, ids[: recipe.calibration_tokens], step)
         if inputs.shape[1] < 32 * recipe.num_experts:
             raise ValueError(
                 f"calibration text too short: {inputs.shape[1]} tokens for {recipe.num_experts} "

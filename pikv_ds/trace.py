@@ -16,6 +16,7 @@ says what the cache is, each other one what has happened (all have ``step``, the
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 import time
@@ -156,12 +157,12 @@ class Seal(NamedTuple):
 
 
 def read(folder: str | Path) -> list[RankTrace]:
-    """The traces of all ranks in a folder, in their order.
+    """The traces of all ranks in a folder, in their order; they may have been packed with gzip.
 
     Raises:
         ValueError: there is none, a rank's is missing or of another run, or a line cannot be read.
     """
-    found = sorted(Path(folder).glob("trace-rank*.jsonl")) if Path(folder).is_dir() else []
+    found = sorted(Path(folder).glob("trace-rank*.jsonl*")) if Path(folder).is_dir() else []
     if not found:
         raise ValueError(
             f'{folder}: no trace-rankN.jsonl in there; record one with "trace": "{folder}" in pikv\'s settings'
@@ -182,7 +183,7 @@ def read_rank(path: Path) -> RankTrace:
     """
     trace: RankTrace | None = None
     last_visit: dict[int, int] = {}  # per slot
-    with path.open() as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for number, line in enumerate(file, 1):
             try:
                 facts = json.loads(line)

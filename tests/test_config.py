@@ -51,6 +51,7 @@ VALID = {
     "backend": ["auto", "reference", "cpp"],
     "timeout_s": [1, 1.0, 86400],
     "trace": [None, "traces"],
+    "group_size": [None, 1, 8],
     "debug": [False, True],
 }
 
@@ -82,6 +83,7 @@ INVALID = [
     ("backend", "cuda", "choose one of auto, reference, cpp, triton"),
     ("backend", "Auto", 'did you mean "auto"?'),
     *(("timeout_s", v, "between 1 and 86400") for v in (0, -1, 86401, float("inf"), float("nan"), "120", None)),
+    *(("group_size", v, "at least 1") for v in (0, 2.0, "8")),
     *(("trace", v, "name a folder, or leave it out") for v in (0, "", True)),
     *(("debug", v, "true or false") for v in (0, 1, "true", None)),
 ]

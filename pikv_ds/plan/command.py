@@ -6,25 +6,36 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+
+from pikv_ds import launch_env
+
+if TYPE_CHECKING:
+    from pikv_ds.config import PiKVConfig
+    from pikv_ds.plan.planner import Load, Plan
+    from pikv_ds.shape import ModelShape
 
 EXAMPLES = """examples:
   pikv plan --model mixtral-8x7b --context 128k --batch 16 --ranks 8
   pikv plan --model qwen3-30b-a3b --context 32k --batch 64 --ranks 8 --codec int8 int4 --gib 20
   pikv plan --model /models/Qwen3-30B-A3B --codec '{"name": "int3", "rotate": true, "clip": true, "scales": 8}'
+  pikv plan --model mixtral-8x7b --pikv 'half={"retention": "snap", "budget": {"name": "uniform", "prompt": 0.5}}'
   pikv plan --model deepseek-v3 --context 64k --batch 32 --ranks 16 --plot plan.png --json plan.json
+  pikv plan --model mixtral-8x7b --measure 2 4         fits step times to passes of 2 and 4 ranks on this machine
+  srun pikv plan --model mixtral-8x7b --measure        the same with the ranks of a job
+  pikv plan --model qwen3-30b-a3b --context 128k --ranks 512 --simulate benchmarks/results/routing-128 --plot sim.png
 
 --batch counts the sequences of all ranks. "most" is a rank at its bound, whatever the routing; the rest is the mean.
 DP attention: each rank keeps its own sequences; TP: each rank keeps its KV heads of all, or copies where there are
 more ranks than heads; p mod c: decode context parallelism. All three are counted without slack, uncompressed. What
-fits is judged by "most"; "one sequence" is the longest alone. Step times are not planned yet: they want a measured
-cost model."""
+fits is judged by "most"; "one sequence" is the longest alone. "step" is the attention of a decode pass, all layers,
+without the model's own work; it is there once --measure has run for this shape and number of ranks.
+--simulate draws ranks by the dozen from assumed figures of a cluster (--assume) and a trace's routing."""
 
 
 def tokens(text: str) -> int:
@@ -41,8 +52,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
     parser = commands.add_parser(
         "plan",
-        help="what a model's KV cache takes per rank, and what fits",
-        description="Memory and wire of the sharded cache beside DP attention, TP and p mod c, before anything runs.",
+        help="what a model's KV cache takes per rank, what fits, and how long steps take",
+        description="Memory, wire and step time of the sharded cache beside DP attention, TP and p mod c, before "
+        "anything runs.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,68 +62,124 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
                         help=f"{', '.join(PRESETS)}; or a Hugging Face folder or config.json")  # fmt: skip
     parser.add_argument("--context", type=tokens, default=32768, metavar="N", help="tokens per sequence; default: 32k")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of all ranks; default: 8")
-    parser.add_argument("--ranks", type=int, default=8, metavar="G", help="default: 8")
-    parser.add_argument("--codec", nargs="+", default=["none", "int8", "int4"], metavar="NAME or JSON")
+    parser.add_argument("--ranks", type=int, default=8, metavar="G", help="default: 8; of --simulate, the most")
+    parser.add_argument("--codec", nargs="+", metavar="NAME or JSON", help="default: none int8 int4")
+    parser.add_argument("--pikv", action="append", default=[], metavar="[NAME=]JSON",
+                        help="settings of a cache, instead of --codec; may be repeated")  # fmt: skip
     parser.add_argument("--page-size", type=int, default=32, metavar="S", help="default: 32")
     parser.add_argument("--lookup", default="exact", metavar="NAME or JSON", help="default: exact")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--gib", type=float, metavar="M", help="memory for KV per rank: what fits into it")
+    parser.add_argument("--measure", nargs="*", type=int, metavar="G",
+                        help="fit step times to real passes of so many local ranks (default: 2), or, under a "
+                        "launcher, of the job's; takes a minute or two for each")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of --measure; default: 3")
+    parser.add_argument("--costs", type=Path, metavar="FILE",
+                        help="where --measure keeps what it has found; default: costs.json in PIKV_CACHE")  # fmt: skip
+    parser.add_argument("--simulate", type=Path, metavar="TRACE",
+                        help="8, 16, … RANKS ranks, routed as in a trace's folder (see pikv trace)")  # fmt: skip
+    parser.add_argument("--per-rank", type=int, default=4, metavar="N",
+                        help="of --simulate: sequences of each rank; default: 4")  # fmt: skip
+    parser.add_argument("--spread", type=float, default=0.5, metavar="X",
+                        help="of --simulate: how unlike the sequences' lengths are (log-normal; 0: alike); "
+                        "default: 0.5")  # fmt: skip
+    parser.add_argument("--assume", default="{}", metavar="JSON",
+                        help="of --simulate: other figures of the cluster, or a file with them")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws memory against context as a PNG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws them as a PNG")
     parser.set_defaults(run=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
-    from pikv_ds.config import PiKVConfig, name_or_json
     from pikv_ds.plan import planner
 
-    for name in ("batch", "ranks"):
+    for name in ("batch", "ranks", "rounds", "per_rank"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: use a whole number of at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use a whole number of at least 1")
     if args.gib is not None and args.gib <= 0:
         raise ValueError(f"--gib {args.gib}: use a size above 0")
+    if not 0 <= args.spread <= 3:
+        raise ValueError(f"--spread {args.spread}: use a number between 0 and 3")
+    if args.measure is not None and args.simulate is not None:
+        raise ValueError("--measure and --simulate: one after the other")
     for path in filter(None, (args.json, args.plot)):
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")
     shape = planner.shape_of(args.model, getattr(torch, args.dtype))
-    load = planner.Load(args.context, args.batch, args.ranks)
+    configs = _configs(args)
+    args.costs = args.costs or launch_env.cache_dir() / "costs.json"
+    if args.measure is not None:
+        return _measure(args, shape, configs)
+    if args.simulate is not None:
+        return _simulate(args, shape, configs)
+    return _plan(args, shape, configs)
+
+
+def _configs(args: argparse.Namespace) -> dict[str, PiKVConfig]:
+    """Ways to keep the KV by name."""
+    from pikv_ds.config import PiKVConfig, name_or_json
+
     settings = {"page_size": args.page_size, "lookup": name_or_json("lookup", args.lookup)}
-    configs = {
-        f"PiKV {codec}": PiKVConfig.from_dict({**settings, "codec": name_or_json("codec", codec)})
-        for codec in args.codec
-    }
+    out: dict[str, PiKVConfig] = {}
+    for codec in args.codec or ([] if args.pikv else ["none", "int8", "int4"]):
+        out[f"PiKV {codec}"] = PiKVConfig.from_dict({**settings, "codec": name_or_json("codec", codec)})
+    for text in args.pikv:
+        name, body = ("", text) if text.startswith("{") else text.partition("=")[::2]
+        try:
+            changes = json.loads(body)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--pikv {text}: {error.msg}; write a JSON object") from None
+        if not isinstance(changes, dict):
+            raise ValueError(f"--pikv {text}: write a JSON object, or NAME and a JSON object")
+        out[f"PiKV {name or body}"] = PiKVConfig.from_dict({**settings, **changes})
+    if len({config.page_size for config in out.values()}) > 1:
+        raise ValueError("--pikv: one page_size for all, or they cannot be compared")
+    return out
+
+
+def _plan(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, PiKVConfig]) -> int:
+    from pikv_ds.plan import costs, planner, show
+
+    load = planner.Load(args.context, args.batch, args.ranks)
     first = next(iter(configs.values()))
+    key = costs.key_of(shape, first.page_size, args.ranks, _device())
+    known = costs.load(args.costs).get(key)
     ways = [*planner.baselines(shape, first, load), *(planner.plan(shape, c, load, n) for n, c in configs.items())]
+    rows: list[dict[str, Any]] = []
+    for way in ways:
+        fitting = {} if args.gib is None else _fitting(shape, configs, way.name, load, args.gib * 2**30)
+        rows.append({**planner.facts(way), "step_s": planner.seconds(way, known), **fitting})
     title = (
         f"{args.model}: {args.batch} sequences of {args.context:,} tokens on {args.ranks} ranks, {args.dtype}, "
-        f"pages of {args.page_size}"
+        f"pages of {first.page_size}"
     )
-    table = Table(title=title, title_justify="left")
-    for head in ("KV cache", "GiB per rank", "most", "of DP", "wire per step"):
-        table.add_column(head, justify="left" if head == "KV cache" else "right")
-    rows: list[dict[str, Any]] = [planner.facts(way) for way in ways]
-    if args.gib is not None:
-        for head in ("longest context", "largest batch", "one sequence"):
-            table.add_column(head, justify="right")
-    for way, row in zip(ways, rows, strict=True):
-        cells = [way.name, gib(way.total), gib(way.most), f"{way.share:.3f}", _bytes(way.wire)]
-        if args.gib is not None:
-            row |= _fitting(shape, first, configs, way.name, load, args.gib * 2**30)
-            cells += [f"{row[key]:,}" for key in ("longest_context", "largest_batch", "longest_alone")]
-        table.add_row(*cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _print(show.plan_table(title, rows, known is not None))
     rule = planner.page_size_rule(load)
-    print(f"page size by sqrt(L / (16 G)): {rule}; page table on the host: {_bytes(ways[-1].host)} per rank")
+    print(f"page size by sqrt(L / (16 G)): {rule}; page table on the host: {show.size(ways[-1].host)} per rank")
+    if known is not None:
+        print(f"step: attention of a decode pass, by the costs of {args.costs} ({key})")
+    else:
+        print(f"no step times: pikv plan --model {args.model} --measure {args.ranks} fits them on this machine")
     if args.json:
         facts = {"model": args.model, "shape": {**vars(shape), "dtype": args.dtype}, "load": vars(load), "plans": rows}
         args.json.write_text(json.dumps({**facts, "page_size_rule": rule}, indent=1) + "\n")
     if args.plot:
-        plot(args.plot, shape, first, configs, load, f"{args.model}, {args.batch} sequences, {args.ranks} ranks")
+        curves = _curves(shape, configs, load)
+        show.plot_memory(args.plot, f"{args.model}, {args.batch} sequences, {args.ranks} ranks", curves, set(configs))
     return 0
 
 
-def _fitting(shape: Any, first: Any, configs: dict[str, Any], name: str, load: Any, room: float) -> dict[str, int]:
+def _ways(shape: ModelShape, configs: Mapping[str, PiKVConfig], load: Load) -> list[Plan]:
+    from pikv_ds.plan import planner
+
+    first = next(iter(configs.values()))
+    return [*planner.baselines(shape, first, load), *(planner.plan(shape, c, load, n) for n, c in configs.items())]
+
+
+def _fitting(
+    shape: ModelShape, configs: Mapping[str, PiKVConfig], name: str, load: Load, room: float
+) -> dict[str, int]:
     """What a rank at its bound has room for: the longest context at this batch, the largest batch at this context, the
     longest context of a sequence alone."""
     from pikv_ds.plan import planner
@@ -120,7 +188,7 @@ def _fitting(shape: Any, first: Any, configs: dict[str, Any], name: str, load: A
         changed = dataclasses.replace(load, **change)
         if name in configs:
             return planner.plan(shape, configs[name], changed).most
-        return next(w for w in planner.baselines(shape, first, changed) if w.name == name).most
+        return next(w for w in _ways(shape, configs, changed) if w.name == name).most
 
     return {
         "longest_context": planner.largest(lambda n: most(context=n) <= room),
@@ -129,42 +197,98 @@ def _fitting(shape: Any, first: Any, configs: dict[str, Any], name: str, load: A
     }
 
 
-def plot(path: Path, shape: Any, first: Any, configs: dict[str, Any], load: Any, title: str) -> None:
-    """Memory of the mean rank against the context, for each way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from pikv_ds.plan import planner
-
-    contexts: Sequence[int] = [load.context * 2**i // 16 for i in range(6)]
-    curves: dict[str, list[float]] = {}
-    for context in contexts:
-        changed = dataclasses.replace(load, context=context)
-        ways = planner.baselines(shape, first, changed)
-        for way in [*ways, *(planner.plan(shape, c, changed, n) for n, c in configs.items())]:
-            curves.setdefault(way.name, []).append(way.total / 2**30)
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    dashes = iter(("--", ":", "-."))  # on top: some of them lie on each other, and on PiKV's without a codec
-    for name, values in sorted(curves.items(), key=lambda curve: curve[0] not in configs):
-        style = {"marker": "o", "lw": 3, "alpha": 0.6} if name in configs else {"color": "black", "ls": next(dashes)}
-        axes.plot(contexts, values, label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel="GiB of KV per rank", title=title)
-    axes.set_xticks(contexts, [f"{c // 1024}k" if c >= 1024 else str(c) for c in contexts], minor=False)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def _curves(shape: ModelShape, configs: Mapping[str, PiKVConfig], load: Load) -> dict[str, list[tuple[int, float]]]:
+    """GiB of the mean rank against the context, for each way."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for context in (load.context * 2**i // 16 for i in range(6)):
+        for way in _ways(shape, configs, dataclasses.replace(load, context=max(1, context))):
+            curves.setdefault(way.name, []).append((context, way.total / 2**30))
+    return curves
 
 
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:,.2f}"
+def _measure(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, PiKVConfig]) -> int:
+    from pikv_ds.plan import costs, measure, show
+
+    codecs: list[Any] = ["none"]
+    for config in configs.values():
+        codecs += [codec.settings() for codec in config.codec.codecs if codec.settings() not in codecs]
+    first = next(iter(configs.values()))
+    cases = measure.FITTED, measure.HELD_OUT
+    spec = measure.Spec(shape, codecs, first.page_size, first.partial_dtype, args.rounds, *cases)
+    known = costs.load(args.costs)  # before the work, not after it
+    launched = launch_env.launched()
+    sizes = args.measure or [2]
+    if launched:
+        launch_env.normalise()
+        world = launch_env.world()
+        if args.measure not in ([], [world.size]):
+            raise ValueError(f"--measure {' '.join(map(str, args.measure))}: the launcher started {world.size} ranks")
+        sizes = [world.size]
+    for ranks in sizes:
+        if ranks < 1 or shape.num_experts % ranks:
+            raise ValueError(f"--measure {ranks}: {shape.num_experts} experts cannot be spread over so many ranks")
+    results: dict[str, Any] = {}
+    for ranks in sizes:
+        found = measure.rank(spec) if launched else measure.local_ranks(spec, ranks)
+        if launched and world.rank:
+            return 0
+        key = costs.key_of(shape, first.page_size, ranks, _device())
+        known[key], results[key] = costs.Costs(**found["costs"]), found
+        costs.save(args.costs, known)
+        _print(show.costs_table(key, known[key]))
+        _print(show.points_table(key, found["points"]))
+    print(f"kept in {args.costs}")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": _machine(), "results": results}, indent=1) + "\n")
+    if args.plot:
+        show.plot_points(args.plot, f"{args.model}: {_machine()}", {k: r["points"] for k, r in results.items()})
+    return 0
 
 
-def _bytes(num_bytes: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.1f} {unit}"
-    return f"{num_bytes:,.0f} B" if num_bytes else "0"
+def _simulate(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, PiKVConfig]) -> int:
+    from rich.progress import track
+
+    from pikv_ds import trace
+    from pikv_ds.plan import show, simulate
+
+    if any(config.lookup.summary is not None for config in configs.values()):
+        raise ValueError("--simulate: knows exact lookups only; leave --lookup out")
+    cluster = simulate.Cluster.of(simulate.read_assumptions(args.assume))
+    if args.ranks < cluster.ranks_per_node:
+        raise ValueError(f"--ranks {args.ranks}: begin with a node, {cluster.ranks_per_node} ranks")
+    console = Console(stderr=True)
+
+    def progress(todo: list[Any]) -> Iterable[Any]:
+        return track(todo, "simulating", console=console, transient=True, disable=not sys.stderr.isatty())
+
+    traces = trace.read(args.simulate)
+    simulation = simulate.Simulation(
+        shape, configs, traces, cluster, args.context, args.per_rank, args.spread, progress=progress
+    )
+    points = simulation.run(args.ranks)
+    title = (
+        f"simulated: {args.model}, {args.per_rank} sequences per rank, {args.context:,} tokens on average "
+        f"(spread {args.spread:g}), routing of {args.simulate}"
+    )
+    _print(show.simulation_table(title, points))
+    print(f"assumed, not measured: {json.dumps(dataclasses.asdict(cluster))}")
+    if args.json:
+        facts = {"simulated": True, "title": title, "assumed": dataclasses.asdict(cluster)}
+        args.json.write_text(json.dumps({**facts, "points": [vars(p) for p in points]}, indent=1) + "\n")
+    if args.plot:
+        show.plot_simulation(args.plot, title, points)
+    return 0
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _machine() -> str:
+    from pikv_ds.bench.show import machine
+
+    return machine(torch.device(_device()))
+
+
+def _print(table: Any) -> None:
+    Console(width=None if sys.stdout.isatty() else 130).print(table)

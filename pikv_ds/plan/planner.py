@@ -6,6 +6,7 @@ compare it with what a real cache allocates. Sizes are bytes per rank unless the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,11 +20,14 @@ from pikv_ds.cache import Announcement
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
 from pikv_ds.formats import make_formats, num_streams
 from pikv_ds.placement import Topology, rank_bound
+from pikv_ds.plan.costs import Costs, Work
 from pikv_ds.policies.budgets import page_limits, prompt_pages
 from pikv_ds.shape import ModelShape
 
 HOST_BYTES_PER_PAGE = 128
 """Of the page table on the host: a tuple of two numbers and its place in a list. An estimate."""
+
+DP = "DP attention"
 
 PLAN_BYTES = 8 * len(Announcement._fields)
 """That a rank tells each other one per pass, whatever it does."""
@@ -104,6 +108,8 @@ class Plan:
     """Bytes that a rank sends per decoded token of each sequence, all layers, step plan included."""
     share: float
     """Device memory of the mean rank over that of DP attention."""
+    work: Work | None
+    """Of the mean rank in a decode pass; None where a lookup reads a part of the pages: no costs are known then."""
 
     @property
     def total(self) -> float:
@@ -149,13 +155,25 @@ def plan(shape: ModelShape, config: PiKVConfig, load: Load, name: str = "PiKV") 
     others = load.batch - own
     buffers = shape.num_heads * ((peers * own + others) * query + (others + peers * own) * answer) if peers else 0
     wire = own * shape.num_layers * peers * shape.num_heads * (query + answer) + PLAN_BYTES * peers
+    work = None
+    if config.lookup.summary is None:
+        labels = [f.codec.label for f in formats]
+        read = {n: k * f.size.page / shape.num_layers for n, k, f in zip(labels, mean, formats, strict=True) if k}
+        work = Work(shape.num_layers, load.batch, (wire - PLAN_BYTES * peers) / shape.num_layers, read)
     page_bytes, summary_bytes = [f.size.page for f in formats], [f.size.summary for f in formats]
     pages, summaries = slabs(mean, page_bytes), slabs(mean, summary_bytes)
     most = slabs([n * share for n in counts], page_bytes)
     return Plan(
         name, pages, most, tails, summaries, buffers, sum(mean) * HOST_BYTES_PER_PAGE, wire,
-        (pages + tails + summaries + buffers) / _whole(shape, load, own),
+        (pages + tails + summaries + buffers) / _whole(shape, load, own), work,
     )  # fmt: skip
+
+
+def sequence_bytes(shape: ModelShape, config: PiKVConfig, context: int) -> float:
+    """Bytes of one sequence's pages, all layers, without slack."""
+    formats = make_formats(shape, config, "reference", torch.device("cpu"))
+    counts = pages_by_format(shape, config, context)
+    return sum(n * f.size.page for n, f in zip(counts, formats, strict=True))
 
 
 def pages_by_format(shape: ModelShape, config: PiKVConfig, context: int) -> list[float]:
@@ -197,14 +215,26 @@ def baselines(shape: ModelShape, config: PiKVConfig, load: Load) -> list[Plan]:
     dcp = _whole(shape, load, load.batch) / load.ranks
     exact = plan(shape, PiKVConfig(page_size=config.page_size, partial_dtype=config.partial_dtype), load)
 
-    def of(name: str, pages: float, wire: float) -> Plan:
-        return Plan(name, pages, pages, 0, 0, 0, 0, wire, pages / dp)
+    def of(name: str, pages: float, rows: float, wire: float) -> Plan:
+        layers = shape.num_layers
+        work = Work(layers, rows, max(0.0, wire - PLAN_BYTES * (load.ranks - 1)) / layers, {"none": pages / layers})
+        return Plan(name, pages, pages, 0, 0, 0, 0, wire, pages / dp, work)
 
+    replicated = "TP, heads replicated" if load.ranks > shape.num_kv_heads else "TP, heads split"
     return [
-        of("DP attention", dp, 0),
-        of("TP, heads replicated" if load.ranks > shape.num_kv_heads else "TP, heads split", tp, 0),
-        of("p mod c", dcp, exact.wire),
+        of(DP, dp, own, 0),
+        of(replicated, tp, load.batch / min(load.ranks, shape.num_kv_heads), 0),
+        of("p mod c", dcp, load.batch, exact.wire),
     ]
+
+
+def seconds(way: Plan, costs: Costs | None) -> float | None:
+    """What the attention of a decode pass takes; None where that is not known."""
+    if costs is None or way.work is None or any(codec not in costs.byte for codec in way.work.pages):
+        return None
+    if way.wire == 0:  # nothing is exchanged
+        costs = dataclasses.replace(costs, alpha=0.0)
+    return costs.seconds(way.work)
 
 
 def largest(fits: Callable[[int], bool], most: int = 2**40) -> int:
@@ -227,4 +257,4 @@ def page_size_rule(load: Load, active_pages: int = 16) -> int:
 
 def facts(result: Plan) -> dict[str, Any]:
     """As plain numbers."""
-    return {**vars(result), "total": result.total, "most": result.most}
+    return {**dataclasses.asdict(result), "total": result.total, "most": result.most}

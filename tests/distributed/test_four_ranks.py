@@ -45,6 +45,35 @@ def test_equals_unsharded_model(ranks: Ranks, case: str, ep: int) -> None:
     assert [r["stats"]["num_ranks"] for r in results] == [ep] * 4
 
 
+@pytest.mark.parametrize("size", [2, 1])
+@pytest.mark.parametrize("works", [UNEVEN, IDLE])
+def test_part_of_an_expert_group_shares_its_kv(ranks: Ranks, works: tuple[Work, ...], size: int) -> None:
+    results = ranks.run(cases.parity, kind="mixtral", works=works, pikv={"group_size": size})
+    for result in results:
+        assert result["same"]
+        assert result["error"] <= cases.TOLERANCE
+        assert result["stats"]["num_ranks"] == size
+        assert (result["stats"]["page_wire_bytes"] > 0) == (size > 1)
+
+
+def groups(rank: int, sizes: Sequence[int]) -> str:
+    with catching() as raised:
+        cases.build("mixtral", {"group_size": sizes[rank]})
+    return raised.message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 3, 3, 3), "group_size = 3: the expert-parallel group has 4 ranks; use one of [1, 2, 4]"),
+        ((2, 2, 4, 2), "no rank can be in two groups"),
+    ],
+)
+def test_groups_that_cannot_be(ranks: Ranks, sizes: tuple[int, ...], message: str) -> None:
+    for text in ranks.run(groups, sizes=sizes):
+        assert message in text
+
+
 @pytest.mark.parametrize("ep", [4, 2])
 def test_every_page_once_and_bounded_when_one_expert_gets_90_percent(ranks: Ranks, ep: int) -> None:
     works = (Work(1, 70, 25), Work(2, 133, 25), Work(1, 40, 25), Work(1, 200, 25))
