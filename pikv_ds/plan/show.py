@@ -119,6 +119,9 @@ def plot_points(path: Path, title: str, results: Mapping[str, Sequence[Mapping[s
         for factor, style in ((1.0, "-"), (0.9, ":"), (1.1, ":")):
             axis.plot(ends, [factor * x for x in ends], color="black", ls=style, lw=0.8)
         axis.set(xscale="log", yscale="log", xlabel="measured, ms per pass", ylabel="predicted, ms")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("{x:g}")
         axis.set_title(key, fontsize=9)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)

@@ -296,7 +296,7 @@ class Simulation:
         layer_share = sum(float(x.max() / x.sum()) for x in held) / len(held)  # of a layer's pages, at that layer
         fullest_share = float(torch.stack(held).sum(0).max() / torch.stack(held).sum())  # of all pages, all layers
         load = Load(self.context, self.per_rank * sharing, sharing)
-        out = [self._dp(lengths, group)] if name == "interleave" else []
+        out = self._not_shared(lengths, group) if name == "interleave" else []
         plain = {"p mod c": PiKVConfig(page_size=self.page_size)}
         for label, config in plain.items() if name == "interleave" else self.configs.items():
             wire = planner.plan(self.shape, config, load).wire - PLAN_BYTES * (sharing - 1)
@@ -312,13 +312,21 @@ class Simulation:
             out.append(Point(title, group, group, step, fullest_share * pages, skew, far))
         return out
 
-    def _dp(self, lengths: list[int], group: int) -> Point:
-        """Each rank keeps its own sequences, whole and uncompressed."""
-        own = [sum(lengths[rank::group]) * self.shape.token_bytes for rank in range(group)]
-        reading = max(own) / (self.cluster.read_gb_per_s * 1e9)
+    def _not_shared(self, lengths: list[int], group: int) -> list[Point]:
+        """Each rank keeps its own sequences: uncompressed, and with each configuration's codec (``group_size`` 1)."""
+        per_token = {DP: float(self.shape.token_bytes)}
+        for label, config in self.configs.items():
+            num_bytes = planner.sequence_bytes(self.shape, config, self.context) / self.context
+            if num_bytes < 0.99 * self.shape.token_bytes:
+                per_token[f"{label}, not shared"] = num_bytes
+        most, total = max(sum(lengths[rank::group]) for rank in range(group)), sum(lengths)
         layer_us = self.cluster.layer_us + self.cluster.row_us * self.per_rank
         host = (self.cluster.step_us + self.shape.num_layers * layer_us) * 1e-6
-        return Point(DP, group, group, host + reading, max(own), max(own) * group / sum(own), 0.0)
+        rate = self.cluster.read_gb_per_s * 1e9
+        return [
+            Point(way, group, group, host + most * size / rate, most * size, most * group / total, 0.0)
+            for way, size in per_token.items()
+        ]
 
 
 def read_assumptions(text: str) -> Mapping[str, Any]:

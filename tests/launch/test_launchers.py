@@ -12,11 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+from transformers import AutoTokenizer, MixtralForCausalLM
 
 from pikv_ds import launch_env
 
@@ -126,6 +129,43 @@ def test_two_deepspeed_agents_on_two_addresses(job: list[str], alone: dict[str, 
     assert tokens(tmp_path / "figures.json", ranks=2) == alone
 
 
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with an `ssh` that logs in to this machine without a password, to a daemon of its own."""
+    needs("pdsh")
+    needs("ssh-keygen")
+    daemon = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
+    if daemon is None or os.geteuid() != 0:
+        pytest.skip("an ssh daemon (openssh-server) and root are needed; on Debian and Ubuntu: see .ci/run")
+    folder, port = tmp_path_factory.mktemp("ssh"), launch_env.free_port()
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where the daemon wants to be without privileges
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nListenAddress 127.0.0.2\nHostKey {folder}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\nPermitRootLogin yes\nMaxStartups 50\n"
+    )
+    (folder / "config").write_text(
+        f"Host *\n  Port {port}\n  IdentityFile {folder}/user\n  StrictHostKeyChecking no\n"
+        "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+    )
+    (folder / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
+    (folder / "ssh").chmod(0o755)
+    process = subprocess.Popen([daemon, "-D", "-f", folder / "sshd_config", "-E", folder / "log"])
+    yield folder
+    process.terminate()
+    process.wait()
+
+
+def test_deepspeed_over_ssh(ssh: Path, job: list[str], alone: dict[str, list[int]], tmp_path: Path) -> None:
+    """Two nodes on one machine, which the launcher logs in to."""
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    place = {"HOSTFILE": f"{tmp_path}/hosts", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch_env.free_port())}
+    path = f"{ssh}:{os.environ['PATH']}"
+    run(["launch/deepspeed.sh", "1", *job, "--json", f"{tmp_path}/figures.json"], PATH=path, **place)
+    assert tokens(tmp_path / "figures.json", ranks=2) == alone
+
+
 # -- SLURM -----------------------------------------------------------------------------------------
 
 
@@ -226,6 +266,37 @@ def test_a_job_that_nears_its_time_limit_goes_on_later(
     assert all(r["stopped_by"] is None for r in report["generation"])
     assert tokens(tmp_path / "figures.json", ranks=2) == tokens(undisturbed)
     assert not list(tmp_path.glob("state.rank*"))
+
+
+def test_the_batch_script_of_megatrons_server(slurm: Path, job: list[str], tmp_path: Path) -> None:
+    """It answers as the unsharded model in transformers does, and SIGTERM ends it well."""
+    pytest.importorskip("megatron.core", reason="pip install 'pikv-ds[megatron]'")
+    model, port = job[job.index("--model") + 1], launch_env.free_port()
+    batch = Batch(slurm, tmp_path, "megatron_server.sbatch", [], ["--model", model, "--port", str(port)])
+
+    def ask(path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or "{}")  # type: ignore[no-any-return]
+
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            ask("/v1/models")
+            break
+        except OSError:
+            assert batch.field("JobState") in ("PENDING", "RUNNING"), batch.written()
+            assert time.monotonic() < deadline, batch.written()
+            time.sleep(0.5)
+    prompt = " ".join(f"Ship {n} sailed on day {n}." for n in range(9))
+    answer = ask("/v1/completions", {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    unsharded = MixtralForCausalLM.from_pretrained(model).generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert answer["choices"][0]["text"] == tokenizer.decode(unsharded[0, ids.shape[1] :])
+    batch.call(["scancel", "--signal=TERM", batch.id])
+    batch.wait(seconds=60)
 
 
 def test_a_batch_script_without_srun_is_told_so(slurm: Path, job: list[str], tmp_path: Path) -> None:
