@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pikv_ds import tables
 from pikv_ds.eval.calibrate import prompt_ids
 from pikv_ds.eval.command import example_texts, load
 from pikv_ds.eval.snapshot import LayerInputs, take
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             table.add_section()
         table.add_row(str(row["ranks"]), f"{row['budget']:.1%}", str(row["placement"]), f"{row['visited']:.3f}",
                       f"{row['saved']:.1%}", f"{row['skew']:.2f}")  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    tables.show(table)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

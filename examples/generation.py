@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from examples import prompts
-from pikv_ds import launch_env, metrics
+from pikv_ds import launch_env, metrics, tables
 from pikv_ds.config import ConfigError, load_json
 from pikv_ds.errors import PiKVError
 
@@ -301,7 +301,7 @@ def report(
                 console.print(f"\n[bold]{question}[/] [dim](rank {r['rank']})[/]")
                 console.print(answer, highlight=False, markup=False)
     console.print()
-    console.print(metrics.table(figures))
+    tables.show(metrics.table(figures), console)
     facts = Table(show_header=False, box=None)
     facts.add_row(
         "skew (largest rank over mean), tokens",

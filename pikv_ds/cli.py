@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from pikv_ds import trace_command
+from pikv_ds import tables, trace_command
 from pikv_ds.eval import calibrate_command, command, tune_command
 from pikv_ds.plan import command as plan_command
 from pikv_ds.plan.command import tokens
@@ -68,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:  # `pikv ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        return 141
+    except KeyboardInterrupt:
+        print(f"pikv {args.command}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"pikv {args.command}: {error}", file=sys.stderr)
         return 2
@@ -79,6 +86,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="measures the ops side by side with torch and others",
         description="All contenders run interleaved, round by round, over working sets that no cache holds; "
         "what counts is the ratio of medians.",
+        epilog="examples:\n" + "\n".join(line for line in EXAMPLES.splitlines() if "pikv bench" in line),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("--op", choices=("decode", "lookup", "seal"), default="decode", help="default: decode")
     bench.add_argument(
@@ -128,7 +137,7 @@ def _bench(args: argparse.Namespace) -> int:
     rate = args.op == "seal"
     title = f"{args.op}: {args.heads} query and {args.kv_heads} KV heads, d = {args.head_dim}, {args.dtype}, "
     title += f"pages of {args.page_size} tokens; {show.machine(setting.device)}"
-    Console(width=None if sys.stdout.isatty() else 130).print(show.table(title, timings, baseline, rate))
+    tables.show(show.table(title, timings, baseline, rate))
     if args.op == "decode":
         notes = [*attention.missing_baselines(), *([f"llama.cpp: {reason}"] if (reason := ggml.missing()) else [])]
         for note in notes:

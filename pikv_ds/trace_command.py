@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from pikv_ds import tables
 from pikv_ds.reuse import DISTANCES, WINDOW
 from pikv_ds.trace import RankTrace, read
 
@@ -46,7 +45,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     traces = read(args.folder)
-    Console(width=None if sys.stdout.isatty() else 120).print(table(traces))
+    tables.show(table(traces))
     for line in notes(traces):
         print(line)
     return 0

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pikv_ds import tables
 from pikv_ds.eval.command import example_texts, load
 
 
@@ -105,7 +105,7 @@ def calibrate(args: argparse.Namespace) -> int:
         table.add_column(name, justify="right")
     for i, (a, b) in enumerate(zip(after, before, strict=True)):
         table.add_row(str(i), *(f"{getattr(a, k):.3f} ({getattr(b, k):.3f})" for k in ("keys", "values", "output")))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    tables.show(table)
     return 0
 
 
@@ -135,7 +135,7 @@ def codecs(args: argparse.Namespace) -> int:
         text = setting if isinstance(setting, str) else ", ".join(
             f"{v}" if k == "name" else f"{k} {v}" for k, v in setting.items())  # fmt: skip
         table.add_row(text, f"{share:.3f}", *(f"{m:.4f}" for m in means))
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    tables.show(table)
     return 0
 
 

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pikv_ds import tables
 
 EXAMPLES = """examples:
   pikv eval --cases 6 --lengths 1000                       a first look, a few minutes
@@ -103,10 +104,9 @@ def show(args: argparse.Namespace, outcomes: Sequence[Any], settings: dict[str, 
     """Tables on the terminal and in a file, and the picture."""
     from pikv_ds.eval import report
 
-    out = Console(width=None if sys.stdout.isatty() else 100)
     names = [task for task in settings["tasks"] if any(o.task == task for o in outcomes)]
     for task in names:
-        out.print(report.table(outcomes, task))
+        tables.show(report.table(outcomes, task))
     lengths = [o.context_tokens for o in outcomes] or [0]
     count = len({o.case for o in outcomes})
     title = f"{settings['model']}, {settings['dtype']}, {count} cases of {min(lengths)} to {max(lengths)} tokens"

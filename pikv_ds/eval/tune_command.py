@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pikv_ds import tables
 from pikv_ds.eval.command import example_texts, load, machine, progress_bar
 
 TUNE = """examples:
@@ -113,7 +114,7 @@ def tune(args: argparse.Namespace) -> int:
             f"{objective.of(p):.3f}",
         )
         table.add_row(("* " if p is best else "") + p.name, *figures)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    tables.show(table)
     facts = {"model": args.model, "dtype": args.dtype, "cases": len(cases), "lengths": args.lengths, "seed": args.seed,
              "machine": machine()}  # fmt: skip
     controller.write(args.out, base, best, objective, facts)
@@ -153,5 +154,5 @@ def find_heads(args: argparse.Namespace) -> int:
     for layer, row in enumerate(scores.tolist()):
         shown = [f"{x:.3f}{'*' if chosen[layer, head] else ' '}" for head, x in enumerate(row)]
         table.add_row(str(layer), "  ".join(shown))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    tables.show(table)
     return 0

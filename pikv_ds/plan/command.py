@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from pikv_ds import launch_env
+from pikv_ds import launch_env, tables
 
 if TYPE_CHECKING:
     from pikv_ds.config import PiKVConfig
@@ -154,7 +154,7 @@ def _plan(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, PiK
         f"{args.model}: {args.batch} sequences of {args.context:,} tokens on {args.ranks} ranks, {args.dtype}, "
         f"pages of {first.page_size}"
     )
-    _print(show.plan_table(title, rows, known is not None))
+    tables.show(show.plan_table(title, rows, known is not None))
     rule = planner.page_size_rule(load)
     print(f"page size by sqrt(L / (16 G)): {rule}; page table on the host: {show.size(ways[-1].host)} per rank")
     if known is not None:
@@ -235,8 +235,8 @@ def _measure(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, 
         key = costs.key_of(shape, first.page_size, ranks, _device())
         known[key], results[key] = costs.Costs(**found["costs"]), found
         costs.save(args.costs, known)
-        _print(show.costs_table(key, known[key]))
-        _print(show.points_table(key, found["points"]))
+        tables.show(show.costs_table(key, known[key]))
+        tables.show(show.points_table(key, found["points"]))
     print(f"kept in {args.costs}")
     if args.json:
         args.json.write_text(json.dumps({"machine": _machine(), "results": results}, indent=1) + "\n")
@@ -270,7 +270,7 @@ def _simulate(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str,
         f"simulated: {args.model}, {args.per_rank} sequences per rank, {args.context:,} tokens on average "
         f"(spread {args.spread:g}), routing of {args.simulate}"
     )
-    _print(show.simulation_table(title, points))
+    tables.show(show.simulation_table(title, points))
     print(f"assumed, not measured: {json.dumps(dataclasses.asdict(cluster))}")
     if args.json:
         facts = {"simulated": True, "title": title, "assumed": dataclasses.asdict(cluster)}
@@ -288,7 +288,3 @@ def _machine() -> str:
     from pikv_ds.bench.show import machine
 
     return machine(torch.device(_device()))
-
-
-def _print(table: Any) -> None:
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
