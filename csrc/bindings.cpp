@@ -360,6 +360,47 @@ void PageScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_r
 }
 
 template <auto kKernel>
+void SubpageScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+                   int64_t row_bytes, const Tensor& table, const Tensor& counts,
+                   int64_t num_kv_heads, int64_t num_subpages, int64_t bits, double scale,
+                   Tensor out) {
+  Args args("subpage_scores", Traits<kKernel>::kDevice, query);
+  args.CheckDim("query", query, 3, "[R, H, D]");
+  args.CheckDim("table", table, 2, "[R, P]");
+  const int64_t r = query.size(0), h = query.size(1), d = query.size(2);
+  const int64_t k = args.Int32("num_kv_heads", num_kv_heads, 1), width = table.size(1);
+  const int64_t count = args.Int32("num_subpages", num_subpages, 1);
+  const ScalarType dtype = query.scalar_type();
+
+  SubpageScoresParams p{};
+  args.CheckMultiple("query heads", h, "num_kv_heads", k);
+  p.dtype = args.FloatingDtype("query", dtype);
+  if (bits != 4 && bits != 8) args.Fail("bits must be 4 or 8, got ", bits);
+  if (d % (8 / bits) != 0) {
+    args.Fail("head_dim must be a multiple of the ", 8 / bits, " codes in a byte, got ", d);
+  }
+  const int64_t summary_bytes = 2 * k * count * (d * bits / 8 + 2);
+  if (row_bytes < summary_bytes) {
+    args.Fail("summaries must have rows of at least summary_bytes = ", summary_bytes, ", got ",
+              row_bytes);
+  }
+  p.summaries = args.SlabsOf(slab_pointers, slab_rows, row_bytes);
+  p.query = args.In("query", query, {r, h, d}, "[R, H, D]", dtype);
+  p.table = args.In<int32_t>("table", table, {r, width}, "[R, P]");
+  p.counts = args.In<int32_t>("counts", counts, {r}, "[R]");
+  p.out = args.Out<float>("out", out, {r, h, width}, "[R, H, P]");
+  p.bits = static_cast<int32_t>(bits);
+  p.scale = static_cast<float>(scale);
+  p.num_rows = r;
+  p.num_heads = h;
+  p.num_kv_heads = k;
+  p.head_dim = d;
+  p.num_subpages = count;
+  p.table_width = width;
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
 void SelectPages(const Tensor& table, const Tensor& counts, const Tensor& scores,
                  const Tensor& pinned, const Tensor& budget, Tensor out) {
   Args args("select_pages", Traits<kKernel>::kDevice, scores);
@@ -462,6 +503,9 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
   m.def("page_scores(Tensor query, " PIKV_SLABS
         "Tensor table, Tensor counts, "
         "ScalarType bounds_dtype, int num_kv_heads, Tensor(a!) out) -> ()");
+  m.def("subpage_scores(Tensor query, " PIKV_SLABS
+        "Tensor table, Tensor counts, "
+        "int num_kv_heads, int num_subpages, int bits, float scale, Tensor(a!) out) -> ()");
   m.def(
       "select_pages(Tensor table, Tensor counts, Tensor scores, Tensor pinned, Tensor budget, "
       "Tensor(a!) out) -> ()");
@@ -488,6 +532,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CPU, m) {
   m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCpu>));
   m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCpu>));
   m.impl("page_scores", TORCH_BOX(&PageScores<&PageScoresCpu>));
+  m.impl("subpage_scores", TORCH_BOX(&SubpageScores<&SubpageScoresCpu>));
   m.impl("select_pages", TORCH_BOX(&SelectPages<&SelectPagesCpu>));
   m.impl("update_utility", TORCH_BOX(&UpdateUtility<&UpdateUtilityCpu>));
   m.impl("choose_victims", TORCH_BOX(&ChooseVictims<&ChooseVictimsCpu>));
@@ -503,6 +548,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CUDA, m) {
   m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCuda>));
   m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCuda>));
   m.impl("page_scores", TORCH_BOX(&PageScores<&PageScoresCuda>));
+  m.impl("subpage_scores", TORCH_BOX(&SubpageScores<&SubpageScoresCuda>));
   m.impl("select_pages", TORCH_BOX(&SelectPages<&SelectPagesCuda>));
   m.impl("update_utility", TORCH_BOX(&UpdateUtility<&UpdateUtilityCuda>));
   m.impl("choose_victims", TORCH_BOX(&ChooseVictims<&ChooseVictimsCuda>));

@@ -150,6 +150,26 @@ struct PageScoresParams {
   int64_t table_width;
 };
 
+// Rows begin with codes of centres and spreads [2, K, C, D] of `bits` bits, C sub-pages to a page;
+// of 4 bits channel i shares a byte with channel i + D / 2, as the lower half. Then float16 scales
+// [2, K, C]. See pikv_ds/policies/summaries.py.
+struct SubpageScoresParams {
+  const void* query;      // [R, H, D] of dtype
+  Slabs summaries;        // see above
+  const int32_t* table;   // [R, P]
+  const int32_t* counts;  // [R]
+  float* out;             // [R, H, P]
+  Dtype dtype;
+  int32_t bits;  // 4 or 8
+  float scale;
+  int64_t num_rows;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t num_subpages;  // C
+  int64_t table_width;
+};
+
 struct SelectPagesParams {
   const int32_t* table;   // [R, P]
   const int32_t* counts;  // [R]
@@ -195,6 +215,7 @@ void ContextAttentionCpu(const ContextAttentionParams& params);
 void TailAttentionCpu(const TailAttentionParams& params);
 void MergePartialsCpu(const MergePartialsParams& params);
 void PageScoresCpu(const PageScoresParams& params);
+void SubpageScoresCpu(const SubpageScoresParams& params);
 void SelectPagesCpu(const SelectPagesParams& params);
 void UpdateUtilityCpu(const UpdateUtilityParams& params);
 void ChooseVictimsCpu(const ChooseVictimsParams& params);
@@ -212,6 +233,7 @@ void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t str
 void TailAttentionCuda(const TailAttentionParams& params, cudaStream_t stream);
 void MergePartialsCuda(const MergePartialsParams& params, cudaStream_t stream);
 void PageScoresCuda(const PageScoresParams& params, cudaStream_t stream);
+void SubpageScoresCuda(const SubpageScoresParams& params, cudaStream_t stream);
 void SelectPagesCuda(const SelectPagesParams& params, cudaStream_t stream);
 void UpdateUtilityCuda(const UpdateUtilityParams& params, cudaStream_t stream);
 void ChooseVictimsCuda(const ChooseVictimsParams& params, cudaStream_t stream);

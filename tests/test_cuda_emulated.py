@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator.emulated import EmulatedOps, build
+from test_scheduling import SUBPAGES, subpage_case
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 pytestmark = pytest.mark.slow
@@ -322,6 +324,25 @@ def test_merge_partials(cuda: EmulatedOps, head_dim: int, rng) -> None:
         reference.merge_partials(outs[:count], lses[:count], expected, expected_lse)
         torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-6, equal_nan=True)
         torch.testing.assert_close(lse, expected_lse, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size", "summary"), SUBPAGES)
+def test_subpage_scores(
+    cuda: EmulatedOps,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    summary: SubPages,
+    rng,
+) -> None:
+    case = subpage_case(dtype, heads, kv_heads, head_dim, page_size, summary, rng)
+    out, expected = torch.full((2, 3, heads, 150), torch.nan).unbind(0)
+    cuda.subpage_scores(*case, out)
+    reference.subpage_scores(*case, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops, UtilityState, why_missing
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 BACKENDS = ["reference", *([] if why_missing("cpp", "cpu") else ["cpp"])]
@@ -95,6 +96,75 @@ def test_page_scores_are_the_bounds_of_each_page(
         bound = (q * ends[slots].double().permute(2, 0, 1, 3)[:, None]).amax(3).sum(-1).amax(1)  # [K, count]
         expected = bound.masked_fill(slots == 0, -torch.inf)
         torch.testing.assert_close(out[row, :, :count].double(), expected, atol=2e-5, rtol=1e-5)
+        assert (out[row, :, count:] == -torch.inf).all()
+
+
+# -- subpage_scores ----------------------------------------------------------------------------
+
+
+def random_summaries(
+    num_slots: int, summary: SubPages, layout: PageLayout, rng: torch.Generator, padding: int = 8
+) -> Tensor:
+    """Any bytes are codes; scales are small, some of them zero; what follows in a row is no number."""
+    vectors = 2 * layout.num_kv_heads * summary.count(layout)
+    codes = torch.randint(256, (num_slots, vectors * layout.head_dim * summary.bits // 8), generator=rng)
+    scales = (
+        torch.rand(num_slots, vectors, generator=rng) * 0.02 * (torch.rand(num_slots, vectors, generator=rng) > 0.1)
+    )
+    rest = torch.full((num_slots, padding), 0xFF, dtype=torch.uint8)
+    rows = torch.cat([codes.to(torch.uint8), scales.half().view(torch.uint8), rest], dim=1)
+    assert rows.shape[1] == summary.num_bytes(layout) + padding
+    rows[0] = 0xFF  # the null page
+    return rows
+
+
+def subpage_case(
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    summary: SubPages,
+    rng: torch.Generator,
+) -> tuple:
+    """Arguments of `subpage_scores` but the output: three rows, one without pages; holes, slots that are nowhere."""
+    num_slots, width = 60, 150
+    layout = PageLayout(kv_heads, head_dim, page_size, dtype, "int8")
+    rows = random_summaries(num_slots, summary, layout, rng)
+    table = torch.randint(0, num_slots, (3, width), generator=rng, dtype=torch.int32)
+    counts = int32([width, 0, 71])
+    for row, count in enumerate(counts.tolist()):
+        table[row, count:] = HUGE
+    query = torch.randn(3, heads, head_dim, generator=rng).to(dtype)
+    return query, Slabs.of(rows), table, counts, layout, summary, 0.3
+
+
+SUBPAGES = [
+    (4, 4, 24, 8, SubPages(8, 8)), (8, 1, 64, 32, SubPages(8, 4)), (14, 2, 20, 16, SubPages(4, 8)),
+    (6, 2, 128, 32, SubPages(8, 8)), (3, 1, 5, 32, SubPages(32, 8)), (6, 3, 10, 8, SubPages(2, 4)),
+    (16, 1, 576, 64, SubPages(16, 4)), (5, 5, 96, 32, SubPages(1, 8)), (32, 8, 80, 64, SubPages(8, 8)),
+]  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_size", "summary"), SUBPAGES)
+def test_subpage_scores_are_the_log_sum_exps_of_sub_pages(
+    ops: Ops, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, page_size: int, summary: SubPages, rng
+) -> None:
+    case = subpage_case(dtype, heads, kv_heads, head_dim, page_size, summary, rng)
+    query, slabs, table, counts, layout, summary, scale = case
+    out = torch.full((3, heads, table.shape[1]), torch.nan)
+    ops.subpage_scores(*case, out)
+    rows = torch.cat([slabs.row(slot)[None] for slot in range(60)])[:, : summary.num_bytes(layout)]
+    rows[0] = 0
+    centres, spreads = (x.double().transpose(0, 1) for x in summary.decode(rows, layout))  # [K, slots, C, D]
+    for row, count in enumerate(counts.tolist()):
+        slots = table[row, :count].long()
+        q = query[row].double().unflatten(0, (kv_heads, -1))
+        parts = torch.einsum("kgd,kpcd->kgpc", q, centres[:, slots])
+        parts = parts + torch.einsum("kgd,kpcd->kgpc", q.abs(), spreads[:, slots])
+        expected = (parts * scale).logsumexp(-1).masked_fill(slots == 0, -torch.inf).flatten(0, 1)
+        torch.testing.assert_close(out[row, :, :count].double(), expected, atol=2e-4, rtol=1e-5)
         assert (out[row, :, count:] == -torch.inf).all()
 
 
@@ -373,6 +443,16 @@ GOOD: dict[str, dict] = {
         "layout": LAYOUT,
         "out": zeros(3, 2, 5),
     },
+    "subpage_scores": {
+        "query": zeros(3, 4, 16),
+        "summary_slabs": Slabs(4, SubPages(4, 4).num_bytes(LAYOUT)),
+        "table": zeros(3, 5, dtype=I),
+        "counts": zeros(3, dtype=I),
+        "layout": LAYOUT,
+        "summary": SubPages(4, 4),
+        "scale": 1.0,
+        "out": zeros(3, 4, 5),
+    },
     "select_pages": {
         "table": zeros(3, 5, dtype=I),
         "counts": zeros(3, dtype=I),
@@ -429,6 +509,14 @@ BAD = [
     ("page_scores", {"table": zeros(4, 5, dtype=I)}, r"table must have shape \[R, P\] = \[3, 5\], got \[4, 5\]"),
     ("page_scores", {"query": zeros(3, 4, 64)}, "summaries must have rows of at least bounds_bytes = 1024, got 256"),
     ("page_scores", {"out": zeros(3, 4, 5)}, r"out must have shape \[R, K, P\] = \[3, 2, 5\], got \[3, 4, 5\]"),
+    ("subpage_scores", {"counts": zeros(2, dtype=I)}, r"counts must have shape \[R\] = \[3\], got \[2\]"),
+    (
+        "subpage_scores",
+        {"summary": SubPages(4, 8)},
+        "summaries must have rows of at least summary_bytes = 144, got 80",
+    ),
+    ("subpage_scores", {"query": zeros(3, 4, 15)}, "head_dim must be a multiple of the 2 codes in a byte, got 15"),
+    ("subpage_scores", {"out": zeros(3, 2, 5)}, r"out must have shape \[R, H, P\] = \[3, 4, 5\], got \[3, 2, 5\]"),
     ("select_pages", {"pinned": zeros(3, 5, dtype=U)}, "pinned must be Bool, got Byte"),
     ("select_pages", {"budget": zeros(2, dtype=I)}, r"budget must have shape \[R\] = \[3\], got \[2\]"),
     ("update_utility", {"mass": zeros(5)}, r"new_mass must have shape \[N\] = \[4\], got \[5\]"),

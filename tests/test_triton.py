@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PLAIN, PageLayout
 from pikv_ds.ops import Ops, UtilityState, reference
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 triton = pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
@@ -393,6 +394,30 @@ def test_page_scores(ops: Ops, dtype: torch.dtype, kv_heads: int, group: int, he
 
 
 @runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim", "page_size", "summary"),
+    [(2, 3, 20, 16, SubPages(4, 4)), (1, 16, 128, 32, SubPages(8, 8)), (3, 1, 24, 8, SubPages(8, 8))],
+)
+def test_subpage_scores(
+    ops: Ops, dtype: torch.dtype, kv_heads: int, group: int, head_dim: int, page_size: int, summary: SubPages
+) -> None:
+    rng, layout = generator(), layout_of(kv_heads, head_dim, page_size, dtype, "int8")
+    bits = summary.bits * head_dim // 8
+    codes = torch.randint(256, (9, 2 * kv_heads * summary.count(layout) * bits), generator=rng).to(torch.uint8)
+    scales = (torch.rand(9, 2 * kv_heads * summary.count(layout), generator=rng) * 0.02).half()
+    slabs = slabs_of(torch.cat([codes, scales.view(torch.uint8)], dim=1), 4)
+    table = torch.full((2, 40), HUGE, dtype=torch.int32)
+    table[0], table[1, :3] = torch.randint(9, (40,), generator=rng), torch.tensor([0, 4, 8])
+    arguments = to(torch.randn(2, kv_heads * group, head_dim, generator=rng).to(dtype))[0], slabs
+    arguments += (*to(table, torch.tensor([40, 3], dtype=torch.int32)), layout, summary, 0.3)
+    actual, expected = torch.full((2, 2, kv_heads * group, 40), math.nan, device=DEVICE)
+    ops.subpage_scores(*arguments, actual)
+    reference.subpage_scores(*arguments, expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-4)
+
+
+@runs
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 16, 70, 5000])
 def test_select_pages_chooses_as_the_reference_does(ops: Ops, width: int) -> None:
     rng, rows, heads = generator(width), 3, 2
@@ -539,6 +564,10 @@ def test_everything_else_compiles(compiled: list[Compiled], arch: int) -> None:
         ops.decode_attention(*arguments, out, lse, scores)
         ops.key_scores(*arguments, scores)
         ops.page_scores(case.query, Slabs.of(bounds), case.table.view(-1, 12), case.counts, lay, torch.empty(6, 2, 12))
+        for summary in (SubPages(8, 4), SubPages(8, 8)):
+            rows = Slabs.of(torch.zeros(2, summary.num_bytes(lay), dtype=torch.uint8))
+            table = case.table.view(-1, 12)
+            ops.subpage_scores(case.query, rows, table, case.counts, lay, summary, 1.0, torch.empty(6, 8, 12))
         prompt = torch.empty(300, 8, head_dim, dtype=f16)
         out, lse = torch.empty(prompt.shape), torch.empty(prompt.shape[:2])
         ops.prefill_attention(prompt, case.slabs, case.table[0].flatten()[:3], lay, 1.0, out, lse)

@@ -13,6 +13,7 @@ from pikv_ds.bench.timing import Contender
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.policies.codecs import CODECS
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 
@@ -67,11 +68,13 @@ class Sealed:
     slabs: Slabs
     bounds: Slabs
     """The pages' key bounds, in the same slots."""
+    subpages: Slabs
+    """Their sub-pages' summaries, where they were asked for."""
     tables: Tensor
     """int32 ``[copies, P]``"""
 
 
-def sealed(setting: Setting, context: int, layout: PageLayout, ops: Ops) -> Sealed:
+def sealed(setting: Setting, context: int, layout: PageLayout, ops: Ops, summary: SubPages | None = None) -> Sealed:
     """Seals a sequence of ``context`` tokens and copies its pages until they make a working set."""
     num_pages, size, device = context // setting.page_size, setting.page_size, setting.device
     keys, values = (setting.tokens(num_pages * size).unflatten(1, (num_pages, size)).transpose(0, 1) for _ in range(2))
@@ -80,16 +83,17 @@ def sealed(setting: Setting, context: int, layout: PageLayout, ops: Ops) -> Seal
     )
     ops.seal_pages(keys, values, layout, pages, bounds, torch.zeros(1, dtype=torch.int32, device=device))
     copies = setting.copies(pages.nbytes)
-    stores = Slabs(num_pages, layout.page_bytes, device), Slabs(num_pages, layout.bounds_bytes, device)
+    encoded = [pages, bounds, bounds[:, :0] if summary is None else summary.encode(keys, layout)]
+    stores = [Slabs(num_pages, rows.shape[1], device) for rows in encoded]
     tables = torch.empty(copies, num_pages, dtype=torch.int32, device=device)
     for copy in range(copies + 1):  # slab 0 holds the null slot; the copies lie in slabs of their own
         order = torch.randperm(num_pages, device=device)
-        for store, rows in zip(stores, (pages, bounds), strict=True):
+        for store, rows in zip(stores, encoded, strict=True):
             store.put(copy, rows[order])
         if copy:
             slots = copy * num_pages + torch.arange(num_pages, dtype=torch.int32, device=device)
             tables[copy - 1, order] = slots
-    return Sealed(*stores, tables)
+    return Sealed(stores[0], stores[1], stores[2], tables)
 
 
 def torch_baselines(setting: Setting, context: int) -> list[Contender]:

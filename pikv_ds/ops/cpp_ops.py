@@ -11,6 +11,7 @@ import pikv_ds._C  # noqa: F401  (loading it registers the ops)
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import OPS
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 _C = torch.ops.pikv_ds
@@ -92,6 +93,20 @@ def page_scores(
     query: Tensor, summary_slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, out: Tensor
 ) -> None:
     _C.page_scores(query, *_slabs(summary_slabs), table, counts, layout.dtype, layout.num_kv_heads, out)
+
+
+def subpage_scores(
+    query: Tensor,
+    summary_slabs: Slabs,
+    table: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    summary: SubPages,
+    scale: float,
+    out: Tensor,
+) -> None:
+    shape = layout.num_kv_heads, summary.count(layout), summary.bits
+    _C.subpage_scores(query, *_slabs(summary_slabs), table, counts, *shape, scale, out)
 
 
 def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor) -> None:

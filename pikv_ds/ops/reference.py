@@ -322,17 +322,19 @@ def subpage_scores(
         query: ``[R, H, D]``.
         table, counts: int32 ``[R, P]`` and ``[R]``.
         scale: factor on ``q . k``.
-        out: float32 ``[R, H, P]``, -inf beyond ``counts``.
+        out: float32 ``[R, H, P]``, -inf beyond ``counts`` and at slot 0.
     """
     out.fill_(-torch.inf)
     for row in range(len(query)):
         slots = table[row, : int(counts[row])]
+        there = slots > 0
+        slots = slots[there]
         encoded = torch.empty(len(slots), summary_slabs.row_bytes, dtype=torch.uint8, device=table.device)
         gather_pages(summary_slabs, slots, encoded)
         centres, spreads = summary.decode(encoded, layout)  # [P, K, sub-pages, D]
         q = query[row].float().unflatten(0, (layout.num_kv_heads, -1))  # [K, G, D]
         scores = torch.einsum("kgd,pknd->kgpn", q, centres) + torch.einsum("kgd,pknd->kgpn", q.abs(), spreads)
-        out[row, :, : len(slots)] = (scores * scale).logsumexp(-1).flatten(0, 1)
+        out[row, :, : len(there)][:, there] = (scores * scale).logsumexp(-1).flatten(0, 1)
 
 
 def select_pages(table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor) -> None:

@@ -34,9 +34,11 @@ from pikv_ds.ops.triton_kernels.scheduling import (
     NOBODY,
     page_scores_kernel,
     select_kernel,
+    subpage_scores_kernel,
     update_kernel,
     utility_kernel,
 )
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -60,6 +62,7 @@ def supported(device_type: str) -> frozenset[str]:
             "tail_attention",
             "merge_partials",
             "page_scores",
+            "subpage_scores",
             "select_pages",
             "update_utility",
             "choose_victims",
@@ -357,6 +360,48 @@ def page_scores(
         DOT=_product_type(query.dtype) if query.dtype == layout.dtype else tl.float32,
         BLOCK_G=max(16, triton.next_power_of_2(num_heads // k)),
         BLOCK_D=block_d,
+        PAGES=pages,
+    )
+
+
+def subpage_scores(
+    query: Tensor,
+    summary_slabs: Slabs,
+    table: Tensor,
+    counts: Tensor,
+    layout: PageLayout,
+    summary: SubPages,
+    scale: float,
+    out: Tensor,
+) -> None:
+    if out.numel() == 0:
+        return
+    assert query.is_contiguous()
+    assert table.is_contiguous()
+    assert out.is_contiguous()
+    rows, num_heads, d = query.shape
+    k, width = layout.num_kv_heads, table.shape[1]
+    num_bytes = d * summary.bits // 8
+    block_b = max(16, triton.next_power_of_2(num_bytes))
+    pages = 32 if block_b <= 128 else 16
+    subpage_scores_kernel[(triton.cdiv(width, pages), k, rows)](
+        query,
+        summary_slabs.pointers,
+        table,
+        counts,
+        out,
+        scale,
+        summary_slabs.slab_rows,
+        width,
+        ROW_BYTES=summary_slabs.row_bytes,
+        K=k,
+        GROUP=num_heads // k,
+        D=d,
+        BITS=summary.bits,
+        COUNT=summary.count(layout),
+        DOT=_product_type(query.dtype),
+        BLOCK_G=max(16, triton.next_power_of_2(num_heads // k)),
+        BLOCK_B=block_b,
         PAGES=pages,
     )
 

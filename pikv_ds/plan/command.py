@@ -213,7 +213,8 @@ def _measure(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, 
     for config in configs.values():
         codecs += [codec.settings() for codec in config.codec.codecs if codec.settings() not in codecs]
     first = next(iter(configs.values()))
-    cases = measure.FITTED, measure.HELD_OUT
+    longer = measure.GPU_CONTEXT if _device() == "cuda" else 1
+    cases = [[c._replace(context=c.context * longer) for c in of] for of in (measure.FITTED, measure.HELD_OUT)]
     spec = measure.Spec(shape, codecs, first.page_size, first.partial_dtype, args.rounds, *cases)
     known = costs.load(args.costs)  # before the work, not after it
     launched = launch_env.launched()

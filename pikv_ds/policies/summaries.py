@@ -77,11 +77,13 @@ class SubPages:
         return torch.cat([packed.flatten(1), scales.contiguous().flatten(1).view(torch.uint8)], dim=1)
 
     def decode(self, summaries: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
-        """Centres and spreads, float32 ``[N, K, sub-pages, D]``, of summaries uint8 ``[N, num_bytes]``."""
+        """Centres and spreads, float32 ``[N, K, sub-pages, D]``, of summaries uint8 ``[N, num_bytes]``;
+        what a row has more is not looked at."""
         n, k, count, d = len(summaries), layout.num_kv_heads, self.count(layout), layout.head_dim
         split = 2 * k * count * d * self.bits // 8
         codes = self._unpack(summaries[:, :split].reshape(n, 2, k, count, d * self.bits // 8)).float()
-        scales = summaries[:, split:].contiguous().view(torch.float16).float().view(n, 2, k, count, 1)
+        scales = summaries[:, split : self.num_bytes(layout)].contiguous().view(torch.float16)
+        scales = scales.float().view(n, 2, k, count, 1)
         middle = (2**self.bits - 1) // 2
         return (codes[:, 0] - middle) * scales[:, 0], codes[:, 1] * scales[:, 1]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,15 @@ PageScores = _struct(
     **_names(c_void_p, "table counts out"),
     **_names(c_int32, "dtype bounds_dtype"),
     **_names(c_int64, "num_rows num_heads num_kv_heads head_dim table_width"),
+)
+SubpageScores = _struct(
+    "SubpageScores",
+    query=c_void_p,
+    summaries=SlabRows,
+    **_names(c_void_p, "table counts out"),
+    **_names(c_int32, "dtype bits"),
+    scale=c_float,
+    **_names(c_int64, "num_rows num_heads num_kv_heads head_dim num_subpages table_width"),
 )
 SelectPages = _struct(
     "SelectPages",
@@ -254,6 +264,35 @@ class EmulatedOps:
             table.shape[1],
         )
         self.lib.PageScores(ctypes.byref(params))
+
+    def subpage_scores(
+        self,
+        query: Tensor,
+        summary_slabs: Slabs,
+        table: Tensor,
+        counts: Tensor,
+        layout: PageLayout,
+        summary: SubPages,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        params = SubpageScores(
+            query.data_ptr(),
+            _slabs(summary_slabs),
+            table.data_ptr(),
+            counts.data_ptr(),
+            out.data_ptr(),
+            DTYPES.index(query.dtype),
+            summary.bits,
+            scale,
+            len(query),
+            query.shape[1],
+            layout.num_kv_heads,
+            layout.head_dim,
+            summary.count(layout),
+            table.shape[1],
+        )
+        self.lib.SubpageScores(ctypes.byref(params))
 
     def select_pages(
         self, table: Tensor, counts: Tensor, scores: Tensor, pinned: Tensor, budget: Tensor, out: Tensor

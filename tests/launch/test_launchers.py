@@ -91,6 +91,16 @@ def test_torchrun(job: list[str], alone: dict[str, list[int]], tmp_path: Path) -
     assert tokens(tmp_path / "figures.json", ranks=2) == alone
 
 
+def test_step_times_are_measured_with_a_launchers_ranks(job: list[str], tmp_path: Path) -> None:
+    port = str(launch_env.free_port())
+    measure = ["--measure", "--rounds", "1", "--codec", "none", "--costs", f"{tmp_path}/costs.json"]
+    command = ["-m", "pikv_ds.cli", "plan", "--model", job[job.index("--model") + 1], "--dtype", "float32", *measure]
+    done = run(["launch/torchrun.sh", "2", *command], MASTER_PORT=port)
+    assert done.stdout.count("loads that were not fitted") == 1, done.stdout  # one rank tells
+    (key,) = json.loads((tmp_path / "costs.json").read_text())
+    assert key == "cpu, 2 ranks, heads 4x2x16, float32, pages of 32"
+
+
 def test_deepspeed(job: list[str], alone: dict[str, list[int]], tmp_path: Path) -> None:
     port = str(launch_env.free_port())
     run(["launch/deepspeed.sh", "2", *job, "--json", f"{tmp_path}/figures.json"], MASTER_PORT=port)

@@ -70,6 +70,71 @@ def page_scores_kernel(
     tl.store(out + (r * K + k) * width + place, tl.where(there, best, float("-inf")), mask=place < width)
 
 
+@triton.jit(do_not_specialize=["width"])
+def subpage_scores_kernel(
+    query,  # [R, H, D]
+    pointers,  # int64, see Slabs; rows of codes [2, K, COUNT, D] and float16 scales [2, K, COUNT]
+    table,  # int32 [R, P]
+    counts,  # int32 [R]
+    out,  # float32 [R, H, P]
+    scale,
+    slab_rows,
+    width,  # P
+    ROW_BYTES: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    COUNT: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """Log-sum-exps over the sub-pages of a block of pages; grid (blocks of pages, K, R).
+
+    ``q . centre + |q| . spread``: two matrix products of the codes per channel in a byte, scaled afterwards. Codes of
+    eight bits are exact in 16-bit types.
+    """
+    PARTS: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = D // PARTS
+    MIDDLE: tl.constexpr = (2**BITS - 1) // 2
+    k, r = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g, b = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_B)
+    place = tl.program_id(0) * PAGES + tl.arange(0, PAGES)
+    slot = tl.load(table + r * width + place, mask=place < tl.load(counts + r), other=0)
+    there = slot > 0
+    rows = row_address(pointers, slot, slab_rows, ROW_BYTES)
+    mask = there[:, None] & (b < BYTES)[None, :]
+    head = (r * K + k) * GROUP + g
+    highest = tl.full((BLOCK_G, PAGES), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G, PAGES), tl.float32)
+    for sub in range(COUNT):
+        vector = k * COUNT + sub
+        codes_at = rows[:, None].to(tl.pointer_type(tl.uint8)) + (vector * BYTES + b)[None, :]
+        centres = tl.load(codes_at, mask=mask, other=0).to(tl.int32)
+        spreads = tl.load(codes_at + K * COUNT * BYTES, mask=mask, other=0).to(tl.int32)
+        scales_at = (rows + 2 * K * COUNT * BYTES).to(tl.pointer_type(tl.float16)) + vector
+        centre_scale = tl.load(scales_at, mask=there, other=0.0).to(tl.float32)
+        spread_scale = tl.load(scales_at + K * COUNT, mask=there, other=0.0).to(tl.float32)
+        near = tl.zeros((BLOCK_G, PAGES), tl.float32)
+        far = tl.zeros((BLOCK_G, PAGES), tl.float32)
+        for part in tl.static_range(PARTS):
+            q_at = query + head[:, None] * D + (part * BYTES + b)[None, :]
+            q = tl.load(q_at, mask=(g < GROUP)[:, None] & (b < BYTES)[None, :], other=0.0).to(tl.float32)
+            centre = (((centres >> (BITS * part)) & (2**BITS - 1)) - MIDDLE).to(tl.float32).to(DOT)
+            spread = ((spreads >> (BITS * part)) & (2**BITS - 1)).to(tl.float32).to(DOT)
+            near = tl.dot(q.to(DOT), tl.trans(centre), near, input_precision="ieee")
+            far = tl.dot(tl.abs(q).to(DOT), tl.trans(spread), far, input_precision="ieee")
+        score = (near * centre_scale[None, :] + far * spread_scale[None, :]) * scale
+        above = tl.maximum(highest, score)
+        total = total * tl.exp(highest - above) + tl.exp(score - above)
+        highest = above
+    found = tl.where(there[None, :], highest + tl.log(total), float("-inf"))
+    mask = (g < GROUP)[:, None] & (place < width)[None, :]
+    tl.store(out + head[:, None] * width + place[None, :], found, mask=mask)
+
+
 @triton.jit
 def _rank(scores, pinned, place, count):
     """Order of the pages at some places as uint32, larger is better; and which of them exist."""
