@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -253,3 +254,9 @@ def test_the_environment_chooses_the_backend_before_the_configuration(monkeypatc
     monkeypatch.setenv("PIKV_BACKEND", "fastest")
     with pytest.raises(ConfigError, match="PIKV_BACKEND = 'fastest': choose one of auto, reference, cpp, triton, or"):
         pikv_ds.attach(model)
+
+
+@pytest.mark.parametrize("name", ["ds_inference.json", "ds_long_context.json", "megatron_pikv.json"])
+def test_the_configurations_in_launch_are_valid(name: str) -> None:
+    settings = load_json(Path(__file__).parents[1] / "launch" / name)
+    PiKVConfig.from_dict(settings.get("pikv", settings))
