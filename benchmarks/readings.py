@@ -196,10 +196,10 @@ class Shadow:
         self.kv: dict[int, tuple[Any, Any]] = {}
         store.attend = self
 
-    def __call__(self, batch: Any, layer: int, query: Any, key: Any, value: Any, scale: float) -> Any:
+    def __call__(self, batch: Any, layer: int, query: Any, key: Any, value: Any, scale: float, **more: Any) -> Any:
         import torch
 
-        out = self.attend(batch, layer, query, key, value, scale)
+        out = self.attend(batch, layer, query, key, value, scale, **more)
         if not any(batch.alive):
             return out
         assert len(batch) == 1, "one sequence at a time: its packed tokens are all there are"
