@@ -13,6 +13,7 @@ Everything runs on the reference model (real attention) unless --model names ano
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import re
 import sys
@@ -339,6 +340,9 @@ def speed(args: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in ops}
     engine = bench.engine(codec=args.codec)
     store = pikv_ds.api.attachment_of(engine).store
+    device = launch_env.device().type
+    formats = {name: [dataclasses.replace(f, ops=Ops(name, device, f.layout)) for f in store.formats] for name in ops}
+    assert store.attention.formats is store.sender.formats is store.formats
 
     class Turns(StoppingCriteria):
         """Notes each token's time and lets the other ops make the next one."""
@@ -349,7 +353,8 @@ def speed(args: argparse.Namespace) -> None:
             now = time.perf_counter()
             if self.count > 2:  # the prompt and a first token of each are no measurement
                 seconds[list(ops)[(self.count - 1) % 2]].append(now - self.before)
-            store.attention.ops = store.sender.ops = ops[list(ops)[self.count % 2]]
+            name = list(ops)[self.count % 2]
+            store.attention.ops, store.formats[:] = ops[name], formats[name]  # one list, that all of the store reads
             self.count, self.before = self.count + 1, time.perf_counter()
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
