@@ -446,7 +446,11 @@ def random_traffic(
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, {"capacity_tokens": 160}], ids=["no limit", "few pages"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"capacity_tokens": 160}, {"group_size": 1}],
+    ids=["no limit", "few pages", "not shared"],
+)
 def test_requests_that_arrive_at_random(two: Ranks, config: dict[str, Any]) -> None:
     seed = random.SystemRandom().getrandbits(20)
     print(f"seed {seed}")
