@@ -72,15 +72,13 @@ class PageTrace:
         if votes is not None:
             ranked = sorted((-n, expert) for expert, n in enumerate(votes) if n)
             first = [[expert, -n] for n, expert in ranked[:TOP_VOTES]]
-        layer, head = divmod(unit, self._streams)
-        where = {"layer": layer, "head": head} if self._streams > 1 else {"layer": layer}
-        self._write("seal", seq=sequence, **where, page=page_idx, owner=owner, home=home, votes=first)
+        self._write("seal", seq=sequence, **self._where(unit), page=page_idx, owner=owner, home=home, votes=first)
 
     def store(self, sequence: tuple[int, int], unit: int, page_idx: int, slot: int, page_format: int) -> None:
         """A page lies in a slot now."""
-        layer, head = divmod(unit, self._streams)
-        where = {"layer": layer, "head": head} if self._streams > 1 else {"layer": layer}
-        self._write("store", source=sequence[0], seq=sequence[1], **where, page=page_idx, slot=slot, codec=page_format)
+        source, seq = sequence
+        where = self._where(unit)
+        self._write("store", source=source, seq=seq, **where, page=page_idx, slot=slot, codec=page_format)
 
     def free(self, slots: Sequence[int], why: str) -> None:
         """Slots are empty again."""
@@ -94,6 +92,10 @@ class PageTrace:
     def close(self) -> None:
         """Writes what is left. Nothing may be traced afterwards."""
         self._file.close()
+
+    def _where(self, unit: int) -> dict[str, int]:
+        layer, head = divmod(unit, self._streams)
+        return {"layer": layer, "head": head} if self._streams > 1 else {"layer": layer}
 
     def _write(self, event: str, **facts: Any) -> None:
         self._file.write(json.dumps({"event": event, "step": self._step, **facts}, separators=(",", ":")) + "\n")

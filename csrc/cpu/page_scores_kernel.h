@@ -3,12 +3,6 @@
 // sum_d max(q_d low_d, q_d high_d) takes the low bound where q is negative and the high one where
 // it is positive: with the query split by sign it is a sum of two dot products.
 
-// Chunks of a row as ForChunks makes them.
-inline int64_t NumChunks(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes; }
-PIKV_INLINE int64_t ChunkBegin(int64_t chunk, int64_t head_dim) {
-  return std::min(chunk * kLanes, head_dim - kLanes);
-}
-
 // Negative and positive part of each head's query, chunk by chunk. What the last chunk shares with
 // the one before it is 0 there, so that nothing counts twice.
 template <typename Q>

@@ -33,12 +33,6 @@ PIKV_INLINE Floats Exp2(Floats x) {
   return x < Splat(-125.0f) ? Floats{} : result;
 }
 
-// Chunks of a vector of bytes; the last one may overlap the one before it.
-inline int64_t NumChunks(int64_t bytes) { return (bytes + kLanes - 1) / kLanes; }
-PIKV_INLINE int64_t ChunkBegin(int64_t chunk, int64_t bytes) {
-  return std::min(chunk * kLanes, bytes - kLanes);
-}
-
 // A row's query as the bytes of summaries meet it: for each head, chunk and channel in a byte its
 // lanes and their magnitudes; then the heads' sums. What the last chunk shares with the one before
 // it is 0 there, so that nothing counts twice.

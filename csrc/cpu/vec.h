@@ -155,6 +155,13 @@ PIKV_INLINE Floats Reduce(Floats x, Combine combine) {
   return x;
 }
 
+// Chunks of a row of `count` elements, and where each begins; the last one may overlap the one
+// before it. At least kLanes elements.
+inline int64_t NumChunks(int64_t count) { return (count + kLanes - 1) / kLanes; }
+PIKV_INLINE int64_t ChunkBegin(int64_t chunk, int64_t count) {
+  return std::min(chunk * kLanes, count - kLanes);
+}
+
 // body(i) at i = 0, kLanes, 2 * kLanes, ...; the last step begins at count - kLanes and may overlap
 // the one before it. At least kLanes elements.
 template <typename Body>

@@ -145,7 +145,7 @@ def _plan(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, PiK
     first = next(iter(configs.values()))
     key = costs.key_of(shape, first.page_size, args.ranks, _device())
     known = costs.load(args.costs).get(key)
-    ways = [*planner.baselines(shape, first, load), *(planner.plan(shape, c, load, n) for n, c in configs.items())]
+    ways = _ways(shape, configs, load)
     rows: list[dict[str, Any]] = []
     for way in ways:
         fitting = {} if args.gib is None else _fitting(shape, configs, way.name, load, args.gib * 2**30)

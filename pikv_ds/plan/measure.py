@@ -27,6 +27,7 @@ from pikv_ds import launch_env, ranks
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import PiKVConfig
 from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.metrics import wire_bytes_per_token_layer
 from pikv_ds.plan import costs
 from pikv_ds.plan.costs import Work
 from pikv_ds.shape import ModelShape
@@ -110,15 +111,12 @@ def network(exchange: Exchange, shape: ModelShape, rounds: int = 20) -> tuple[fl
 
 def work_of(cache: ExpertShardedKVCache, case: Case) -> Work:
     """What a rank has to do in a pass of such a load; its pages are those that lie on it now."""
-    shape, exchange = cache.shape, cache.exchange
-    partial = shape.value_dim * exchange.partial_dtype.itemsize + 4
-    query = shape.head_dim * shape.dtype.itemsize
-    wire = case.batch * (exchange.size - 1) * shape.num_heads * (query + partial)
+    layers, wire = cache.shape.num_layers, wire_bytes_per_token_layer(cache)
     pages = {
-        f.codec.label: n * f.size.page / shape.num_layers
+        f.codec.label: n * f.size.page / layers
         for f, n in zip(cache.formats, cache.table.num_pages_by_format(), strict=True)
     }
-    return Work(shape.num_layers, case.batch * exchange.size, wire, pages)
+    return Work(layers, case.batch * cache.exchange.size, case.batch * wire, pages)
 
 
 def timed_passes(exchange: Exchange, spec: Spec, codec: Any, case: Case) -> tuple[Work, float]:
@@ -187,10 +185,10 @@ def measure(exchange: Exchange, spec: Spec, progress: Callable[[list[Any]], Iter
         times.setdefault((i, case), []).append(seconds)
     mine = [statistics.median(times[key]) for key in todo]
     reading = [sum(works[key].pages.values()) for key in todo]
-    everyone = torch.tensor([mine, reading], dtype=torch.float64)
-    means = exchange_mean(exchange, everyone)
+    both = torch.tensor(mine + reading, device=exchange.device)
+    means = torch.stack(exchange.all_gather_floats(both, [len(both)] * exchange.size, kind="figures")).mean(0)
     found: dict[tuple[int, Case], tuple[Work, float]] = {}
-    for key, seconds, num_bytes in zip(todo, *means.tolist(), strict=True):
+    for key, seconds, num_bytes in zip(todo, *means.view(2, -1).tolist(), strict=True):
         found[key] = dataclasses.replace(works[key], pages={labels[key[0]]: num_bytes}), seconds
     fitted = costs.fit(alpha, beta, [found[key] for key in todo if key[1] in spec.fitted])
     points = [
@@ -200,14 +198,6 @@ def measure(exchange: Exchange, spec: Spec, progress: Callable[[list[Any]], Iter
     ]  # fmt: skip
     errors = [p["predicted_s"] / p["measured_s"] - 1 for p in points if p["held_out"]]
     return {"costs": dataclasses.asdict(dataclasses.replace(fitted, errors=errors)), "points": points}
-
-
-def exchange_mean(exchange: Exchange, values: torch.Tensor) -> torch.Tensor:
-    """The mean of a small float64 tensor over the ranks."""
-    if exchange.size == 1:
-        return values
-    texts = exchange.all_gather_text(json.dumps(values.tolist()))
-    return torch.stack([torch.tensor(json.loads(t or "[]"), dtype=torch.float64) for t in texts]).mean(0)
 
 
 def rank(spec: Spec) -> dict[str, Any]:
