@@ -10,10 +10,11 @@ from pikv_ds.bench.timing import Contender
 from pikv_ds.ops import Ops
 from pikv_ds.policies.codecs import CODECS
 from pikv_ds.policies.lookups import Candidates, QuestLookup, TwoStageLookup
+from pikv_ds.slabs import Slabs
 
 
 def lookups(setting: Setting, context: int, codec: str, backend: str, budget: float) -> list[Contender]:
-    """Full attention, and the lookups `quest` and `two_stage` as the cache calls them.
+    """Full attention, the lookups `quest` and `two_stage` as the cache calls them, and the latter's two stages.
 
     Args:
         budget: share of the pages that is attended to.
@@ -35,24 +36,28 @@ def lookups(setting: Setting, context: int, codec: str, backend: str, budget: fl
     def full(i: int) -> None:
         attend(data.tables[i : i + 1])
 
+    def candidates(i: int, summaries: Slabs) -> Candidates:
+        return Candidates(data.tables[i : i + 1], numbers, counts, counts, summaries, layout, data.slabs, scale)
+
     def by_quest(i: int) -> None:
-        table = data.tables[i : i + 1]
-        attend(
-            quest.select(
-                ops, query, Candidates(table, numbers, counts, counts, data.bounds, layout, data.slabs, scale)
-            )
-        )
+        attend(quest.select(ops, query, candidates(i, data.bounds)))
 
     def by_two_stages(i: int) -> None:
+        attend(two_stage.select(ops, query, candidates(i, data.subpages)))
+
+    logits = torch.empty(1, heads, num_pages, device=device)
+
+    def estimate(i: int) -> None:
         table = data.tables[i : i + 1]
-        attend(
-            two_stage.select(
-                ops, query, Candidates(table, numbers, counts, counts, data.subpages, layout, data.slabs, scale)
-            )
-        )
+        ops.subpage_scores(query, data.subpages, table, counts, layout, two_stage.summary, scale, logits)
+
+    shortlists = [two_stage.shares(ops, query, candidates(i, data.subpages))[1] for i in range(copies)]
+
+    def rank(i: int) -> None:
+        ops.key_scores(query, data.slabs, shortlists[i], counts, layout, scale, logits)
 
     whole = num_pages * layout.page_bytes
-    keys = whole // 2 * min(1.0, two_stage.shortlist * budget)
+    keys = int(whole // 2 * min(1.0, two_stage.shortlist * budget))
     seen = [num_pages * n for n in (layout.bounds_bytes, two_stage.summary.num_bytes(layout))]
     named = f"pikv {codec}" + ("" if backend == "auto" else f" ({backend})")
     read = int(seen[0] + whole * budget), int(seen[1] + keys + whole * budget)
@@ -60,4 +65,6 @@ def lookups(setting: Setting, context: int, codec: str, backend: str, budget: fl
         Contender(f"{named} all pages", full, copies, whole, label(context)),
         Contender(f"{named} quest {budget:.1%}", by_quest, copies, read[0], label(context)),
         Contender(f"{named} two_stage {budget:.1%}", by_two_stages, copies, read[1], label(context)),
+        Contender(f"{named} two_stage, its sub-pages", estimate, copies, seen[1], label(context)),
+        Contender(f"{named} two_stage, its keys", rank, copies, keys, label(context)),
     ]
