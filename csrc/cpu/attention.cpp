@@ -331,7 +331,7 @@ void UnpackRow(const uint8_t* from, int bits, int dim, uint8_t* to) {
 }
 
 // Packed pages of one table row, unpacked one KV head at a time into memory of the thread that
-// asks. Two blocks are alive at a time: the one that is attended, and the one after it.
+// asks.
 class UnpackedBlocks final : public BlockSource {
  public:
   UnpackedBlocks(const PageLayout& layout, const Slabs& slabs, const int32_t* table,
@@ -343,9 +343,9 @@ class UnpackedBlocks final : public BlockSource {
     if (slot == 0) return false;
     const uint8_t* page = slabs_.Row(slot);
     const int dim = layout_.head_dim, tokens = layout_.page_size;
-    static thread_local std::array<std::vector<uint8_t>, 2> memory;
-    static thread_local int turn = 0;
-    std::vector<uint8_t>& here = memory[turn ^= 1];
+    static thread_local std::array<std::vector<uint8_t>, 2 * kMaxParts> memory;
+    static thread_local unsigned turn = 0;
+    std::vector<uint8_t>& here = memory[turn++ % memory.size()];
     const size_t codes = size_t{2} * tokens * dim;
     here.resize(std::max(here.size(), codes + 2 * (dim + tokens) * sizeof(float) + 64));
     uint8_t* keys = here.data();

@@ -23,10 +23,15 @@ struct KvBlock {
   int num_tokens;     // at least 1
 };
 
+// Blocks of one KV head are attended together as far as they are small, since much of the work is
+// per row and not per token: so many at most.
+constexpr int kMaxParts = 4;
+
 // The blocks of one sequence.
 class BlockSource {
  public:
-  // False: a hole, nothing is attended.
+  // False: a hole, nothing is attended. A block that has to be unpacked is good until 2 * kMaxParts
+  // more have been got by the thread.
   virtual bool Get(int64_t index, int kv_head, KvBlock* block) const = 0;
 
  protected:

@@ -24,7 +24,6 @@ struct Avx2Simd {
   typedef uint32_t U __attribute__((vector_size(32)));
 
   static PIKV_INLINE F Max(F a, F b) { return _mm256_max_ps(a, b); }
-  static PIKV_INLINE F Abs(F x) { return (F)((U)x & 0x7fffffffu); }
   static PIKV_INLINE float ReduceAdd(F x) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));

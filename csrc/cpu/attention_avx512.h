@@ -15,7 +15,8 @@ struct Avx512Simd {
   static PIKV_INLINE uint64_t FirstLanes(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
   static PIKV_INLINE F Max(F a, F b) { return _mm512_max_ps(a, b); }
-  static PIKV_INLINE F Abs(F x) { return _mm512_abs_ps(x); }
+  // Of the lanes' magnitudes.
+  static PIKV_INLINE F MaxAbs(F a, F b) { return _mm512_range_ps(a, b, 0xb); }
   static PIKV_INLINE float ReduceAdd(F x) { return _mm512_reduce_add_ps(x); }
   static PIKV_INLINE float ReduceMax(F x) { return _mm512_reduce_max_ps(x); }
   // Lanes from n on become `other`.
@@ -146,11 +147,28 @@ struct ByteOperand {
     return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words(0), words(2)));
   }
 
-  static float Split(const float* x, int n, float peak, int num_digits, uint32_t* a,
-                     int64_t a_stride) {
+  static PIKV_INLINE float Split(const float* x, int n, float peak, int num_digits, uint32_t* a,
+                                 int64_t a_stride) {
     const float limit = num_digits == 2 ? 127.0f * 256 : 127.0f * 256 * 256;
     const float inverse = peak > 0.0f ? limit / peak : 0.0f;
-    for (int i = 0; i < n; i += 64) {
+    // Packing goes lane by lane, so its 32-bit words end up transposed.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int i = 0; num_digits == 2 && i < n; i += 64) {  // in 16-bit words: half the instructions
+      const auto words = [&](int at) {
+        return _mm512_packs_epi32(_mm512_cvtps_epi32(Load<F>(x + i + at) * inverse),
+                                  _mm512_cvtps_epi32(Load<F>(x + i + at + kLanes) * inverse));
+      };
+      const __m512i w[2] = {words(0), words(2 * kLanes)};
+      const auto high = [](__m512i x) {
+        return _mm512_srai_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(128)), 8);
+      };
+      const auto low = [](__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi16(0xff)); };
+      const __m512i highs = _mm512_packs_epi16(high(w[0]), high(w[1]));
+      const __m512i lows = _mm512_packus_epi16(low(w[0]), low(w[1]));
+      Store(a + i / 4, _mm512_permutexvar_epi32(order, highs));
+      Store(a + a_stride + i / 4, _mm512_permutexvar_epi32(order, lows));
+    }
+    for (int i = 0; num_digits > 2 && i < n; i += 64) {
       __m512i rest[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {

@@ -19,6 +19,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "attention.h"
 
@@ -167,19 +168,28 @@ PIKV_INLINE void ForEachWordOfTokens(const TokenRows<Simd>& tokens, int row_byte
 // come in faster than one.
 class Prefetcher {
  public:
-  void Start(const uint8_t* keys, const uint8_t* values, int64_t bytes) {
-    keys_ = keys;
-    values_ = values;
-    bytes_ = bytes;
-    asked_ = 0;
+  void Start() { num_parts_ = lines_ = part_ = asked_ = 0; }
+
+  // Adds `bytes` of keys and as many of values.
+  void Add(const uint8_t* keys, const uint8_t* values, int64_t bytes) {
+    lines_ = (bytes + kLine - 1) / kLine;  // all parts are as long
+    keys_[num_parts_] = keys - num_parts_ * lines_ * kLine;
+    values_[num_parts_] = values - num_parts_ * lines_ * kLine;
+    ++num_parts_;
   }
 
-  // Asks until a share of the bytes has been asked for.
+  // Asks until a share of the lines has been asked for.
   PIKV_INLINE void Until(float share) {
-    const int64_t goal = static_cast<int>(static_cast<float>(bytes_) * share);
-    for (; asked_ < goal; asked_ += kLine) {
-      __builtin_prefetch(keys_ + asked_, 0, 2);
-      __builtin_prefetch(values_ + asked_, 0, 2);
+    const int64_t goal = static_cast<int>(static_cast<float>(num_parts_ * lines_) * share);
+    while (asked_ < goal) {
+      const int64_t end = Min(goal, (part_ + 1) * lines_);
+      const uint8_t *keys = keys_[part_], *values = values_[part_];
+      for (int64_t line = asked_; line < end; ++line) {
+        __builtin_prefetch(keys + line * kLine, 0, 2);
+        __builtin_prefetch(values + line * kLine, 0, 2);
+      }
+      asked_ = end;
+      part_ += end == (part_ + 1) * lines_;
     }
   }
 
@@ -191,8 +201,8 @@ class Prefetcher {
 
  private:
   static constexpr int64_t kLine = 64;
-  const uint8_t *keys_ = nullptr, *values_ = nullptr;
-  int64_t bytes_ = 0, asked_ = 0;
+  const uint8_t *keys_[kMaxParts], *values_[kMaxParts];  // less the lines of the parts before
+  int64_t num_parts_ = 0, lines_ = 0, part_ = 0, asked_ = 0;
 };
 
 // Shares of the next block that are asked for by the end of a phase; about the phases' times.
@@ -351,7 +361,9 @@ class Attention {
   static constexpr bool kValueScales = Code::kScales && !kLatent;  // per token
   static constexpr bool kValueMinima = Code::kMinima && !kLatent;
   static constexpr bool kPlaceScales = Code::kScales && kLatent;  // per channel
-  static constexpr int kFactors = 3;
+  // Of a row of a step; see Scores, RowWeights and FinishWeights.
+  enum Factor { kUnitOfC, kOffset, kPeakScore, kSumWeights, kSumMinima, kLargest, kKeep, kTake };
+  static constexpr int kFactors = 8;
 
  public:
   static void Attend(const AttendTask& task) { Attention(task).Run(); }
@@ -370,17 +382,29 @@ class Attention {
         padded_dim_(key_groups_ * Operand::kGroup > RoundUp(head_dim_, kLanes)
                         ? key_groups_ * Operand::kGroup
                         : RoundUp(head_dim_, kLanes)),
-        padded_tokens_(RoundUp(task.max_tokens, 64)),
+        max_parts_(MaxParts(task)),
+        padded_tokens_(RoundUp(max_parts_ * task.max_tokens, 64)),
         weight_groups_(padded_tokens_ / Operand::kGroup) {
     int64_t bytes = 0;
     Carve(nullptr, &bytes);
     uint8_t* memory = ThreadScratch(bytes);
     bytes = 0;
     Carve(memory, &bytes);
-    std::memset(folded_, 0, padded_dim_ * sizeof(float));  // A's padding must be zero
+    if (Code::kScales) {  // A's padding must be zero
+      std::memset(folded_, 0, Min(num_rows_, kRowStep) * padded_dim_ * sizeof(float));
+    }
     if (kPlaceScales) {
       for (int n = 0; n < places_; ++n) place_channels_[n] = Operand::Channel(head_dim_, n);
     }
+  }
+
+  // Blocks of a stretch. One, where B would not fit the L1 cache, where something is asked for by
+  // block, and where scales go into a block's sums.
+  static int MaxParts(const AttendTask& task) {
+    const bool apart =
+        Operand::kGroup < 4 || task.page_lse != nullptr || task.first_limit >= 0 || kPlaceScales;
+    if (apart || task.max_tokens % 16 != 0) return 1;
+    return Max(1, Min(kMaxParts, 64 / task.max_tokens));
   }
 
   // Sets the pointers into `memory` and counts what they need.
@@ -392,16 +416,15 @@ class Attention {
     const int64_t step_rows = Min(num_rows_, kRowStep);
     take(query_, int64_t{num_heads_} * num_rows_ * padded_dim_);
     take(query_steps_, int64_t{num_heads_} * num_rows_);
-    take(folded_, padded_dim_);
-    take(key_scales_, padded_dim_);
-    take(key_minima_, padded_dim_);
+    take(folded_, Code::kScales ? step_rows * padded_dim_ : 0);
+    take(key_scales_, max_parts_ * padded_dim_);
+    take(key_minima_, max_parts_ * padded_dim_);
     take(value_scales_, padded_tokens_);
     take(value_minima_, padded_tokens_);
     take(place_channels_, kPlaceScales ? places_ : 0);
     take(place_scales_, kPlaceScales ? places_ : 0);
     take(place_minima_, kPlaceScales ? places_ : 0);
     take(row_factors_, kFactors * step_rows);
-    take(row_peaks_, step_rows);
     take(scores_, step_rows * padded_tokens_);
     take(query_a_, (Code::kScales ? ARows(kRowStep) : num_heads_ * ARows(num_rows_)) * key_groups_);
     take(weights_a_, ARows(kRowStep) * weight_groups_);
@@ -419,43 +442,59 @@ class Attention {
   void Run() {
     Operand::Begin(Min(num_rows_, kRowStep) * Max(query_digits_, weight_digits_));
     for (int head = 0; head < num_heads_; ++head) StartHead(head);
-    int64_t index = task_.first_block - 1;
+    int64_t index = task_.first_block - max_parts_;
     int head = num_heads_ - 1;
-    KvBlock block, next;
-    // The unit after (index, head) that is no hole; all heads of a page, then the next page.
-    const auto advance = [&](KvBlock* to) {
+    Stretch stretches[2], *stretch = &stretches[0], *next = &stretches[1];
+    // The stretch after (index, head) that is not all holes; all heads of its pages, then the next.
+    const auto advance = [&] {
       do {
         if (++head == num_heads_) {
           head = 0;
-          if (++index == task_.end_block) return false;
+          index += max_parts_;
+          if (index >= task_.end_block) return false;
         }
-      } while (!task_.blocks->Get(index, task_.first_head + head, to));
+      } while (!Get(index, head, next));
       return true;
     };
-    for (bool more = advance(&next); more;) {
-      block = next;
-      const int block_head = head;
-      const int64_t block_index = index;
-      more = advance(&next);
+    for (bool more = advance(); more;) {
+      std::swap(stretch, next);
+      more = advance();
+      prefetcher_.Start();
       if (more) {
-        StartPrefetch(next);
-      } else {
-        prefetcher_.Start(nullptr, nullptr, 0);
+        for (int part = 0; part < next->num_parts; ++part) Prefetch(next->parts[part]);
       }
-      AttendBlock(block, block_head, block_index);
+      AttendStretch(*stretch);
     }
     Operand::End();
   }
 
-  void StartPrefetch(const KvBlock& kv) {
+  // The blocks from an index on that are attended together, holes left out.
+  struct Stretch {
+    KvBlock parts[kMaxParts];
+    int num_parts;
+    int head;
+    int64_t index;
+  };
+
+  bool Get(int64_t index, int head, Stretch* to) const {
+    to->num_parts = 0;
+    to->head = head;
+    to->index = index;
+    for (int64_t i = index; i < Min(index + max_parts_, task_.end_block); ++i) {
+      to->num_parts += task_.blocks->Get(i, task_.first_head + head, &to->parts[to->num_parts]);
+    }
+    return to->num_parts > 0;
+  }
+
+  void Prefetch(const KvBlock& kv) {
     if (Code::kScales) Prefetcher::Now(kv.key_scales, 2 * head_dim_);
     if (Code::kMinima) Prefetcher::Now(kv.key_minima, 2 * head_dim_);
     if (kValueScales && !task_.keys_only) Prefetcher::Now(kv.value_scales, 2 * kv.num_tokens);
     if (kValueMinima && !task_.keys_only) Prefetcher::Now(kv.value_minima, 2 * kv.num_tokens);
     const int row_bytes = Code::RowBytes(head_dim_);
-    const bool contiguous = kv.key_stride == row_bytes && kv.value_stride == row_bytes;
-    prefetcher_.Start(kv.keys, task_.keys_only ? kv.keys : kv.values,
-                      contiguous ? int64_t{kv.num_tokens} * row_bytes : 0);
+    if (kv.key_stride != row_bytes || kv.value_stride != row_bytes) return;
+    prefetcher_.Add(kv.keys, task_.keys_only ? kv.keys : kv.values,
+                    int64_t{kv.num_tokens} * row_bytes);
   }
 
   float* State(int head, int row) {
@@ -516,31 +555,47 @@ class Attention {
                           key_groups_);
   }
 
-  void AttendBlock(const KvBlock& kv, int head, int64_t index) {
-    const int num_tokens = Min(kv.num_tokens, Visible(index, num_rows_ - 1));
+  void AttendStretch(const Stretch& kv) {
+    const int part_tokens = Min(kv.parts[0].num_tokens, Visible(kv.index, num_rows_ - 1));
+    const int num_tokens = kv.num_parts * part_tokens;
     if (num_tokens == 0) return;
-    if (Code::kScales) {
-      LoadScales(kv, kv.key_scales, head_dim_, key_scales_);
-      if (Code::kMinima) LoadScales(kv, kv.key_minima, head_dim_, key_minima_);
-      if (kPlaceScales && !task_.keys_only) PlaceScales();
-    }
-    PackKeys(kv, num_tokens);
+    for (int part = 0; part < kv.num_parts; ++part) LoadPart(kv.parts[part], part, part_tokens);
+    prefetcher_.Until(kAfterPackKeys);
     for (int first = 0; first < num_rows_; first += kRowStep) {
       const int num = Min(kRowStep, num_rows_ - first);
-      Scores(first, num, num_tokens, head, index);
-      if (!task_.keys_only && kValueScales && first == 0) {
-        LoadScales(kv, kv.value_scales, kv.num_tokens, value_scales_);
-        if (kValueMinima) LoadScales(kv, kv.value_minima, kv.num_tokens, value_minima_);
-      }
+      Scores(first, num, part_tokens, kv);
       for (int m = 0; m < num; ++m) {
-        RowWeights(first, m, num_tokens, head, index);
+        RowWeights(first, m, num_tokens, kv);
+        if (!task_.keys_only) FinishWeights(first, m, num_tokens, kv.head);
         prefetcher_.Until(Between(kAfterScores, kAfterWeights, first + m + 1, num_rows_));
       }
       if (task_.keys_only) continue;
-      if (first == 0) PackValues(kv, num_tokens);
-      Accumulate(first, num, num_tokens, head);
+      if (first == 0) PackValues(kv, part_tokens);
+      Accumulate(first, num, num_tokens, kv.head);
     }
     prefetcher_.Until(1.0f);
+  }
+
+  // Keys of a part as B, and its scales.
+  void LoadPart(const KvBlock& kv, int part, int num_tokens) {
+    if (Code::kScales) {
+      float *scales = key_scales_ + part * padded_dim_, *minima = key_minima_ + part * padded_dim_;
+      LoadScales(kv, kv.key_scales, head_dim_, scales);
+      if (Code::kMinima) LoadScales(kv, kv.key_minima, head_dim_, minima);
+      if (kPlaceScales && !task_.keys_only) PlaceScales();
+    }
+    if (!task_.keys_only && kValueScales) {
+      const int at = part * num_tokens;
+      LoadScales(kv, kv.value_scales, num_tokens, value_scales_ + at);
+      if (kValueMinima) LoadScales(kv, kv.value_minima, num_tokens, value_minima_ + at);
+    }
+    uint32_t* b = keys_b_ + int64_t{part} * num_tokens * key_groups_;
+    for (int token = 0; token < num_tokens; token += kLanes) {
+      Operand::PackKeys(
+          TokenRows<Simd>(kv.keys + token * kv.key_stride, kv.key_stride, num_tokens - token),
+          head_dim_, key_groups_, b + token * key_groups_);
+      prefetcher_.Until(Between(0.0f, kAfterPackKeys, token + kLanes, num_tokens * max_parts_));
+    }
   }
 
   // Scales and minima of the keys' channels in the accumulators' order; 0 in gaps.
@@ -563,96 +618,97 @@ class Attention {
     return static_cast<int>(Min<int64_t>(Max<int64_t>(limit, 0), task_.max_tokens));
   }
 
-  void PackKeys(const KvBlock& kv, int num_tokens) {
-    for (int token = 0; token < num_tokens; token += kLanes) {
-      Operand::PackKeys(
-          TokenRows<Simd>(kv.keys + token * kv.key_stride, kv.key_stride, num_tokens - token),
-          head_dim_, key_groups_, keys_b_ + token * key_groups_);
-      prefetcher_.Until(Between(0.0f, kAfterPackKeys, token + kLanes, num_tokens));
-    }
-  }
-
   // Words per place in B for the values of so many tokens.
   static int ValueGroups(int num_tokens) {
     return RoundUp((num_tokens + Operand::kGroup - 1) / Operand::kGroup, Operand::kGroupMultiple);
   }
 
-  void PackValues(const KvBlock& kv, int num_tokens) {
-    const int groups = ValueGroups(num_tokens);
+  void PackValues(const Stretch& kv, int part_tokens) {
+    const int num_tokens = kv.num_parts * part_tokens, groups = ValueGroups(num_tokens);
     for (int token = 0; token < groups * Operand::kGroup; token += 16) {
-      Operand::PackValues(kv.values + token * kv.value_stride, kv.value_stride,
-                          Min(16, num_tokens - token), head_dim_, groups,
+      const int part = Min(token / part_tokens, kv.num_parts - 1);
+      const KvBlock& from = kv.parts[part];
+      Operand::PackValues(from.values + (token - part * part_tokens) * from.value_stride,
+                          from.value_stride, Min(16, num_tokens - token), head_dim_, groups,
                           values_b_ + token / Operand::kGroup * kLanes);
       prefetcher_.Until(Between(kAfterWeights, 1.0f, token, num_tokens));
     }
   }
 
-  // The scores (log2) of some rows from `first` on, and the largest of each in row_peaks.
-  void Scores(int first, int num, int num_tokens, int head, int64_t index) {
+  // The scores (log2) of some rows from `first` on, and the largest of each in row_factors.
+  void Scores(int first, int num, int part_tokens, const Stretch& kv) {
     const float scale = task_.scale * kLog2E;
     for (int m = 0; m < num; ++m) {
       float* factors = row_factors_ + kFactors * m;
-      factors[1] = 0.0f;
-      if (Code::kScales) {
-        factors[0] = FoldQuery(head, first + m, &factors[1]) * Operand::kUnit * scale;
-        factors[1] *= scale;
-      } else {
-        factors[0] = query_steps_[head * num_rows_ + first + m] * scale;
-      }
-      prefetcher_.Until(Between(kAfterPackKeys, kAfterScores, first + m + 1, num_rows_));
+      factors[kPeakScore] = kMinusInfinity;
+      factors[kUnitOfC] =
+          Code::kScales ? 0.0f : query_steps_[kv.head * num_rows_ + first + m] * scale;
+      factors[kOffset] = 0.0f;
     }
-    Operand::Multiply(QueryA(head, first), key_groups_, num * query_digits_, keys_b_, key_groups_,
-                      (num_tokens + kLanes - 1) / kLanes, c_, padded_tokens_);
+    // Without scales there is one A for all parts.
+    const int num_products = Code::kScales ? kv.num_parts : 1;
+    const int num_tokens = Code::kScales ? part_tokens : kv.num_parts * part_tokens;
+    for (int part = 0; part < num_products; ++part) {
+      if (Code::kScales) FoldQueries(kv.head, first, num, part, scale);
+      prefetcher_.Until(Between(kAfterPackKeys, kAfterScores, first + num, num_rows_));
+      Operand::Multiply(QueryA(kv.head, first), key_groups_, num * query_digits_,
+                        keys_b_ + int64_t{part} * num_tokens * key_groups_, key_groups_,
+                        (num_tokens + kLanes - 1) / kLanes, c_, padded_tokens_);
+      for (int m = 0; m < num; ++m) {
+        const int visible = Min(num_tokens, Visible(kv.index, first + m) * kv.num_parts);
+        float* scores = scores_ + int64_t{m} * padded_tokens_ + part * num_tokens;
+        const float* c = c_ + int64_t{m} * query_digits_ * padded_tokens_;
+        float* factors = row_factors_ + kFactors * m;
+        F peaks = F{} + kMinusInfinity;
+        for (int t = 0; t < visible; t += kLanes) {
+          F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[kUnitOfC] +
+                    factors[kOffset];
+          if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
+          Store(scores + t, score);
+          peaks = Simd::Max(peaks, score);
+        }
+        factors[kPeakScore] = Max(factors[kPeakScore], Simd::ReduceMax(peaks));
+      }
+    }
+  }
+
+  // A = query * key scales of a part for the rows of a step; in row_factors the value of a unit of
+  // C and query . key minima, both times `scale`. In two passes, so that no row waits for the
+  // horizontal sums of the one before it.
+  void FoldQueries(int head, int first, int num, int part, float scale) {
+    const float* scales = key_scales_ + part * padded_dim_;
+    const float* minima = key_minima_ + part * padded_dim_;
     for (int m = 0; m < num; ++m) {
-      const int visible = Min(num_tokens, Visible(index, first + m));
-      float* scores = scores_ + int64_t{m} * padded_tokens_;
-      const float* c = c_ + int64_t{m} * query_digits_ * padded_tokens_;
-      const float* factors = row_factors_ + kFactors * m;
-      F peaks = F{} + kMinusInfinity;
-      for (int t = 0; t < visible; t += kLanes) {
-        F score = Operand::Combine(c + t, padded_tokens_, query_digits_) * factors[0] + factors[1];
-        if (t + kLanes > visible) score = Simd::Keep(score, visible - t, kMinusInfinity);
-        Store(scores + t, score);
-        peaks = Simd::Max(peaks, score);
+      const float* query = query_ + (int64_t{head} * num_rows_ + first + m) * padded_dim_;
+      float* folded = folded_ + int64_t{m} * padded_dim_;
+      float* factors = row_factors_ + kFactors * m;
+      F sum{}, peak{};
+      for (int d = 0; d < head_dim_; d += kLanes) {
+        const F q = Load<F>(query + d);
+        const F product = q * Load<F>(scales + d);
+        Store(folded + d, product);
+        if constexpr (Operand::kGroup > 1) peak = Simd::MaxAbs(peak, product);
+        if (Code::kMinima) sum = sum + q * Load<F>(minima + d);
       }
-      row_peaks_[m] = Simd::ReduceMax(peaks);
+      factors[kLargest] = Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f;
+      factors[kOffset] = Code::kMinima ? Simd::ReduceAdd(sum) * scale : 0.0f;
+    }
+    for (int m = 0; m < num; ++m) {
+      float* factors = row_factors_ + kFactors * m;
+      const float* folded = folded_ + int64_t{m} * padded_dim_;
+      const float step = SplitQuery(folded, factors[kLargest], QueryA(head, first + m));
+      factors[kUnitOfC] = step * Operand::kUnit * scale;
     }
   }
 
-  // A = query * key scales; *offset = query . key minima. Returns the value of a unit of C.
-  float FoldQuery(int head, int row, float* offset) {
-    const float* query = query_ + (int64_t{head} * num_rows_ + row) * padded_dim_;
-    F sum{}, peak{};
-    for (int d = 0; d < head_dim_; d += kLanes) {
-      const F q = Load<F>(query + d);
-      const F folded = q * Load<F>(key_scales_ + d);
-      Store(folded_ + d, folded);
-      if (Operand::kGroup > 1) peak = Simd::Max(peak, Simd::Abs(folded));
-      if (Code::kMinima) sum = sum + q * Load<F>(key_minima_ + d);
-    }
-    if (Code::kMinima) *offset = Simd::ReduceAdd(sum);
-    return SplitQuery(folded_, Operand::kGroup > 1 ? Simd::ReduceMax(peak) : 0.0f,
-                      QueryA(head, row));
-  }
-
-  // Turns a row of scores into weights relative to the largest one, as A of the output, and notes
-  // in row_factors what the accumulators (0) and the block's sums (1) must be scaled by, and the
-  // sum of the weights that minima per channel count (2).
-  void RowWeights(int first, int step_row, int num_tokens, int head, int64_t index) {
+  // Turns a row of scores into weights relative to the largest one, times their values' scales. In
+  // row_factors: the weights' sum, that of weights times values' minima, and the largest weight.
+  void RowWeights(int first, int step_row, int num_tokens, const Stretch& kv) {
     const int row = first + step_row;
-    const int visible = Min(num_tokens, Visible(index, row));
+    const int visible = Min(num_tokens, Visible(kv.index, row) * kv.num_parts);
     float* weights = scores_ + int64_t{step_row} * padded_tokens_;
     float* factors = row_factors_ + kFactors * step_row;
-    const int end = RoundUp(num_tokens, 64);
-    uint32_t* a = weights_a_ + int64_t{step_row} * weight_digits_ * weight_groups_;
-    if (visible == 0) {
-      std::memset(a, 0, weight_digits_ * weight_groups_ * sizeof(uint32_t));
-      factors[0] = 1.0f;
-      factors[1] = factors[2] = 0.0f;
-      return;
-    }
-
-    const float peak = row_peaks_[step_row];
+    const float peak = factors[kPeakScore];
     F sums{}, minima{}, largest{};
     int t = 0;
     for (; t < visible; t += kLanes) {
@@ -663,31 +719,43 @@ class Attention {
       if (kValueScales && Operand::kGroup > 1) largest = Simd::Max(largest, weight);
       Store(weights + t, weight);
     }
-    for (; t < end; t += kLanes) Store(weights + t, F{});
-    const float sum = Simd::ReduceAdd(sums);
-
-    if (task_.page_lse != nullptr) {
-      const int64_t query_head = (task_.first_head + head) * task_.group + row % task_.group;
+    for (; t < RoundUp(num_tokens, 64); t += kLanes) Store(weights + t, F{});
+    factors[kSumWeights] = Simd::ReduceAdd(sums);
+    if (kValueMinima) factors[kSumMinima] = Simd::ReduceAdd(minima);
+    factors[kLargest] = kValueScales ? Simd::ReduceMax(largest) : 1.0f;
+    if (task_.page_lse != nullptr && visible > 0) {
+      const int64_t query_head = (task_.first_head + kv.head) * task_.group + row % task_.group;
       task_.page_lse[row / task_.group * task_.page_lse_stride +
-                     query_head * task_.page_lse_head_stride + index] =
-          (peak + __builtin_log2f(sum)) * (1.0f / kLog2E);
+                     query_head * task_.page_lse_head_stride + kv.index] =
+          (peak + __builtin_log2f(factors[kSumWeights])) * (1.0f / kLog2E);
     }
-    if (task_.keys_only) return;
+  }
 
-    float* state = State(head, row) + places_;
+  // The weights of a row as A of the output, and what the accumulators (kKeep) and the stretch's
+  // sums (kTake) must be scaled by; takes their sums into the row's state.
+  void FinishWeights(int first, int step_row, int num_tokens, int head) {
+    float* factors = row_factors_ + kFactors * step_row;
+    uint32_t* a = weights_a_ + int64_t{step_row} * weight_digits_ * weight_groups_;
+    const float step =
+        Operand::Split(scores_ + int64_t{step_row} * padded_tokens_, RoundUp(num_tokens, 64),
+                       factors[kLargest], weight_digits_, a, weight_groups_);
+    const float peak = factors[kPeakScore];
+    float* state = State(head, first + step_row) + places_;
     const float old_peak = state[kPeak];
     const bool grew = peak > old_peak;
-    const float ratio = Exp2<Simd>(F{} + (grew ? old_peak - peak : peak - old_peak))[0];
-    const float keep = grew ? ratio : 1.0f;
-    const float take = grew ? 1.0f : ratio;
+    float keep = 1.0f, take = 1.0f;
+    if (peak == kMinusInfinity) {  // it sees none of them
+      take = 0.0f;
+    } else {
+      const float ratio = Exp2<Simd>(F{} + (grew ? old_peak - peak : peak - old_peak))[0];
+      (grew ? keep : take) = ratio;
+    }
     if (grew) state[kPeak] = peak;
-    state[kSum] = state[kSum] * keep + sum * take;
-    if (kValueMinima) state[kMinima] = state[kMinima] * keep + Simd::ReduceAdd(minima) * take;
-    const float step = Operand::Split(weights, end, kValueScales ? Simd::ReduceMax(largest) : 1.0f,
-                                      weight_digits_, a, weight_groups_);
-    factors[0] = keep;
-    factors[1] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
-    factors[2] = take * sum;
+    state[kSum] = state[kSum] * keep + factors[kSumWeights] * take;
+    if (kValueMinima) state[kMinima] = state[kMinima] * keep + factors[kSumMinima] * take;
+    factors[kKeep] = keep;
+    factors[kTake] = take * step * (Code::kScales ? Operand::kUnit : 1.0f);
+    factors[kSumWeights] *= take;
   }
 
   void Accumulate(int first, int num, int num_tokens, int head) {
@@ -697,7 +765,7 @@ class Attention {
       float* state = State(head, first + m);
       const float* c = c_ + int64_t{m} * weight_digits_ * places_;
       const float* factors = row_factors_ + kFactors * m;
-      const float keep = factors[0], take = factors[1], sum = factors[2];
+      const float keep = factors[kKeep], take = factors[kTake], sum = factors[kSumWeights];
       for (int n = 0; n < places_; n += kLanes) {
         F taken = Operand::Combine(c + n, places_, weight_digits_) * take;
         if (kPlaceScales) {
@@ -711,20 +779,19 @@ class Attention {
   const AttendTask& task_;
   const int head_dim_, num_rows_, num_heads_, query_digits_, weight_digits_;
   const int key_groups_;  // words of a row of A, for the scores
-  const int places_, padded_dim_, padded_tokens_;
+  const int places_, padded_dim_, max_parts_, padded_tokens_;
   const int weight_groups_;  // words of a row of A, for the output
 
   Prefetcher prefetcher_;
   float* query_;                         // [heads, rows, padded_dim]
   float* query_steps_;                   // [heads, rows], of elements without scales
-  float* folded_;                        // [padded_dim]
-  float *key_scales_, *key_minima_;      // [padded_dim]
+  float* folded_;                        // [rows of a step, padded_dim]
+  float *key_scales_, *key_minima_;      // [parts, padded_dim]
   float *value_scales_, *value_minima_;  // [padded_tokens]
   int* place_channels_;                  // [places], of values that are keys with scales
   float *place_scales_, *place_minima_;  // [places]
   // Of the rows of a step:
   float* row_factors_;   // [rows, kFactors]
-  float* row_peaks_;     // [rows]
   float* scores_;        // [rows, padded_tokens]
   uint32_t* query_a_;    // A: [rows * digits, key_groups]; without scales of all heads and rows
   uint32_t* weights_a_;  // A: [rows * digits, weight_groups]

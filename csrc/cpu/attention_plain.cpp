@@ -13,7 +13,6 @@ struct PlainSimd {
   typedef uint32_t U __attribute__((vector_size(16)));
 
   static PIKV_INLINE F Max(F a, F b) { return a > b ? a : b; }
-  static PIKV_INLINE F Abs(F x) { return (F)((U)x & 0x7fffffffu); }
   static PIKV_INLINE float ReduceAdd(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   static PIKV_INLINE float ReduceMax(F x) {
     const float a = x[0] > x[2] ? x[0] : x[2];
