@@ -72,7 +72,6 @@ void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element
 
   SealPagesParams p{};
   p.layout = args.LayoutOf(element, k, s, d, latent_dim);
-  if (p.layout.Packed()) args.Fail("there are no kernels that seal packed pages");
   p.dtype = args.FloatingDtype("keys", dtype);
   // Plain elements have the number of their type.
   if (ScaleRows(p.layout.element) == 0 && element != static_cast<int64_t>(p.dtype)) {
@@ -134,6 +133,7 @@ DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor
 
   DecodeAttentionParams p{};
   p.layout = args.LayoutOf(element, num_kv_heads, page_size, d, latent_dim);
+  args.CheckReadable(p.layout);
   args.CheckMultiple("query heads", h, "num_kv_heads", num_kv_heads);
   args.CheckMultiple("query rows", r, "table rows", b);
   p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
@@ -232,6 +232,7 @@ void PrefillAttention(const Tensor& query, const Tensor& slab_pointers, int64_t 
 
   PrefillAttentionParams p{};
   p.layout = args.LayoutOf(element, num_kv_heads, page_size, d, latent_dim);
+  args.CheckReadable(p.layout);
   args.CheckMultiple("query heads", h, "num_kv_heads", num_kv_heads);
   p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
   p.dtype = args.FloatingDtype("query", dtype);

@@ -195,10 +195,12 @@ class Args {
                       int64_t latent_dim) const {
     constexpr int64_t kLast = static_cast<int64_t>(Element::kInt2);
     PageLayout layout{};
-    // Of packed pages: bits of keys and of values, and whether scales are bytes, in the next bytes.
+    // Of packed pages: bits of keys and of values, and in the highest byte whether scales are bytes
+    // (1) and whether sealing narrows ranges (2).
     layout.key_bits = static_cast<int32_t>(element >> 8 & 0xff);
     layout.value_bits = static_cast<int32_t>(element >> 16 & 0xff);
     layout.byte_scales = static_cast<int32_t>(element >> 24 & 1);
+    layout.clip = static_cast<int32_t>(element >> 25 & 1);
     element = layout.Packed() ? element & 0xff : element;
     if (element < 0 || element > kLast) {
       Fail("element must be from 0 to ", kLast, ", got ", element);
@@ -233,6 +235,11 @@ class Args {
       }
     }
     if (layout.element != Element::kInt8) Fail("packed pages are unpacked to int8, got others");
+  }
+
+  // Unpacked keys and values lie apart.
+  void CheckReadable(const PageLayout& layout) const {
+    if (layout.Packed() && layout.latent_dim > 0) Fail("packed pages cannot be latent ones");
   }
 
   // Of latent attention keys serve as values; only the CPU's kernels know it.

@@ -12,8 +12,8 @@
 // keys.
 // Packed pages have integers of any number of bits from 1 to 8, other ones for values than for keys
 // perhaps, and scales of a byte: a scale is 2^(byte / 8 - 24), a minimum a signed byte of quarters
-// of its scale. Three bits are the int2 of the lower two, then one bit per channel. Kernels see
-// them unpacked, as int8.
+// of its scale. Three bits are the int2 of the lower two, then one bit per channel. Attention sees
+// them unpacked, as int8. seal_pages takes others for packed ones, too, where it narrows ranges.
 #pragma once
 
 #include <cstdint>
@@ -69,6 +69,7 @@ struct PageLayout {
   int32_t key_bits;    // of packed pages; 0: those of the element
   int32_t value_bits;
   int32_t byte_scales;  // of packed pages: 1 where scales are bytes
+  int32_t clip;         // of packed pages: 1 where sealing narrows ranges to lessen the error
 
   PIKV_HOST_DEVICE constexpr bool Packed() const { return key_bits > 0; }
   PIKV_HOST_DEVICE static constexpr int64_t Aligned(int64_t bytes) {

@@ -112,6 +112,14 @@ class PageLayout:
         return list(BITS).index("int8") | bits << 8
 
     @property
+    def seal_code(self) -> int:
+        """`code` for `seal_pages`: where ranges are narrowed, pages are packed ones to it, of whatever bits."""
+        if not self.clip:
+            return self.code
+        bits = BITS[self.element] | BITS[self.value_element or self.element] << 8
+        return list(BITS).index("int8") | bits << 8 | (self.scales == 8) << 24 | 1 << 25
+
+    @property
     def kernels_know(self) -> bool:
         """Whether all kernels, compiled and Triton's, can read such pages; else see `packed`."""
         mixed = self.value_element not in (None, self.element) or self.value_rank not in (None, self.head_dim)

@@ -1,11 +1,17 @@
-"""Pages of any integers, with scales of a byte, read by the CPU's kernels."""
+"""Pages of any integers, with scales of a byte and narrowed ranges, written and read by the CPU's kernels."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from test_seal import DTYPES, difficult, seal
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
@@ -24,6 +30,8 @@ CODECS = [
     Codec("int3", clip=True, scales=8),
     Codec("int8", values="int4", scales=8),
 ]
+SEALED = [*CODECS, *(Codec(name, clip=True) for name in ("int8", "int4", "int2", "int1")), Codec("int4", scales=8)]
+"""Those that are packed ones to `seal_pages` at least."""
 KERNELS, PLAIN = Ops("auto"), Ops("reference")
 
 
@@ -114,10 +122,10 @@ def test_what_cannot_be_unpacked_is_refused_by_name() -> None:
     out, lse = torch.empty(1, 4, 64), torch.empty(1, 4)
     op = torch.ops.pikv_ds.decode_attention
 
-    def call(code: int, head_dim: int = 64) -> None:
+    def call(code: int, head_dim: int = 64, latent_dim: int = 0) -> None:
         query = torch.zeros(1, 4, head_dim)
         pages = slabs.pointers, slabs.slab_rows, slabs.row_bytes
-        op(query, *pages, counts[None], counts, code, 2, 32, 0, 1.0, out, lse, None, 1, None)
+        op(query, *pages, counts[None], counts, code, 2, 32, latent_dim, 1.0, out, lse, None, 1, None)
 
     call(layout.code)
     with pytest.raises(RuntimeError, match="packed elements must have 1, 2, 3, 4 or 8 bits, got 5"):
@@ -126,8 +134,89 @@ def test_what_cannot_be_unpacked_is_refused_by_name() -> None:
         call(layout.code, 12)
     with pytest.raises(RuntimeError, match="unpacked to int8"):
         call(5 | 3 << 8 | 3 << 16)
-    keys = torch.zeros(1, 2, 32, 64)
-    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="no kernels that seal packed pages"):
-        torch.ops.pikv_ds.seal_pages(keys, keys, layout.code, 2, 32, 0, pages, None, counts)
+    with pytest.raises(RuntimeError, match="packed pages cannot be latent ones"):
+        call(layout.code, latent_dim=48)
     assert not Codec("fp8", values="int4").layout(2, 64, 32, torch.float32).packed
+
+
+# -- sealing -----------------------------------------------------------------------------------
+
+
+def sealer(layout: PageLayout) -> Ops:
+    ops = Ops("cpp", layout=layout)
+    assert ops.implementation("seal_pages") == "cpp"
+    return ops
+
+
+@pytest.mark.parametrize("codec", SEALED, ids=lambda c: c.label)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 128])
+def test_bytes_are_those_of_the_reference(codec: Codec, dtype: torch.dtype, head_dim: int, rng) -> None:
+    for page_size, kv_heads in ((1, 2), (8, 3), (16, 1), (24, 2)):
+        keys, values = (difficult((9, kv_heads, page_size, head_dim), dtype, rng) for _ in range(2))
+        layout = codec.layout(kv_heads, head_dim, page_size, dtype)
+        expected = seal(None, keys, values, layout)
+        assert seal(sealer(layout), keys, values, layout) == expected
+        assert not expected.nonfinite.any()
+
+
+@pytest.mark.parametrize("codec", SEALED, ids=lambda c: c.label)
+def test_latent_pages_and_nonfinite_input(codec: Codec, rng) -> None:
+    keys, values = torch.randn(2, 3, 2, 16, 40, generator=rng).bfloat16().unbind(0)
+    if codec.values is None and codec.clip and codec.scales == 16 and codec.name not in ("int3", "int1"):
+        latent = codec.layout(2, 40, 16, torch.bfloat16, latent_dim=32)
+        assert seal(sealer(latent), keys, None, latent) == seal(None, keys, None, latent)
+    layout = codec.layout(2, 40, 16, torch.bfloat16)
+    clean = seal(None, keys, values, layout)
+    for x in (keys, values):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            before = x[1, 0, 3, 17].item()
+            x[1, 0, 3, 17] = bad
+            flagged = seal(sealer(layout), keys, values, layout)
+            assert flagged.nonfinite.item() == 1
+            assert torch.equal(flagged.pages[::2], clean.pages[::2])
+            x[1, 0, 3, 17] = before
+
+
+def compare_random_shapes(seconds: float, seed: int) -> int:
+    """Seals random shapes of all magnitudes for a while; returns how many."""
+    choose, count = random.Random(seed), 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        codec, dtype = choose.choice(SEALED), choose.choice(DTYPES)
+        shape = (choose.randint(1, 9), choose.randint(1, 4), choose.randint(1, 70), 8 * choose.randint(1, 20))
+        rng = torch.Generator().manual_seed(choose.getrandbits(30))
+        size = 2.0 ** choose.uniform(-24, 7)  # every byte of a scale
+        keys, values = ((difficult(shape, torch.float32, rng) * size).to(dtype) for _ in range(2))
+        layout = codec.layout(shape[1], shape[3], shape[2], dtype)
+        ours, expected = seal(sealer(layout), keys, values, layout), seal(None, keys, values, layout)
+        assert torch.equal(ours.nonfinite, expected.nonfinite), (codec, dtype, shape, size)
+        assert ours == expected or expected.nonfinite.any(), (codec, dtype, shape, size)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set_seals_the_same_bytes(isa: str) -> None:
+    code = f"from test_packed_pages import *; print(compare_random_shapes(3.0, {random.getrandbits(30)}))"
+    environment, here = os.environ | {"PIKV_CPU_ISA": isa}, os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{code}: {done.stderr}"
+    assert int(done.stdout) > 0
+
+
+def test_a_byte_stands_for_the_nearest_scale() -> None:
+    """The table that decodes, and the limits that encode, are those of the codec's definition, to the last bit."""
+    scales, limits = reference.BYTE_SCALES, reference.BYTE_LIMITS
+    assert torch.equal(scales, torch.exp2((torch.arange(256) / 8 - 24).double()).float())
+    assert (scales[:-1] < limits).all()
+    assert (limits < scales[1:]).all()
+    around = torch.cat(
+        [limits, limits.nextafter(torch.tensor(0.0)), limits.nextafter(torch.tensor(torch.inf)), scales]
+    )
+    # a key channel of two tokens, 0 and 15 steps: int4's step is the one that we want, but for rounding
+    keys = (
+        torch.stack([torch.zeros_like(around), around * 15]).T.reshape(-1, 1, 2, 1).expand(-1, -1, -1, 8).contiguous()
+    )
+    layout = Codec("int4", scales=8).layout(1, 8, 2, torch.float32)
+    assert seal(sealer(layout), keys, keys, layout) == seal(None, keys, keys, layout)

@@ -18,6 +18,7 @@
 #include <memory>
 #include <vector>
 
+#include "byte_scale.h"
 #include "isa.h"
 
 namespace pikv_ds {
@@ -380,21 +381,13 @@ class UnpackedBlocks final : public BlockSource {
     *scales = own;
     *minima = lows;
     if (layout_.byte_scales == 0) return;
+    const auto& scale_of_byte = ScaleOfByte();
     for (int i = 0; i < size; ++i) {
-      room[i] = ScaleOfByte()[own[i]];
+      room[i] = scale_of_byte[own[i]];
       room[size + i] = static_cast<float>(static_cast<int8_t>(lows[i])) / 4.0f * room[i];
     }
     *scales = room;
     *minima = room + size;
-  }
-
-  static const std::array<float, 256>& ScaleOfByte() {
-    static const std::array<float, 256> table = [] {
-      std::array<float, 256> powers;
-      for (int i = 0; i < 256; ++i) powers[i] = std::exp2(static_cast<float>(i) / 8.0f - 24.0f);
-      return powers;
-    }();
-    return table;
   }
 
   PageLayout layout_;

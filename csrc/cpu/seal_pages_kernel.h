@@ -94,6 +94,15 @@ bool AllFinite(const Block<T>& block) {
   return check.AllFinite();
 }
 
+// x as float16, rounded down.
+PIKV_INLINE Ints HalfMinimum(Floats x) {
+  const Ints half = ToHalf(x);
+  // Down to the next one: that is one more where negative. (Never 0.0: it is above negative numbers
+  // only, and those round to -0.0.)
+  const Ints down = (half & 0x8000) != 0 ? Ints{} + 1 : Ints{} - 1;
+  return half + ((FromHalf(half) > x) & down);
+}
+
 // Scales, minima and their stored bits from the extremes; false where float16 cannot hold one.
 template <Element kElement>
 bool FindScaling(const Scaling& s, int64_t n) {
@@ -108,11 +117,7 @@ bool FindScaling(const Scaling& s, int64_t n) {
       half = ToHalf(peak / 448.0f);
       half -= FromHalf(half) * 448.0f < peak;  // up to the next one: a true lane is -1
     } else {
-      Ints minimum_half = ToHalf(low);
-      // Down to the next one: that is one more where negative. (Never 0.0: it is above negative
-      // numbers only, and those round to -0.0.)
-      const Ints down = (minimum_half & 0x8000) != 0 ? Ints{} + 1 : Ints{} - 1;
-      minimum_half += (FromHalf(minimum_half) > low) & down;
+      const Ints minimum_half = HalfMinimum(low);
       const Floats minimum = FromHalf(minimum_half);
       constexpr float kLevels = (1 << ElementBits(kElement)) - 1;
       half = ToHalf(Max(high - minimum, Floats{}) / kLevels);
@@ -323,3 +328,5 @@ inline SealHeadFunction* SealHeadOf(Element element, Dtype dtype) {
   }
   return nullptr;
 }
+
+#include "seal_packed_kernel.h"

@@ -68,6 +68,17 @@ inline constexpr bool kFused = false;
 PIKV_INLINE Floats MultiplyAdd(Floats x, Floats y, Floats z) { return x * y + z; }
 #endif
 
+// x * y, rounded: GCC would make it and an addition after it one operation, rounded once.
+PIKV_INLINE Floats Product(Floats x, Floats y) {
+  Floats product = x * y;
+#ifdef PIKV_MM
+  __asm__("" : "+v"(product));
+#else
+  __asm__("" : "+m"(product));
+#endif
+  return product;
+}
+
 PIKV_INLINE Ints Widen(Shorts x) {
 #if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
   return (Ints)_mm512_cvtepu16_epi32((__m256i)x);

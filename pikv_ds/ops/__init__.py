@@ -49,6 +49,8 @@ READ_PAGES = ("seal_pages", "decode_attention", "prefill_attention", "key_scores
 """Ops to whose kernels the elements of a page are something of their own."""
 LATENT_DEVICES = {"cpp": ("cpu",)}
 """Per backend: devices on which its kernels read latent pages."""
+PACKED_DEVICES = (("cpp", "cpu"),)
+"""Backends and devices whose kernels write and read packed pages, and narrow ranges (`PageLayout.clip`)."""
 
 
 class Ops:
@@ -123,10 +125,10 @@ class Ops:
             return ()
         if self.layout.latent_dim is not None and self.device_type not in LATENT_DEVICES.get(backend, ()):
             return READ_VALUES
+        packs = (backend, self.device_type) in PACKED_DEVICES
         if not self.layout.kernels_know:
-            unpacks = self.layout.packed and (backend, self.device_type) == ("cpp", "cpu")
-            return READ_PAGES[:1] if unpacks else READ_PAGES
-        return READ_PAGES[:1] if self.layout.clip else ()
+            return () if self.layout.packed and packs else READ_PAGES
+        return ("seal_pages",) if self.layout.clip and not packs else ()
 
     def implementation(self, op: str) -> str:
         """Which backend runs an op: "reference", "cpp" or "triton"."""

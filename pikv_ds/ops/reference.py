@@ -423,6 +423,10 @@ def _to_fp8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """How far `PageLayout.clip` narrows ranges, beside not at all."""
+BYTE_SCALES = torch.tensor([2 ** (byte / 8 - 24) for byte in range(256)])
+"""What a scale's byte stands for."""
+BYTE_LIMITS = torch.tensor([2 ** ((byte + 0.5) / 8 - 24) for byte in range(255)])
+"""Scales above these are nearer to the next byte's."""
 
 
 def _quantize(x: Tensor, bits: int, dim: int, layout: PageLayout) -> tuple[Tensor, Tensor]:
@@ -452,8 +456,22 @@ def _quantize_between(
     scale, minimum = _scales_from(stored, layout)
     assert minimum is not None
     codes = torch.where(scale > 0, ((x - minimum) / scale).round(), 0.0).clamp(0, levels)
-    error = (codes * scale + minimum - x).square().sum(dim, keepdim=True) if layout.clip else x.new_zeros(())
+    error = _sum_in_order((codes * scale + minimum - x).square(), dim) if layout.clip else x.new_zeros(())
     return codes.to(torch.uint8), stored.squeeze(dim + 1), error
+
+
+def _sum_in_order(x: Tensor, dim: int) -> Tensor:
+    """The sum over dimension 2 or 3 of ``[N, K, S, D]``, which is kept, in an order that all backends have, as ranges
+    are chosen by it: tokens one by one; channels ``d, d + 16, ...`` likewise into 16 sums, then these by halves."""
+    parts = x.split(1, 2) if dim == 2 else torch.nn.functional.pad(x, (0, -x.shape[3] % 16)).split(16, 3)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    if dim == 2:
+        return total
+    for width in (8, 4, 2, 1):
+        total = total[..., :width] + total[..., width:]
+    return total
 
 
 def _scales_to(low: Tensor, high: Tensor, levels: int, layout: PageLayout) -> Tensor:
@@ -469,8 +487,8 @@ def _scales_to(low: Tensor, high: Tensor, levels: int, layout: PageLayout) -> Te
         return torch.stack([((high - minimum).clamp(min=0) / levels).half(), minimum.half()], dim=1)
     step = (high - low) / levels
     step = torch.maximum(step, torch.maximum(low.abs(), high.abs()) / 24)  # so that the minimum fits into a byte
-    scale = ((step.clamp(min=2.0**-24).log2() + 24) * 8).round().clamp(0, 255)
-    minimum = (low / torch.exp2(scale / 8 - 24) * 4).round().clamp(-127, 127)
+    scale = torch.bucketize(step, BYTE_LIMITS.to(step.device))
+    minimum = (low / BYTE_SCALES.to(step.device)[scale] * 4).round().clamp(-127, 127)
     return torch.stack([scale.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)], dim=1)
 
 
@@ -478,7 +496,7 @@ def _scales_from(stored: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | N
     """Scale and minimum in float32 from their stored form ``[N, scale_rows, ...]``; fp8 has no minimum."""
     if layout.scales == 16:
         return stored[:, 0].float(), stored[:, 1].float() if stored.shape[1] == 2 else None
-    scale = torch.exp2(stored[:, 0].float() / 8 - 24)
+    scale = BYTE_SCALES.to(stored.device)[stored[:, 0].long()]
     return scale, stored[:, 1].contiguous().view(torch.int8).float() / 4 * scale
 
 
