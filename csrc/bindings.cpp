@@ -158,11 +158,11 @@ DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor
 
 #if defined(PIKV_WITH_CUDA)
 // Floats that decode_attention's scratch must have.
-int64_t DecodeScratch(int64_t num_rows, int64_t num_heads, int64_t head_dim, int64_t num_splits) {
+int64_t DecodeScratch(int64_t num_rows, int64_t num_heads, int64_t value_dim, int64_t num_splits) {
   float any;  // tells it from key_scores, which has no outputs to keep apart
   DecodeAttentionParams p{};
   p.out = &any;
-  p.layout.head_dim = static_cast<int32_t>(head_dim);
+  p.layout.head_dim = static_cast<int32_t>(value_dim);
   p.num_rows = num_rows;
   p.num_heads = num_heads;
   p.num_splits = num_splits;

@@ -217,13 +217,10 @@ class Args {
     if (latent_dim > head_dim) {
       Fail("latent_dim must be at most head_dim = ", head_dim, ", got ", latent_dim);
     }
-    if (latent_dim > 0) CheckLatent();
     return layout;
   }
 
-  // Pages whose integers are unpacked first; only the CPU's kernels do it.
   void CheckPacked(const PageLayout& layout, int64_t head_dim) const {
-    if (device_ != Device::kCpu) Fail("there are no CUDA kernels for packed pages");
     for (const int bits : {layout.key_bits, layout.value_bits}) {
       const int per_byte = bits == 3 ? 8 : 8 / std::max(bits, 1);
       if (bits < 1 || bits > 8 || (bits > 4 && bits < 8)) {
@@ -242,18 +239,12 @@ class Args {
     if (layout.Packed() && layout.latent_dim > 0) Fail("packed pages cannot be latent ones");
   }
 
-  // Of latent attention keys serve as values; only the CPU's kernels know it.
-  void CheckLatent() const {
-    if (device_ != Device::kCpu) Fail("there are no CUDA kernels for latent attention");
-  }
-
   // Values [..., V] of plain keys [..., D]: as wide as these, or a view of their first V channels.
   // Returns V.
   int64_t ValueDim(const Tensor& keys, const Tensor& values) const {
     const auto key_sizes = keys.sizes(), sizes = values.sizes();
     if (values.dim() != keys.dim() || sizes.back() == key_sizes.back()) return key_sizes.back();
     const auto key_strides = keys.strides(), strides = values.strides();
-    CheckLatent();
     if (sizes.back() < 1 || sizes.back() > key_sizes.back() ||
         !std::equal(sizes.begin(), sizes.end() - 1, key_sizes.begin()) ||
         !std::equal(strides.begin(), strides.end(), key_strides.begin()) ||

@@ -9,7 +9,7 @@
 //   R  query rows             B  table rows; R is a multiple of B, T = R / B queries share a row
 //   H  query heads            K  KV heads; H is a multiple of K
 //   D  head size              S  page size             P  width of a table, or partials to merge
-//   V  size of a value: D, but latent_dim of latent pages, which CUDA has no kernels for
+//   V  size of a value: D, but latent_dim of latent pages
 //   N  any number
 //
 // XCpu runs on torch's OpenMP threads. XCuda enqueues on the given stream: no synchronisation, no

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator.emulated import EmulatedOps, build
+from test_packed_pages import SEALED
 from test_scheduling import SUBPAGES, subpage_case
+from test_seal import DTYPES, difficult
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.policies.codecs import Codec
 from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
@@ -88,6 +91,35 @@ def test_seal_pages_notes_what_is_not_finite(cuda: EmulatedOps, element: str, ba
         assert torch.equal(*flags)
 
 
+@pytest.mark.parametrize("codec", SEALED, ids=lambda c: c.label)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "page_size", "head_dim"), [(2, 16, 64), (3, 8, 40), (1, 24, 128), (2, 1, 8)])
+def test_seal_packed_pages(cuda: EmulatedOps, codec: Codec, dtype: torch.dtype, kv_heads, page_size, head_dim, rng):
+    layout = codec.layout(kv_heads, head_dim, page_size, dtype)
+    keys, values = (difficult((5, kv_heads, page_size, head_dim), dtype, rng) for _ in range(2))
+    pages, expected = torch.full((2, 5, layout.page_bytes), 0xAB, dtype=torch.uint8).unbind(0)
+    bounds, expected_bounds = torch.full((2, 5, layout.bounds_bytes), 0xAB, dtype=torch.uint8).unbind(0)
+    flag, expected_flag = torch.zeros(2, 1, dtype=torch.int32).unbind(0)
+    reference.seal_pages(keys, values, layout, expected, expected_bounds, expected_flag)
+    cuda.seal_pages(keys, values, layout, pages, bounds, flag)
+    assert torch.equal(pages, expected)
+    assert torch.equal(bounds, expected_bounds)
+    assert flag == expected_flag == 0
+
+
+@pytest.mark.parametrize("codec", ["none", "fp8", "int8", "int4", Codec("int4", clip=True)])
+def test_seal_latent_pages(cuda: EmulatedOps, codec: str | Codec, rng) -> None:
+    codec = Codec(codec) if isinstance(codec, str) else codec
+    layout = codec.layout(2, 40, 16, torch.bfloat16, latent_dim=32)
+    keys = difficult((4, 2, 16, 40), torch.bfloat16, rng)
+    pages, expected = torch.full((2, 4, layout.page_bytes), 0xAB, dtype=torch.uint8).unbind(0)
+    flag = torch.zeros(1, dtype=torch.int32)
+    reference.seal_pages(keys, None, layout, expected, None, flag)
+    cuda.seal_pages(keys, None, layout, pages, None, flag)
+    assert torch.equal(pages, expected)
+    assert flag == 0
+
+
 @pytest.mark.parametrize("row_bytes", [48, 7, 16 * 1024 + 16])
 def test_gather_pages(cuda: EmulatedOps, row_bytes: int, rng) -> None:
     slabs = Slabs(4, row_bytes)
@@ -156,6 +188,7 @@ def test_choose_victims(cuda: EmulatedOps, weights, num_victims: int, rng) -> No
 def attention_inputs(rng, layout: PageLayout, rows: int, table_rows: int, heads: int, pages: int, dtype, per_head):
     """Query, pool with NaN in unused slots, ragged table with holes and traps beyond the counts."""
     keys, values = kv(rng, pages, layout)
+    values = None if layout.latent_dim is not None else values
     sealed = torch.zeros(pages, layout.page_bytes, dtype=torch.uint8)
     flag = torch.zeros(1, dtype=torch.int32)
     reference.seal_pages(keys, values, layout, sealed, None, flag)
@@ -183,7 +216,7 @@ def attention_inputs(rng, layout: PageLayout, rows: int, table_rows: int, heads:
 
 def check_decode(ops: EmulatedOps, query, slabs, table, counts, layout, tolerance: float) -> None:
     scale = layout.head_dim**-0.5
-    shape, width = query.shape, table.shape[-1]
+    shape, width = (*query.shape[:2], layout.value_dim), table.shape[-1]
 
     def run(decode):
         out, lse = torch.full(shape, torch.nan), torch.full(shape[:2], torch.nan)
@@ -245,6 +278,41 @@ def test_decode_attention_in_float32(library: Path, element: str, kv_heads: int,
     layout = PageLayout(kv_heads, head_dim, 8 if head_dim == 20 else 64, dtype, element)
     inputs = attention_inputs(rng, layout, 6, 3, 2 * kv_heads, 7, torch.float32, kv_heads == 2)
     check_decode(EmulatedOps(library, num_splits), *inputs, layout, 5e-6)
+
+
+@pytest.mark.parametrize("codec", SEALED, ids=lambda c: c.label)
+@pytest.mark.parametrize(("kv_heads", "page_size", "head_dim"), [(2, 16, 64), (1, 40, 40), (3, 32, 128)])
+def test_decode_attention_over_packed_pages(library: Path, codec: Codec, kv_heads, page_size, head_dim, rng) -> None:
+    for dtype, splits in ((torch.float32, 1), (torch.bfloat16, 2)):
+        layout = codec.layout(kv_heads, head_dim, page_size, dtype)
+        if not layout.packed:  # as other pages
+            continue
+        inputs = attention_inputs(rng, layout, 6, 3, 3 * kv_heads, 5, dtype, kv_heads == 2)
+        check_decode(EmulatedOps(library, splits), *inputs, layout, 5e-6)
+
+
+@pytest.mark.parametrize("codec", ["none", "fp8", "int8", "int4", "int2"])
+@pytest.mark.parametrize(("head_dim", "latent_dim", "heads"), [(576, 512, 16), (80, 64, 5), (40, 40, 3)])
+def test_decode_attention_over_latent_pages(library: Path, codec: str, head_dim, latent_dim, heads, rng) -> None:
+    """Multi-head latent attention: one KV head, whose keys begin with the values."""
+    for dtype, splits in ((torch.float32, 1), (torch.bfloat16, 2)):
+        layout = Codec(codec).layout(1, head_dim, 16, dtype, latent_dim=latent_dim)
+        inputs = attention_inputs(rng, layout, 4, 2, heads, 5, dtype, False)
+        check_decode(EmulatedOps(library, splits), *inputs, layout, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "value_dim", "heads"), [(576, 512, 16), (80, 64, 5), (40, 8, 9)])
+def test_tail_attention_of_latent_attention(cuda: EmulatedOps, dtype, head_dim: int, value_dim: int, heads: int, rng):
+    keys = torch.randn(3, 1, 32, head_dim, generator=rng).to(dtype)
+    query = torch.randn(3, heads, head_dim, generator=rng).to(dtype)
+    lengths, results = torch.tensor([0, 7, 32], dtype=torch.int32), []
+    for tail in (cuda.tail_attention, reference.tail_attention):
+        out, lse = torch.full((3, heads, value_dim), torch.nan), torch.full((3, heads), torch.nan)
+        tail(query, keys, keys[..., :value_dim], lengths, head_dim**-0.5, out, lse)
+        results.append((out, lse))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=5e-6, atol=5e-6)
 
 
 def test_decode_attention_walks_tables_of_more_pages_than_lanes(library: Path, rng) -> None:

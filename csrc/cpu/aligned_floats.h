@@ -10,7 +10,12 @@ inline constexpr int kMaxLanes = 16;  // of the widest vectors, see foreach_isa.
 
 class AlignedFloats {
  public:
-  explicit AlignedFloats(int64_t size) : lines_(Padded(size) / kLine) {}
+  explicit AlignedFloats(int64_t size = 0) : lines_(Padded(size) / kLine) {}
+
+  // To `size` at least; what was there before is lost.
+  void Grow(int64_t size) {
+    if (Padded(size) / kLine > static_cast<int64_t>(lines_.size())) *this = AlignedFloats(size);
+  }
 
   // The next size at which another array may begin.
   static constexpr int64_t Padded(int64_t size) { return (size + kLine - 1) / kLine * kLine; }

@@ -18,8 +18,9 @@
 #include <memory>
 #include <vector>
 
-#include "byte_scale.h"
+#include "aligned_floats.h"
 #include "isa.h"
+#include "unpack.h"
 
 namespace pikv_ds {
 namespace {
@@ -309,28 +310,6 @@ class PagedBlocks final : public BlockSource {
   int scale_rows_, value_scale_rows_;
 };
 
-// Codes of few bits as a byte each; a row's `bits` as layout.h has them.
-void UnpackRow(const uint8_t* from, int bits, int dim, uint8_t* to) {
-  const auto pieces = [&](const uint8_t* packed, int width_bits, int shift, bool add) {
-    const int width = dim * width_bits / 8, mask = (1 << width_bits) - 1;
-    for (int piece = 0; piece < 8 / width_bits; ++piece) {
-      uint8_t* out = to + piece * width;
-      const int down = piece * width_bits;
-      if (add) {
-        for (int d = 0; d < width; ++d) out[d] |= (packed[d] >> down & mask) << shift;
-      } else {
-        for (int d = 0; d < width; ++d) out[d] = packed[d] >> down & mask;
-      }
-    }
-  };
-  if (bits == 3) {
-    pieces(from, 2, 0, false);
-    pieces(from + dim / 4, 1, 2, true);
-  } else {
-    pieces(from, bits, 0, false);
-  }
-}
-
 // Packed pages of one table row, unpacked one KV head at a time into memory of the thread that
 // asks.
 class UnpackedBlocks final : public BlockSource {
@@ -344,22 +323,17 @@ class UnpackedBlocks final : public BlockSource {
     if (slot == 0) return false;
     const uint8_t* page = slabs_.Row(slot);
     const int dim = layout_.head_dim, tokens = layout_.page_size;
-    static thread_local std::array<std::vector<uint8_t>, 2 * kMaxParts> memory;
-    static thread_local unsigned turn = 0;
-    std::vector<uint8_t>& here = memory[turn++ % memory.size()];
-    const size_t codes = size_t{2} * tokens * dim;
-    here.resize(std::max(here.size(), codes + 2 * (dim + tokens) * sizeof(float) + 64));
-    uint8_t* keys = here.data();
+    const size_t codes = (size_t{2} * tokens * dim + 63) / 64 * 64;
+    // Few pieces, so that they stay in the cache: that of the one attended to and that of the next.
+    uint8_t* keys =
+        Memory(2 * PartsOf(tokens), codes + 2 * (Room(dim) + Room(tokens)) * sizeof(float));
     uint8_t* values = keys + size_t{1} * tokens * dim;
-    auto* scales = reinterpret_cast<float*>(keys + (codes + 63) / 64 * 64);
+    auto* scales = reinterpret_cast<float*>(keys + codes);
     const int64_t row = int64_t{kv_head} * tokens;
     const uint8_t* key_rows = page + row * layout_.RowBytes();
     const uint8_t* value_rows = page + layout_.ValueOffset() + row * layout_.ValueRowBytes();
-    for (int t = 0; t < tokens; ++t) {
-      UnpackRow(key_rows + t * layout_.RowBytes(), layout_.key_bits, dim, keys + t * dim);
-      UnpackRow(value_rows + t * layout_.ValueRowBytes(), layout_.value_bits, dim,
-                values + t * dim);
-    }
+    UnpackRows(key_rows, layout_.key_bits, tokens, dim, keys);
+    UnpackRows(value_rows, layout_.value_bits, tokens, dim, values);
     block->keys = keys;
     block->values = values;
     block->key_stride = block->value_stride = dim;
@@ -367,12 +341,23 @@ class UnpackedBlocks final : public BlockSource {
     block->float_scales = layout_.byte_scales != 0;
     Scales(page + layout_.KeyScaleOffset(), kv_head, dim, scales, &block->key_scales,
            &block->key_minima);
-    Scales(page + layout_.ValueScaleOffset(), kv_head, tokens, scales + 2 * dim,
+    Scales(page + layout_.ValueScaleOffset(), kv_head, tokens, scales + 2 * Room(dim),
            &block->value_scales, &block->value_minima);
     return true;
   }
 
  private:
+  // The next of the calling thread's pieces, 64-byte aligned.
+  static uint8_t* Memory(int num_pieces, size_t bytes) {
+    static thread_local std::array<AlignedFloats, 2 * kMaxParts> pieces;
+    static thread_local unsigned turn = 0;
+    AlignedFloats& piece = pieces[turn++ % num_pieces];
+    piece.Grow((bytes + sizeof(float) - 1) / sizeof(float));
+    return reinterpret_cast<uint8_t*>(piece.data());
+  }
+
+  static size_t Room(int size) { return static_cast<size_t>(size + 15) / 16 * 16; }
+
   // Of one KV head, `size` of each kind: where they are, or as float32 in `room`.
   void Scales(const uint8_t* section, int kv_head, int size, float* room, const void** scales,
               const void** minima) const {
@@ -381,13 +366,9 @@ class UnpackedBlocks final : public BlockSource {
     *scales = own;
     *minima = lows;
     if (layout_.byte_scales == 0) return;
-    const auto& scale_of_byte = ScaleOfByte();
-    for (int i = 0; i < size; ++i) {
-      room[i] = scale_of_byte[own[i]];
-      room[size + i] = static_cast<float>(static_cast<int8_t>(lows[i])) / 4.0f * room[i];
-    }
+    UnpackScales(own, lows, size, room, room + Room(size));
     *scales = room;
-    *minima = room + size;
+    *minima = room + Room(size);
   }
 
   PageLayout layout_;

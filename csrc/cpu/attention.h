@@ -24,13 +24,17 @@ struct KvBlock {
 };
 
 // Blocks of one KV head are attended together as far as they are small, since much of the work is
-// per row and not per token: so many at most.
+// per row and not per token: so many, and never more than kMaxParts. Vectors hold up to 16 tokens.
 constexpr int kMaxParts = 4;
+inline int PartsOf(int block_tokens) {
+  if (block_tokens % 16 != 0 || block_tokens > 64) return 1;
+  return 64 / block_tokens < kMaxParts ? 64 / block_tokens : kMaxParts;
+}
 
 // The blocks of one sequence.
 class BlockSource {
  public:
-  // False: a hole, nothing is attended. A block that has to be unpacked is good until 2 * kMaxParts
+  // False: a hole, nothing is attended. A block that has to be unpacked is good until 2 * PartsOf()
   // more have been got by the thread.
   virtual bool Get(int64_t index, int kv_head, KvBlock* block) const = 0;
 

@@ -159,12 +159,11 @@ struct ByteOperand {
                                   _mm512_cvtps_epi32(Load<F>(x + i + at + kLanes) * inverse));
       };
       const __m512i w[2] = {words(0), words(2 * kLanes)};
-      const auto high = [](__m512i x) {
-        return _mm512_srai_epi16(_mm512_add_epi16(x, _mm512_set1_epi16(128)), 8);
-      };
-      const auto low = [](__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi16(0xff)); };
-      const __m512i highs = _mm512_packs_epi16(high(w[0]), high(w[1]));
-      const __m512i lows = _mm512_packus_epi16(low(w[0]), low(w[1]));
+      const __m512i half = _mm512_set1_epi16(128), mask = _mm512_set1_epi16(0xff);
+      const __m512i highs = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(w[0], half), 8),
+                                               _mm512_srai_epi16(_mm512_add_epi16(w[1], half), 8));
+      const __m512i lows =
+          _mm512_packus_epi16(_mm512_and_si512(w[0], mask), _mm512_and_si512(w[1], mask));
       Store(a + i / 4, _mm512_permutexvar_epi32(order, highs));
       Store(a + a_stride + i / 4, _mm512_permutexvar_epi32(order, lows));
     }

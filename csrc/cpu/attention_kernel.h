@@ -403,8 +403,7 @@ class Attention {
   static int MaxParts(const AttendTask& task) {
     const bool apart =
         Operand::kGroup < 4 || task.page_lse != nullptr || task.first_limit >= 0 || kPlaceScales;
-    if (apart || task.max_tokens % 16 != 0) return 1;
-    return Max(1, Min(kMaxParts, 64 / task.max_tokens));
+    return apart ? 1 : PartsOf(task.max_tokens);
   }
 
   // Sets the pointers into `memory` and counts what they need.

@@ -14,14 +14,17 @@
 namespace pikv_ds {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxLatentDim = 512;
 constexpr int kKeyWidth = 8;  // channels of a key at a time; d beyond the head's are ignored
 
-// What kRows query rows have seen; the same in all lanes but `sum` and `out`.
-template <int kRows>
+// What kRows query rows have seen, of values with up to kMaxDim channels; the same in all lanes but
+// `sum` and `out`.
+template <int kRows, int kMaxDim = kMaxHeadDim>
 struct AttentionState {
-  float max[kRows];  // of the scores, natural units
+  static constexpr int kChannels = kMaxDim / kWarpSize;  // of a lane
+  float max[kRows];                                      // of the scores, natural units
   float sum[kRows];  // this lane's part of the sum of exp(score - max)
-  float out[kRows][kMaxHeadDim / kWarpSize];
+  float out[kRows][kChannels];
 
   __device__ void Clear() {
 #pragma unroll
@@ -29,7 +32,7 @@ struct AttentionState {
       max[j] = NegativeInfinity();
       sum[j] = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) out[j][i] = 0.0f;
+      for (int i = 0; i < kChannels; ++i) out[j][i] = 0.0f;
     }
   }
 };
@@ -59,10 +62,10 @@ __device__ __forceinline__ void ScoreTokens(const Tokens& tokens, int first, int
 }
 
 // Attends to `count` tokens, 1 to 32, whose scores the lanes hold.
-template <int kRows, typename Tokens>
+template <int kRows, int kMaxDim, typename Tokens>
 __device__ __forceinline__ void AttendTokens(const Tokens& tokens, int first, int count,
-                                             int head_dim, const float (&scores)[kRows],
-                                             AttentionState<kRows>* state) {
+                                             int value_dim, const float (&scores)[kRows],
+                                             AttentionState<kRows, kMaxDim>* state) {
   const int lane = threadIdx.x % kWarpSize;
   float weights[kRows];
 #pragma unroll
@@ -73,16 +76,16 @@ __device__ __forceinline__ void AttendTokens(const Tokens& tokens, int first, in
     state->max[j] = max;
     state->sum[j] = state->sum[j] * decay + weights[j];
 #pragma unroll
-    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) state->out[j][i] *= decay;
+    for (int i = 0; i < state->kChannels; ++i) state->out[j][i] *= decay;
   }
   for (int token = 0; token < count; ++token) {
     float weight[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) weight[j] = Shuffle(weights[j], token);
 #pragma unroll
-    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) {
+    for (int i = 0; i < state->kChannels; ++i) {
       const int d = lane + i * kWarpSize;
-      if (d >= head_dim) break;
+      if (d >= value_dim) break;
       const float value = tokens.Value(first + token, d);
 #pragma unroll
       for (int j = 0; j < kRows; ++j) state->out[j][i] += weight[j] * value;
@@ -110,15 +113,15 @@ struct WarpPartials {
 };
 
 // Whole warp: leaves its state where MergeWarps finds it, behind a barrier.
-template <int kRows>
-__device__ __forceinline__ void StoreWarp(const AttentionState<kRows>& state, int warp,
+template <int kRows, int kMaxDim>
+__device__ __forceinline__ void StoreWarp(const AttentionState<kRows, kMaxDim>& state, int warp,
                                           const WarpPartials& partials) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
     const int at = warp * kRows + j;
 #pragma unroll
-    for (int i = 0; i < kMaxHeadDim / kWarpSize; ++i) {
+    for (int i = 0; i < state.kChannels; ++i) {
       const int d = lane + i * kWarpSize;
       if (d < partials.head_dim) partials.out[at * partials.head_dim + d] = state.out[j][i];
     }

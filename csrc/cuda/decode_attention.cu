@@ -8,24 +8,28 @@ namespace {
 // Queries and plain pages must be of one type for the tensor cores. float32 queries want float32
 // accuracy, which those do not have.
 bool UsesTensorCores(const DecodeAttentionParams& p) {
-  if (p.dtype == Dtype::kFloat32 || !TensorLayoutSupported(p.layout.element, p.layout.head_dim))
+  if (p.dtype == Dtype::kFloat32 || !TensorLayoutSupported(p.layout.element, p.layout.head_dim) ||
+      p.layout.Packed() || p.layout.latent_dim > 0) {
     return false;
+  }
   if (p.layout.element == Element::kBFloat16) return p.dtype == Dtype::kBFloat16;
   if (p.layout.element == Element::kFloat16) return p.dtype == Dtype::kFloat16;
   return true;
 }
 
 int64_t OutFloats(const DecodeAttentionParams& p) {
-  return p.num_rows * p.num_heads * p.layout.head_dim;
+  return p.num_rows * p.num_heads * p.layout.ValueDim();
 }
 
 }  // namespace
 
 void LaunchDecode(const char* op, const DecodeLaunch& launch, cudaStream_t stream) {
   const DecodeAttentionParams& p = launch.params;
-  if (p.layout.head_dim > kMaxHeadDim) {
-    throw std::runtime_error(std::string(op) + ": head_dim " + std::to_string(p.layout.head_dim) +
-                             " has no CUDA kernel; the largest is " + std::to_string(kMaxHeadDim));
+  const int most = p.layout.latent_dim > 0 ? kMaxLatentDim : kMaxHeadDim;
+  if (p.layout.ValueDim() > most) {
+    throw std::runtime_error(std::string(op) + ": values of " +
+                             std::to_string(p.layout.ValueDim()) +
+                             " channels have no CUDA kernel; the most are " + std::to_string(most));
   }
   if (!UsesTensorCores(p)) return LaunchDecodeGeneric(launch, stream);
   switch (p.layout.element) {
@@ -68,7 +72,7 @@ void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t strea
   splits.lse = params.lse;
   splits.num_partials = params.num_splits;
   splits.num_rows = params.num_rows * params.num_heads;
-  splits.head_dim = params.layout.head_dim;
+  splits.head_dim = params.layout.ValueDim();
   MergePartialsCuda(splits, stream);
 }
 

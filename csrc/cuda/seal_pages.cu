@@ -29,6 +29,15 @@ __device__ uint16_t HalfBelow(uint16_t x) {
   return x & 0x8000 ? x + 1 : x - 1;
 }
 
+// float16 scale and minimum of integers from 0 to `levels`.
+__device__ Scale HalfScale(float low, float high, float levels) {
+  const uint16_t half = FloatToHalf(low);
+  // Rounded down: rounded up, it would cut off the elements below it.
+  const float minimum = HalfToFloat(HalfToFloat(half) > low ? HalfBelow(half) : half);
+  const float spread = fmaxf(Subtract(high, minimum), 0.0f);
+  return {HalfToFloat(FloatToHalf(Divide(spread, levels))), minimum};
+}
+
 // Of the elements between low and high; see _to_fp8 and _quantize in reference.py.
 template <Element kElement>
 __device__ Scale MakeScale(float low, float high) {
@@ -39,25 +48,118 @@ __device__ Scale MakeScale(float low, float high) {
     const bool short_of_peak = Multiply(HalfToFloat(half), 448.0f) < peak;
     return {HalfToFloat(short_of_peak ? HalfAbove(half) : half), 0.0f};
   } else {
-    constexpr float kLevels = (1 << ElementBits(kElement)) - 1;
-    const uint16_t half = FloatToHalf(low);
-    // Rounded down: rounded up, it would cut off the elements below it.
-    const float minimum = HalfToFloat(HalfToFloat(half) > low ? HalfBelow(half) : half);
-    const float spread = fmaxf(Subtract(high, minimum), 0.0f);
-    return {HalfToFloat(FloatToHalf(Divide(spread, kLevels))), minimum};
+    return HalfScale(low, high, (1 << ElementBits(kElement)) - 1);
   }
+}
+
+// The integer that x becomes.
+__device__ float Level(float x, const Scale& s, float levels) {
+  if (!(s.scale > 0.0f)) return 0.0f;
+  return fminf(fmaxf(rintf(Divide(Subtract(x, s.minimum), s.scale)), 0.0f), levels);
 }
 
 template <Element kElement>
 __device__ uint32_t Encode(float x, const Scale& s) {
-  if (!(s.scale > 0.0f)) return 0;
   if constexpr (kElement == Element::kFp8) {
-    return FloatToE4M3(Divide(x, s.scale));
+    return s.scale > 0.0f ? FloatToE4M3(Divide(x, s.scale)) : 0;
   } else {
-    constexpr float kLevels = (1 << ElementBits(kElement)) - 1;
-    const float code = rintf(Divide(Subtract(x, s.minimum), s.scale));
-    return static_cast<uint32_t>(fminf(fmaxf(code, 0.0f), kLevels));
+    return static_cast<uint32_t>(Level(x, s, (1 << ElementBits(kElement)) - 1));
   }
+}
+
+// ---- packed pages: integers of any bits, scales of a byte, narrowed ranges ----
+
+// 2^(eighths / 8) for 0 to 7 and for halves between them, as float32 rounds it.
+__device__ float PowerOfEighths(int eighths) {
+  switch (eighths) {
+    case 0:
+      return 1.0f;
+    case 1:
+      return 1.0905077326652577f;
+    case 2:
+      return 1.189207115002721f;
+    case 3:
+      return 1.2968395546510096f;
+    case 4:
+      return 1.4142135623730951f;
+    case 5:
+      return 1.5422108254079407f;
+    case 6:
+      return 1.681792830507429f;
+    default:
+      return 1.8340080864093424f;
+  }
+}
+
+// What a scale's byte stands for: reference.py's BYTE_SCALES.
+__device__ float ScaleOfByte(int byte) {
+  const float power = PowerOfEighths(byte & 7);
+  return BitsFloat(FloatBits(power) + (static_cast<uint32_t>((byte >> 3) - 24) << 23));
+}
+
+// The nearest to a step; see BYTE_LIMITS.
+__device__ int ByteOfScale(float step) {
+  const uint32_t bits = FloatBits(fmaxf(step, 5.9604644775390625e-8f));  // 2^-24
+  const float mantissa = BitsFloat((bits & 0x7fffff) | 0x3f800000);
+  int byte = (static_cast<int>(bits >> 23) - (127 - 24)) * 8;
+  byte += mantissa > 1.0442737824274138f;
+  byte += mantissa > 1.1387886347566916f;
+  byte += mantissa > 1.241857812073484f;
+  byte += mantissa > 1.3542555469368927f;
+  byte += mantissa > 1.4768261459394993f;
+  byte += mantissa > 1.6104903319492543f;
+  byte += mantissa > 1.7562521603732995f;
+  byte += mantissa > 1.9152065613971474f;
+  return min(byte, 255);
+}
+
+struct PackedScale {
+  Scale scale;
+  int scale_byte, minimum_byte;  // where scales are bytes
+};
+
+__device__ PackedScale MakePackedScale(const PageLayout& layout, float levels, float low,
+                                       float high) {
+  if (layout.byte_scales == 0) return {HalfScale(low, high, levels), 0, 0};
+  // The minimum must fit into a byte, too.
+  const float least = Divide(fmaxf(fabsf(low), fabsf(high)), 24.0f);
+  const int byte = ByteOfScale(fmaxf(Divide(Subtract(high, low), levels), least));
+  const float scale = ScaleOfByte(byte);
+  const float quarters = rintf(fminf(fmaxf(Multiply(Divide(low, scale), 4.0f), -127.0f), 127.0f));
+  return {{scale, Multiply(Divide(quarters, 4.0f), scale)}, byte, static_cast<int>(quarters)};
+}
+
+// How far the r-th range is narrowed: reference.py's CLIPS.
+constexpr int kNarrowed = 6;
+__device__ float Share(int r) {
+  return r == 0 ? 0.9f : r == 1 ? 0.8f : r == 2 ? 0.7f : r == 3 ? 0.6f : r == 4 ? 0.5f : 0.4f;
+}
+
+// The scale of the range with the least error, where ranges are narrowed; error(scale) is a sum in
+// the order of reference.py's _sum_in_order.
+template <typename Error>
+__device__ PackedScale BestScale(const PageLayout& layout, float levels, float low, float high,
+                                 const Error& error) {
+  PackedScale best = MakePackedScale(layout, levels, low, high);
+  if (layout.clip == 0) return best;
+  float least = error(best.scale);
+  const float middle = Divide(Add(low, high), 2.0f), half = Divide(Subtract(high, low), 2.0f);
+  for (int r = 0; r < kNarrowed; ++r) {
+    const float share = Multiply(Share(r), half);
+    const PackedScale tried =
+        MakePackedScale(layout, levels, Subtract(middle, share), Add(middle, share));
+    const float of_tried = error(tried.scale);
+    if (of_tried < least) {
+      best = tried;
+      least = of_tried;
+    }
+  }
+  return best;
+}
+
+__device__ float SquaredError(float x, const Scale& s, float levels) {
+  const float error = Subtract(Add(Multiply(Level(x, s, levels), s.scale), s.minimum), x);
+  return Multiply(error, error);
 }
 
 // Writes to addresses that may not be aligned for the type.
@@ -107,7 +209,7 @@ __host__ __device__ constexpr int ScaleBytes(const PageLayout& layout) {
 }
 
 // kElement is an element with codes, or kFloat32 for any that is stored as it comes.
-template <Dtype kDtype, Element kElement>
+template <Dtype kDtype, Element kElement, bool kPacked>
 __global__ void __launch_bounds__(kThreads, 8)
     SealPagesKernel(const SealPagesParams p, const SealLaunch launch) {
   using T = typename Stored<kDtype>::Type;
@@ -117,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, 8)
   const bool is_keys = blockIdx.z == 0;
   PageLayout layout = p.layout;
   if (kCoded) layout.element = kElement;  // a constant, for the compiler
+  if (!kPacked) layout.key_bits = 0;
   const int num_tokens = layout.page_size, num_channels = layout.head_dim;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
@@ -144,17 +247,29 @@ __global__ void __launch_bounds__(kThreads, 8)
     *high = fmaxf(*high, x);
     bad |= !(fabsf(x) <= std::numeric_limits<float>::max());
   };
-  const auto put_scale = [&](int i, int count, float low, float high) {
-    if constexpr (kCoded) {
-      const Scale s = MakeScale<kElement>(low, high);
-      bad |= !(fabsf(s.scale) <= 65504.0f && fabsf(s.minimum) <= 65504.0f);
-      scales[i] = s;
-      uint8_t* section = out + (is_keys ? layout.KeyScaleOffset() : layout.ValueScaleOffset());
-      Store(section + 2 * (int64_t{head} * count + i), FloatToHalf(s.scale), launch.aligned);
-      if (ScaleRows(kElement) == 2) {
-        Store(section + 2 * (int64_t{layout.num_kv_heads + head} * count + i),
-              FloatToHalf(s.minimum), launch.aligned);
-      }
+  const auto put_scale = [&](int i, int count, const PackedScale& s) {
+    uint8_t* section = out + (is_keys ? layout.KeyScaleOffset() : layout.ValueScaleOffset());
+    const int64_t at = int64_t{head} * count + i;
+    const int64_t minimum_at = at + int64_t{layout.num_kv_heads} * count;
+    scales[i] = s.scale;
+    if (kPacked && layout.byte_scales != 0) {
+      section[at] = static_cast<uint8_t>(s.scale_byte);
+      section[minimum_at] = static_cast<uint8_t>(s.minimum_byte);
+      return;
+    }
+    bad |= !(fabsf(s.scale.scale) <= 65504.0f && fabsf(s.scale.minimum) <= 65504.0f);
+    Store(section + 2 * at, FloatToHalf(s.scale.scale), launch.aligned);
+    if (ScaleRows(kElement) == 2) {
+      Store(section + 2 * minimum_at, FloatToHalf(s.scale.minimum), launch.aligned);
+    }
+  };
+  const int bits = is_keys ? layout.key_bits : layout.value_bits;  // of packed pages
+  const float levels = static_cast<float>((1 << bits) - 1);
+  const auto scale_of = [&](float low, float high, const auto& error) -> PackedScale {
+    if constexpr (kPacked) {
+      return BestScale(layout, levels, low, high, error);
+    } else {
+      return {MakeScale<kElement>(low, high), 0, 0};
     }
   };
   if (is_keys) {
@@ -164,7 +279,16 @@ __global__ void __launch_bounds__(kThreads, 8)
         take(ToFloat<kDtype>(input[s * stride + d]), &low, &high);
       low = Add(low, 0.0f);
       high = Add(high, 0.0f);
-      put_scale(d, num_channels, low, high);
+      if constexpr (kCoded) {
+        put_scale(d, num_channels, scale_of(low, high, [&](const Scale& s) {
+                    float sum = 0.0f;
+                    for (int token = 0; token < num_tokens; ++token) {
+                      const float x = ToFloat<kDtype>(input[token * stride + d]);
+                      sum = Add(sum, SquaredError(x, s, levels));
+                    }
+                    return sum;
+                  }));
+      }
       if (p.bounds != nullptr) {
         // Minima and maxima are elements of the input: converting them back loses nothing.
         const auto put_bound = [&](int which, float x) {
@@ -188,17 +312,51 @@ __global__ void __launch_bounds__(kThreads, 8)
         take(ToFloat<kDtype>(input[s * stride + d]), &low, &high);
       low = Add(WarpMin(low), 0.0f);
       high = Add(WarpMax(high), 0.0f);
-      if (lane == 0) put_scale(s, num_tokens, low, high);
+      if constexpr (kCoded) {
+        // Both halves of the warp do the same.
+        const PackedScale scale = scale_of(low, high, [&](const Scale& scale) {
+          float sum = 0.0f;
+          for (int d = lane % 16; d < num_channels; d += 16) {
+            const float x = ToFloat<kDtype>(input[s * stride + d]);
+            sum = Add(sum, SquaredError(x, scale, levels));
+          }
+#pragma unroll
+          for (int mask = 8; mask > 0; mask /= 2) sum = Add(sum, ShuffleXor(sum, mask));
+          return sum;
+        });
+        if (lane == 0) put_scale(s, num_tokens, scale);
+      }
     }
   }
   if (__syncthreads_or(bad) && threadIdx.x == 0) *p.nonfinite = 1;
 
   // Data. Also a barrier above: all scales are there.
-  const int64_t head_bytes = layout.RowBytes() * num_tokens;
+  const int64_t head_bytes = (is_keys ? layout.RowBytes() : layout.ValueRowBytes()) * num_tokens;
   uint8_t* data = out + (is_keys ? 0 : layout.ValueOffset()) + head * head_bytes;
   if constexpr (!kCoded) {
     CopyRows<T>(data, reinterpret_cast<const uint8_t*>(input), stride * sizeof(T), num_tokens,
                 num_channels * sizeof(T), launch.aligned);
+  } else if constexpr (kPacked) {
+    const int row_bytes = num_channels * bits / 8;
+    for (int i = threadIdx.x; i < head_bytes; i += kThreads) {
+      const int token = i / row_bytes;
+      int at = i - token * row_bytes, plane_bits = bits, shift = 0;
+      if (bits == 3) {  // the plane of the lower two, then that of the third
+        plane_bits = at < num_channels / 4 ? 2 : 1;
+        shift = plane_bits == 2 ? 0 : 2;
+        at -= plane_bits == 2 ? 0 : num_channels / 4;
+      }
+      const int width = num_channels * plane_bits / 8;
+      uint32_t byte = 0;
+      for (int j = 0; j < 8 / plane_bits; ++j) {
+        const int channel = at + j * width;
+        const float x = ToFloat<kDtype>(input[token * stride + channel]);
+        const auto code =
+            static_cast<uint32_t>(Level(x, scales[is_keys ? channel : token], levels));
+        byte |= (code >> shift & ((1u << plane_bits) - 1)) << (plane_bits * j);
+      }
+      data[i] = static_cast<uint8_t>(byte);
+    }
   } else {
     // Four bytes per thread. Pages have a multiple of 8 tokens, so head_bytes is one of 4; but a
     // word may begin in one row and end in the next.
@@ -232,19 +390,19 @@ __global__ void __launch_bounds__(kThreads, 8)
     const auto pad = [&](int64_t begin, int64_t end) {
       if (begin + threadIdx.x < end) out[begin + threadIdx.x] = 0;
     };
-    const int64_t scale_bytes = int64_t{2} * ScaleRows(kElement) * layout.num_kv_heads *
+    const int64_t scale_bytes = layout.ScaleBytes() * ScaleRows(kElement) * layout.num_kv_heads *
                                 (is_keys ? num_channels : num_tokens);
     if (is_keys) {
       pad(layout.DataBytes(), layout.KeyScaleOffset());
       pad(layout.KeyScaleOffset() + scale_bytes, layout.ValueOffset());
     } else {
-      pad(layout.ValueOffset() + layout.DataBytes(), layout.ValueScaleOffset());
+      pad(layout.ValueOffset() + head_bytes * layout.num_kv_heads, layout.ValueScaleOffset());
       pad(layout.ValueScaleOffset() + scale_bytes, layout.PageBytes());
     }
   }
 }
 
-template <Dtype kDtype, Element kElement>
+template <Dtype kDtype, Element kElement, bool kPacked = false>
 void LaunchSealPages(const SealPagesParams& p, cudaStream_t stream) {
   const int64_t elements = int64_t{p.layout.page_size} * p.layout.head_dim;
   const int64_t staged_bytes = elements * DtypeBytes(kDtype);
@@ -254,11 +412,11 @@ void LaunchSealPages(const SealPagesParams& p, cudaStream_t stream) {
                     reinterpret_cast<uintptr_t>(p.bounds) | p.bounds_stride) %
                        4 ==
                    0;
-  const dim3 grid(p.num_pages, p.layout.num_kv_heads, 2);
+  const dim3 grid(p.num_pages, p.layout.num_kv_heads, p.layout.latent_dim > 0 ? 1 : 2);
   const int shared_bytes =
       ScaleBytes(p.layout) + static_cast<int>(launch.staged ? staged_bytes : 0);
-  Launch("seal_pages", SealPagesKernel<kDtype, kElement>, grid, kThreads, shared_bytes, stream, p,
-         launch);
+  Launch("seal_pages", SealPagesKernel<kDtype, kElement, kPacked>, grid, kThreads, shared_bytes,
+         stream, p, launch);
 }
 
 }  // namespace
@@ -267,6 +425,8 @@ void SealPagesCuda(const SealPagesParams& params, cudaStream_t stream) {
   if (params.num_pages == 0) return;
   WithDtype(params.dtype, [&](auto dtype) {
     constexpr Dtype kDtype = decltype(dtype)::value;
+    if (params.layout.Packed())
+      return LaunchSealPages<kDtype, Element::kInt8, true>(params, stream);
     switch (params.layout.element) {
       case Element::kFp8:
         return LaunchSealPages<kDtype, Element::kFp8>(params, stream);

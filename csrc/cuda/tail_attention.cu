@@ -6,7 +6,13 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kRows = 8;  // query heads of the KV head at a time
+
+// Query heads of the KV head at a time, and the most channels of a value: of latent attention there
+// are more.
+template <bool kWide>
+constexpr int kRowsOf = kWide ? 4 : 8;
+template <bool kWide>
+constexpr int kMaxDimOf = kWide ? kMaxLatentDim : kMaxHeadDim;
 
 template <Dtype kDtype>
 struct TailTokens {
@@ -48,12 +54,14 @@ __host__ __device__ constexpr int PaddedDim(int64_t head_dim) {
   return static_cast<int>(CeilDiv(head_dim, kKeyWidth)) * kKeyWidth;
 }
 
-template <Dtype kDtype>
+template <Dtype kDtype, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAttentionParams p) {
+  constexpr int kRows = kRowsOf<kWide>;
   using T = typename Stored<kDtype>::Type;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t n = blockIdx.x, kv_head = blockIdx.y;
   const int head_dim = static_cast<int>(p.head_dim), padded_dim = PaddedDim(p.head_dim);
+  const int value_dim = static_cast<int>(p.value_dim);
   const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
   const int first_row = blockIdx.z * kRows;  // within the group
   const int num_rows = min(kRows, group - first_row);
@@ -75,22 +83,22 @@ __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAtt
   tokens.head_dim = head_dim;
   tokens.vectors = head_dim % kKeyWidth == 0 && Aligned16(tokens.keys);
 
-  AttentionState<kRows> state;
+  AttentionState<kRows, kMaxDimOf<kWide>> state;
   state.Clear();
   for (int first = warp * kWarpSize; first < length; first += kThreads) {
     const int count = min(kWarpSize, length - first);
     float scores[kRows];
     ScoreTokens<kRows>(tokens, first, count, query, padded_dim, p.scale, scores);
-    AttendTokens<kRows>(tokens, first, count, head_dim, scores, &state);
+    AttendTokens(tokens, first, count, value_dim, scores, &state);
   }
 
   const WarpPartials partials(DynamicShared() + kRows * padded_dim * sizeof(float), kWarps, kRows,
-                              head_dim);
+                              value_dim);
   StoreWarp(state, warp, partials);
   __syncthreads();
   MergeWarps<kWarps>(
       partials, num_rows,
-      [&](int row, int d, float x) { p.out[(first_head + row) * head_dim + d] = x; },
+      [&](int row, int d, float x) { p.out[(first_head + row) * value_dim + d] = x; },
       [&](int row, float lse) { p.lse[first_head + row] = lse; });
 }
 
@@ -98,18 +106,25 @@ __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAtt
 
 void TailAttentionCuda(const TailAttentionParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  if (params.head_dim > kMaxHeadDim) {
-    throw std::runtime_error("tail_attention: head_dim " + std::to_string(params.head_dim) +
-                             " has no CUDA kernel; the largest is " + std::to_string(kMaxHeadDim));
-  }
-  const int head_dim = static_cast<int>(params.head_dim);
-  const int shared_bytes = kRows * PaddedDim(head_dim) * static_cast<int>(sizeof(float)) +
-                           WarpPartials::Bytes(kWarps, kRows, head_dim);
-  const dim3 grid(params.num_rows, params.num_kv_heads,
-                  CeilDiv(params.num_heads / params.num_kv_heads, kRows));
+  const auto launch = [&](auto kernel, int rows, int most) {
+    if (params.value_dim > most) {
+      throw std::runtime_error("tail_attention: values of " + std::to_string(params.value_dim) +
+                               " channels have no CUDA kernel; the most are " +
+                               std::to_string(most));
+    }
+    const int shared_bytes = rows * PaddedDim(params.head_dim) * static_cast<int>(sizeof(float)) +
+                             WarpPartials::Bytes(kWarps, rows, static_cast<int>(params.value_dim));
+    const dim3 grid(params.num_rows, params.num_kv_heads,
+                    CeilDiv(params.num_heads / params.num_kv_heads, rows));
+    Launch("tail_attention", kernel, grid, kThreads, shared_bytes, stream, params);
+  };
   WithDtype(params.dtype, [&](auto dtype) {
-    Launch("tail_attention", TailAttentionKernel<decltype(dtype)::value>, grid, kThreads,
-           shared_bytes, stream, params);
+    constexpr Dtype kDtype = decltype(dtype)::value;
+    if (params.value_dim > kMaxHeadDim) {
+      launch(TailAttentionKernel<kDtype, true>, kRowsOf<true>, kMaxDimOf<true>);
+    } else {
+      launch(TailAttentionKernel<kDtype, false>, kRowsOf<false>, kMaxDimOf<false>);
+    }
   });
 }
 

@@ -47,10 +47,8 @@ READ_VALUES = (
 """Ops to whose kernels latent pages are something of their own."""
 READ_PAGES = ("seal_pages", "decode_attention", "prefill_attention", "key_scores")
 """Ops to whose kernels the elements of a page are something of their own."""
-LATENT_DEVICES = {"cpp": ("cpu",)}
-"""Per backend: devices on which its kernels read latent pages."""
-PACKED_DEVICES = (("cpp", "cpu"),)
-"""Backends and devices whose kernels write and read packed pages, and narrow ranges (`PageLayout.clip`)."""
+SPECIAL_PAGES = ("cpp",)
+"""Backends whose kernels know latent and packed pages, and narrow ranges (`PageLayout.clip`)."""
 
 
 class Ops:
@@ -123,12 +121,12 @@ class Ops:
         """Ops whose kernels in a backend cannot read the pages, or not write them."""
         if self.layout is None:
             return ()
-        if self.layout.latent_dim is not None and self.device_type not in LATENT_DEVICES.get(backend, ()):
+        special = backend in SPECIAL_PAGES
+        if self.layout.latent_dim is not None and not special:
             return READ_VALUES
-        packs = (backend, self.device_type) in PACKED_DEVICES
         if not self.layout.kernels_know:
-            return () if self.layout.packed and packs else READ_PAGES
-        return ("seal_pages",) if self.layout.clip and not packs else ()
+            return () if self.layout.packed and special else READ_PAGES
+        return ("seal_pages",) if self.layout.clip and not special else ()
 
     def implementation(self, op: str) -> str:
         """Which backend runs an op: "reference", "cpp" or "triton"."""

@@ -47,7 +47,7 @@ def decode_attention(
 ) -> None:
     num_splits, scratch = _num_splits(table, layout), None
     if query.device.type == "cuda":
-        floats = _C.decode_scratch_floats(*query.shape, num_splits)
+        floats = _C.decode_scratch_floats(*query.shape[:2], layout.value_dim, num_splits)
         scratch = torch.empty(floats, dtype=torch.float32, device=query.device)
     _C.decode_attention(
         query, *_slabs(slabs), table, counts, *_layout(layout), scale, out, lse, page_lse, num_splits, scratch

@@ -31,7 +31,7 @@ def _names(kind: type, names: str) -> dict[str, type]:
 
 Layout = _struct(
     "Layout",
-    **_names(c_int32, "num_kv_heads head_dim page_size element latent_dim key_bits value_bits byte_scales"),
+    **_names(c_int32, "num_kv_heads head_dim page_size element latent_dim key_bits value_bits byte_scales clip"),
 )
 SlabRows = _struct("SlabRows", pointers=c_void_p, slab_rows=c_int64, row_bytes=c_int64)
 SealPages = _struct(
@@ -146,19 +146,25 @@ class EmulatedOps:
         self.num_splits = num_splits
 
     def seal_pages(
-        self, keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor | None,
+        layout: PageLayout,
+        out: Tensor,
+        bounds: Tensor | None,
+        nonfinite: Tensor,
     ) -> None:
         params = SealPages(
             keys.data_ptr(),
-            values.data_ptr(),
+            None if values is None else values.data_ptr(),
             out.data_ptr(),
             None if bounds is None else bounds.data_ptr(),
             nonfinite.data_ptr(),
-            _layout(layout),
+            _layout(layout, layout.seal_code),
             DTYPES.index(keys.dtype),
             len(keys),
             (c_int64 * 3)(*keys.stride()[:3]),
-            (c_int64 * 3)(*values.stride()[:3]),
+            (c_int64 * 3)(*([] if values is None else values.stride()[:3])),
             out.stride(0),
             0 if bounds is None else bounds.stride(0),
         )
@@ -238,7 +244,7 @@ class EmulatedOps:
         tensors = [t.data_ptr() for t in (query, keys, values, lengths, out, lse)]
         n, kv_heads, page_size, head_dim = keys.shape
         params = TailAttention(
-            *tensors, DTYPES.index(query.dtype), scale, n, query.shape[1], kv_heads, page_size, head_dim
+            *tensors, DTYPES.index(query.dtype), scale, n, query.shape[1], kv_heads, page_size, head_dim, out.shape[2]
         )
         self.lib.TailAttention(ctypes.byref(params))
 
@@ -321,8 +327,12 @@ class EmulatedOps:
         self.lib.ChooseVictims(ctypes.byref(params))
 
 
-def _layout(layout: PageLayout) -> ctypes.Structure:
-    return Layout(layout.num_kv_heads, layout.head_dim, layout.page_size, layout.code)
+def _layout(layout: PageLayout, code: int | None = None) -> ctypes.Structure:
+    """As `Args.LayoutOf` of csrc/checks.h makes it."""
+    code = layout.code if code is None else code
+    bits = code >> 8 & 0xFF, code >> 16 & 0xFF, code >> 24 & 1, code >> 25 & 1
+    sizes = layout.num_kv_heads, layout.head_dim, layout.page_size
+    return Layout(*sizes, code & 0xFF, layout.latent_dim or 0, *bits)
 
 
 def _slabs(slabs: Slabs) -> ctypes.Structure:
