@@ -38,8 +38,6 @@ EXAMPLES = """examples:
   pikv tune --out tuned.json                       the settings with the least latency + 0.2*memory - 5*fidelity
   pikv heads --out heads.json                      retrieval heads, for the budget "duo\""""
 
-CODEC_CHOICES = ("none", "fp8", "int8", "int4", "int2")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
@@ -94,7 +92,11 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--context", nargs="+", type=tokens, default=[4096, 32768], metavar="N", help="tokens; default: 4k 32k"
     )
     bench.add_argument(
-        "--codecs", nargs="+", choices=CODEC_CHOICES, default=["none", "int8", "int4"], help="default: none int8 int4"
+        "--codecs",
+        nargs="+",
+        default=["none", "int8", "int4"],
+        metavar="CODEC",
+        help="int4, int3/int2 (keys/values), int3+clip+scales8, ...; default: none int8 int4",
     )
     bench.add_argument("--budget", type=float, default=0.125, help="of --op lookup, a share; default: 0.125")
     bench.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="CPU threads; default: 1")
@@ -120,6 +122,8 @@ def _bench(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}: use a whole number of at least 1")
     if args.heads % args.kv_heads:
         raise ValueError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
+    for codec in args.codecs:
+        attention.codec_of(codec)
     if not 0 < args.budget <= 1:
         raise ValueError(f"--budget = {args.budget}: use a share of the pages, above 0 and at most 1")
     if args.plot and args.op == "seal":

@@ -59,11 +59,23 @@ def test_the_other_apex_is_not_nvidias(inside: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("op", ["decode", "lookup", "seal"])
 def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, picture = tmp_path / "new" / "figures.json", tmp_path / "picture.png"
-    small = ["--gib", "0.001", "--rounds", "2", "--context", "256", "--codecs", "int4", "--kv-heads", "1"]
+    small = [
+        "--gib",
+        "0.001",
+        "--rounds",
+        "2",
+        "--context",
+        "256",
+        "--codecs",
+        "int4",
+        "int3/int2+clip",
+        "--kv-heads",
+        "1",
+    ]
     drawn = [] if op == "seal" else ["--plot", str(picture)]
     assert main(["bench", "--op", op, *small, "--heads", "2", "--json", str(figures), *drawn]) == 0
     results = json.loads(figures.read_text())["results"]
-    assert any("int4" in r["contender"] for r in results)
+    assert all(any(codec in r["contender"] for r in results) for codec in ("int4", "int3/int2+clip"))
     assert all(r["median_s"] > 0 and r["gb_per_s"] > 0 for r in results)
     assert "int4" in capsys.readouterr().out
     assert op == "seal" or picture.read_bytes().startswith(b"\x89PNG")
@@ -77,6 +89,9 @@ def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.Captur
         (["--op", "seal", "--plot", "x.png"], "--plot: draws figures against context"),
         (["--budget", "0"], "--budget = 0.0: use a share of the pages"),
         (["--rounds", "0"], "--rounds = 0: use a whole number"),
+        (["--codecs", "int4", "int3/int9"], "codec 'int3/int9': 'int9' is none of none, fp8, int8"),
+        (["--codecs", "int3+clipped"], "codec 'int3+clipped': 'clipped' is none of"),
+        (["--codecs", "none+clip"], "clip = True: is of integers"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

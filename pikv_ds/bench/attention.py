@@ -12,7 +12,7 @@ from torch import Tensor
 from pikv_ds.bench.timing import Contender
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
-from pikv_ds.policies.codecs import CODECS
+from pikv_ds.policies.codecs import ELEMENTS, Codec
 from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
@@ -38,15 +38,38 @@ class Setting:
         """``[1, H, D]``"""
         return torch.randn(1, self.num_heads, self.head_dim, device=self.device).to(self.dtype)
 
+    def pages(self, codec: str, backend: str) -> tuple[PageLayout, Ops]:
+        """The layout of a codec's pages (see `codec_of`), and a backend's ops for them."""
+        layout = codec_of(codec).layout(self.num_kv_heads, self.head_dim, self.page_size, self.dtype)
+        return layout, Ops(backend, self.device.type, layout)
+
     def copies(self, num_bytes: int) -> int:
         """Copies of data of ``num_bytes`` that make a working set."""
         return max(2, -(-self.working_set // num_bytes))
 
 
+def codec_of(text: str) -> Codec:
+    """A codec as the command line names it: ``int4``, ``int3/int2`` (keys/values), with ``+clip`` and ``+scales8``.
+
+    Raises:
+        ValueError: it names no codec.
+    """
+    elements, *options = text.split("+")
+    keys, _, values = elements.partition("/")
+    unknown = [x for x in (keys, values or keys) if x not in ELEMENTS] + [
+        x for x in options if x not in ("clip", "scales8")
+    ]
+    if unknown:
+        raise ValueError(
+            f"codec {text!r}: {unknown[0]!r} is none of {', '.join(ELEMENTS)}; write it as int4, int3/int2 "
+            "(keys/values) or int3+clip+scales8"
+        )
+    return Codec(keys, values or None, clip="clip" in options, scales=8 if "scales8" in options else 16)
+
+
 def paged(setting: Setting, context: int, codec: str, backend: str) -> Contender:
     """`decode_attention` over sealed pages."""
-    ops = Ops(backend, setting.device.type)
-    layout = CODECS[codec].layout(setting.num_kv_heads, setting.head_dim, setting.page_size, setting.dtype)
+    layout, ops = setting.pages(codec, backend)
     data = sealed(setting, context, layout, ops)
     tables = data.tables
     counts = torch.tensor([tables.shape[1]], dtype=torch.int32, device=setting.device)

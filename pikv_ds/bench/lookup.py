@@ -7,8 +7,6 @@ from torch import Tensor
 
 from pikv_ds.bench.attention import Setting, label, sealed
 from pikv_ds.bench.timing import Contender
-from pikv_ds.ops import Ops
-from pikv_ds.policies.codecs import CODECS
 from pikv_ds.policies.lookups import Candidates, QuestLookup, TwoStageLookup
 from pikv_ds.slabs import Slabs
 
@@ -19,8 +17,7 @@ def lookups(setting: Setting, context: int, codec: str, backend: str, budget: fl
     Args:
         budget: share of the pages that is attended to.
     """
-    ops = Ops(backend, setting.device.type)
-    layout = CODECS[codec].layout(setting.num_kv_heads, setting.head_dim, setting.page_size, setting.dtype)
+    layout, ops = setting.pages(codec, backend)
     two_stage, quest = TwoStageLookup(budget=budget), QuestLookup(budget=budget)
     data = sealed(setting, context, layout, ops, two_stage.summary)
     copies, num_pages = data.tables.shape

@@ -6,8 +6,6 @@ import torch
 
 from pikv_ds.bench.attention import Setting, label
 from pikv_ds.bench.timing import Contender
-from pikv_ds.ops import Ops
-from pikv_ds.policies.codecs import CODECS
 
 PAGES = 256
 """Pages per call: a prompt of 8,192 tokens."""
@@ -27,8 +25,7 @@ def copying(setting: Setting, context: int | None = None) -> Contender:
 
 def sealing(setting: Setting, codec: str, backend: str = "auto") -> Contender:
     """`seal_pages` with key bounds, out of a prompt's keys and values ``[K, n, D]``."""
-    ops = Ops(backend, setting.device.type)
-    layout = CODECS[codec].layout(setting.num_kv_heads, setting.head_dim, setting.page_size, setting.dtype)
+    layout, ops = setting.pages(codec, backend)
     tokens = PAGES * setting.page_size
     keys, values = setting.tokens(tokens), setting.tokens(tokens)
     out_bytes = PAGES * (layout.page_bytes + layout.bounds_bytes)
