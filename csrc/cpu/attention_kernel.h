@@ -713,6 +713,7 @@ class Attention {
     for (; t < visible; t += kLanes) {
       F weight = Exp2<Simd>(Load<F>(weights + t) - peak);
       sums = sums + weight;
+      if (task_.keys_only) continue;  // nothing of the values has been read
       if (kValueMinima) minima = minima + weight * Load<F>(value_minima_ + t);
       if (kValueScales) weight = weight * Load<F>(value_scales_ + t);
       if (kValueScales && Operand::kGroup > 1) largest = Simd::Max(largest, weight);
