@@ -36,7 +36,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   echo "== tests"
   failed=0
   "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_seal.py tests/test_scheduling.py \
-    -k cuda || failed=$?
+    tests/test_packed_pages.py -k cuda || failed=$?
 
   bench=("$python" -m pikv_ds.cli bench --device cuda --gib 4 --rounds "$rounds")
   echo "== decode"

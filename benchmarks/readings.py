@@ -322,7 +322,8 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time per decoded token, the model's own work included, with the fastest and with the reference ops.
+    """Time per decoded token, the model's own work included, with the fastest and with the reference ops; and what of
+    it goes by in the cache (its attention with its exchanges, waits for other ranks included): no op touches the rest.
 
     They take turns, token by token, within one generation: a slow moment of the machine hits both.
     """
@@ -338,26 +339,38 @@ def speed(args: argparse.Namespace) -> None:
     bench = Bench(args)
     ops = {name: Ops(name, launch_env.device().type) for name in ("auto", "reference")}
     seconds: dict[str, list[float]] = {name: [] for name in ops}
+    in_cache: dict[str, list[float]] = {name: [] for name in ops}
     engine = bench.engine(codec=args.codec)
     store = pikv_ds.api.attachment_of(engine).store
     device = launch_env.device().type
     formats = {name: [dataclasses.replace(f, ops=Ops(name, device, f.layout)) for f in store.formats] for name in ops}
     assert store.attention.formats is store.sender.formats is store.formats
 
+    attend = store.attend
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return attend(*arguments, **options)
+        finally:
+            Turns.cache += time.perf_counter() - started
+
     class Turns(StoppingCriteria):
         """Notes each token's time and lets the other ops make the next one."""
 
-        count, before = 0, 0.0
+        count, before, cache = 0, 0.0, 0.0
 
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             now = time.perf_counter()
             if self.count > 2:  # the prompt and a first token of each are no measurement
                 seconds[list(ops)[(self.count - 1) % 2]].append(now - self.before)
+                in_cache[list(ops)[(self.count - 1) % 2]].append(Turns.cache)
             name = list(ops)[self.count % 2]
             store.attention.ops, store.formats[:] = ops[name], formats[name]  # one list, that all of the store reads
-            self.count, self.before = self.count + 1, time.perf_counter()
+            self.count, self.before, Turns.cache = self.count + 1, time.perf_counter(), 0.0
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+    store.attend = watched
     ids = bench.prompt(args.tokens, TEXTS[bench.world.rank % len(TEXTS)])
     with torch.inference_mode():
         engine.module.generate(
@@ -371,10 +384,14 @@ def speed(args: argparse.Namespace) -> None:
         f"ms per decoded token, {bench.dtype}, codec {args.codec}, {bench.world.size} rank(s), medians of "
         f"{len(seconds['auto'])}",
         "rank", "prompt tokens", f"{ops['auto'].implementation('decode_attention')} ops", "reference ops", "ratio",
+        "in the cache", "in the cache, reference", "ratio",
     )  # fmt: skip
-    mine = [statistics.median(seconds[name]) * 1e3 for name in ops]
-    for r, (tokens, fast, slow) in enumerate(bench.gather((ids.shape[1], *mine))):
-        table.add_row(str(r), f"{tokens:,}", f"{fast:.1f}", f"{slow:.1f}", f"{slow / fast:.2f}")
+    mine = [statistics.median(times[name]) * 1e3 for times in (seconds, in_cache) for name in ops]
+    for r, (tokens, *figures) in enumerate(bench.gather((ids.shape[1], *mine))):
+        cells = [f"{tokens:,}"]
+        for fast, slow in (figures[:2], figures[2:]):
+            cells += [f"{fast:.1f}", f"{slow:.1f}", f"{slow / fast:.2f}"]
+        table.add_row(str(r), *cells)
     bench.console.print(table)
 
 

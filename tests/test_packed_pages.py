@@ -1,4 +1,4 @@
-"""Pages of any integers, with scales of a byte and narrowed ranges, written and read by the CPU's kernels."""
+"""Pages of any integers, with scales of a byte and narrowed ranges, written and read by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,7 +33,20 @@ CODECS = [
 ]
 SEALED = [*CODECS, *(Codec(name, clip=True) for name in ("int8", "int4", "int2", "int1")), Codec("int4", scales=8)]
 """Those that are packed ones to `seal_pages` at least."""
-KERNELS, PLAIN = Ops("auto"), Ops("reference")
+PLAIN = Ops("reference")
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled kernels of a device, on which tensors are made."""
+    if missing := why_missing("cpp", request.param):
+        pytest.skip(missing)
+    with torch.device(request.param):
+        yield "cpp"
+
+
+def kernels(layout: PageLayout | None = None) -> Ops:
+    return Ops("cpp", torch.get_default_device().type, layout)
 
 
 def sealed(layout: PageLayout, num_pages: int, rng: torch.Generator) -> Slabs:
@@ -56,14 +70,14 @@ def close(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.label)
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 128])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_kernels_read_what_the_reference_reads(codec: Codec, head_dim: int, per_head: bool, rng) -> None:
+def test_kernels_read_what_the_reference_reads(codec: Codec, head_dim: int, per_head: bool, backend: str, rng) -> None:
     layout = codec.layout(2, head_dim, 16, torch.float32)
-    ops = Ops("auto", layout=layout)
+    ops = kernels(layout)
     assert layout.packed
     assert ops.implementation("decode_attention") == ops.implementation("key_scores") == "cpp"
     slabs, rows, pages, heads = sealed(layout, 40, rng), 3, 12, 6
     query = torch.randn(rows * 2, heads, head_dim, generator=rng)
-    table = torch.stack([torch.randperm(40, generator=rng)[:pages] + 1 for _ in range(rows)]).int()
+    table = torch.stack([torch.randperm(40, generator=rng, device=rng.device)[:pages] + 1 for _ in range(rows)]).int()
     counts = torch.tensor([pages, 5, 0], dtype=torch.int32)
     if per_head:
         table = torch.stack([table, table.flip(1)], dim=1)
@@ -81,11 +95,11 @@ def test_kernels_read_what_the_reference_reads(codec: Codec, head_dim: int, per_
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.label)
-def test_prompts_meet_packed_pages(codec: Codec, rng) -> None:
+def test_prompts_meet_packed_pages(codec: Codec, backend: str, rng) -> None:
     layout = codec.layout(2, 64, 32, torch.bfloat16)
-    ops, slabs = Ops("auto", layout=layout), sealed(codec.layout(2, 64, 32, torch.bfloat16), 70, rng)
+    ops, slabs = kernels(layout), sealed(codec.layout(2, 64, 32, torch.bfloat16), 70, rng)
     query = torch.randn(50, 6, 64, generator=rng).bfloat16()
-    slots = (torch.randperm(70, generator=rng)[:65] + 1).int()
+    slots = (torch.randperm(70, generator=rng, device=rng.device)[:65] + 1).int()
     got, expected = ([torch.empty(50, 6, 64), torch.empty(50, 6)] for _ in range(2))
     ops.prefill_attention(query, slabs, slots, layout, 0.125, *got)
     PLAIN.prefill_attention(query, slabs, slots, layout, 0.125, *expected)
@@ -93,7 +107,7 @@ def test_prompts_meet_packed_pages(codec: Codec, rng) -> None:
         torch.testing.assert_close(*pair, atol=1e-2, rtol=1e-2)  # bfloat16 queries
 
 
-def test_a_page_reads_the_same_whether_its_bits_are_known_or_unpacked(rng) -> None:
+def test_a_page_reads_the_same_whether_its_bits_are_known_or_unpacked(backend: str, rng) -> None:
     """int8, int4 and int2 have kernels of their own; unpacked, the same bytes give the same attention."""
     for name in ("int8", "int4", "int2"):
         layout = Codec(name).layout(2, 64, 32, torch.float32)
@@ -104,7 +118,7 @@ def test_a_page_reads_the_same_whether_its_bits_are_known_or_unpacked(rng) -> No
         results = []
         for kind in (layout, forced):
             out, lse = torch.empty(1, 4, 64), torch.empty(1, 4)
-            KERNELS.decode_attention(query, slabs, table, counts, kind, 0.125, out, lse)
+            kernels().decode_attention(query, slabs, table, counts, kind, 0.125, out, lse)
             results.append((out, lse))
         for pair in zip(*results, strict=True):
             close(*pair)
@@ -143,7 +157,7 @@ def test_what_cannot_be_unpacked_is_refused_by_name() -> None:
 
 
 def sealer(layout: PageLayout) -> Ops:
-    ops = Ops("cpp", layout=layout)
+    ops = kernels(layout)
     assert ops.implementation("seal_pages") == "cpp"
     return ops
 
@@ -151,7 +165,7 @@ def sealer(layout: PageLayout) -> Ops:
 @pytest.mark.parametrize("codec", SEALED, ids=lambda c: c.label)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 128])
-def test_bytes_are_those_of_the_reference(codec: Codec, dtype: torch.dtype, head_dim: int, rng) -> None:
+def test_bytes_are_those_of_the_reference(codec: Codec, dtype: torch.dtype, head_dim: int, backend: str, rng) -> None:
     for page_size, kv_heads in ((1, 2), (8, 3), (16, 1), (24, 2)):
         keys, values = (difficult((9, kv_heads, page_size, head_dim), dtype, rng) for _ in range(2))
         layout = codec.layout(kv_heads, head_dim, page_size, dtype)
@@ -161,7 +175,7 @@ def test_bytes_are_those_of_the_reference(codec: Codec, dtype: torch.dtype, head
 
 
 @pytest.mark.parametrize("codec", SEALED, ids=lambda c: c.label)
-def test_latent_pages_and_nonfinite_input(codec: Codec, rng) -> None:
+def test_latent_pages_and_nonfinite_input(codec: Codec, backend: str, rng) -> None:
     keys, values = torch.randn(2, 3, 2, 16, 40, generator=rng).bfloat16().unbind(0)
     if codec.values is None and codec.clip and codec.scales == 16 and codec.name not in ("int3", "int1"):
         latent = codec.layout(2, 40, 16, torch.bfloat16, latent_dim=32)
@@ -205,18 +219,18 @@ def test_every_instruction_set_seals_the_same_bytes(isa: str) -> None:
     assert int(done.stdout) > 0
 
 
-def test_a_byte_stands_for_the_nearest_scale() -> None:
+def test_a_byte_stands_for_the_nearest_scale(backend: str) -> None:
     """The table that decodes, and the limits that encode, are those of the codec's definition, to the last bit."""
     scales, limits = reference.BYTE_SCALES, reference.BYTE_LIMITS
-    assert torch.equal(scales, torch.exp2((torch.arange(256) / 8 - 24).double()).float())
+    definition = torch.exp2((torch.arange(256, device="cpu") / 8 - 24).double()).float()
+    assert torch.equal(scales, definition)
     assert (scales[:-1] < limits).all()
     assert (limits < scales[1:]).all()
-    around = torch.cat(
-        [limits, limits.nextafter(torch.tensor(0.0)), limits.nextafter(torch.tensor(torch.inf)), scales]
-    )
+    below, above = (limits.nextafter(torch.tensor(x, device="cpu")) for x in (0.0, torch.inf))
+    steps = torch.cat([limits, below, above, scales]).to(torch.get_default_device())
     # a key channel of two tokens, 0 and 15 steps: int4's step is the one that we want, but for rounding
     keys = (
-        torch.stack([torch.zeros_like(around), around * 15]).T.reshape(-1, 1, 2, 1).expand(-1, -1, -1, 8).contiguous()
+        torch.stack([torch.zeros_like(steps), steps * 15], dim=1)[:, None, :, None].expand(-1, -1, -1, 8).contiguous()
     )
     layout = Codec("int4", scales=8).layout(1, 8, 2, torch.float32)
     assert seal(sealer(layout), keys, keys, layout) == seal(None, keys, keys, layout)
