@@ -33,6 +33,20 @@ PIKV_INLINE Floats Exp2(Floats x) {
   return x < Splat(-125.0f) ? Floats{} : result;
 }
 
+// log2 of normal x to 2e-8 and rounding; NaN for NaN.
+PIKV_INLINE Floats Log2(Floats x) {
+  // x = 2^e m with m from sqrt(1/2) to sqrt(2), and log m = 2 atanh((m - 1) / (m + 1)).
+  constexpr int kSqrtHalf = 0x3f3504f3;
+  const Ints above = (Ints)x - kSqrtHalf;
+  const Floats m = (Floats)((above & 0x7fffff) + kSqrtHalf);
+  const Floats s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  Floats series = square * 0.320598898f + 0.412198583f;
+  series = series * square + 0.577078016f;
+  series = series * square + 0.961796694f;
+  series = series * square + 2.885390082f;
+  return __builtin_convertvector(above >> 23, Floats) + series * s + (x - x);
+}
+
 // A row's query as the bytes of summaries meet it: for each head, chunk and channel in a byte its
 // lanes and their magnitudes; then the heads' sums. What the last chunk shares with the one before
 // it is 0 there, so that nothing counts twice.
@@ -206,10 +220,9 @@ void ScoreBlock(const SubpageScoresParams& p, int64_t row, int64_t first, int64_
         for (int64_t i = 0; i < count; ++i) {
           sum += Exp2(LoadBits<Floats>(of_head + i * kBlock + page) * to_base_2 - highest);
         }
+        const Floats lse = (highest + Log2(sum)) * 0.69314718055994530942f;
         const int64_t there = std::min<int64_t>(kLanes, num_pages - page);
-        for (int64_t lane = 0; lane < there; ++lane) {
-          out[places[page + lane]] = highest[lane] * 0.69314718055994530942f + std::log(sum[lane]);
-        }
+        for (int64_t lane = 0; lane < there; ++lane) out[places[page + lane]] = lse[lane];
       }
     }
   }
