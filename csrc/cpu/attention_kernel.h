@@ -162,7 +162,7 @@ PIKV_INLINE void ForEachWordOfTokens(const TokenRows<Simd>& tokens, int row_byte
   for (int i = 0; at + 4 * i < row_bytes; ++i) use(at / 4 + i, words[i]);
 }
 
-// Asks for the next block's memory while this one is attended. Pages are scattered, so the hardware
+// Asks for the next blocks' memory while these are attended. Pages are scattered, so the hardware
 // cannot foresee where the next one lies; and a core can have only some 16 lines under way, so they
 // are asked for a few at a time: a burst would stall it. Keys and values take turns, as two streams
 // come in faster than one.
@@ -205,7 +205,7 @@ class Prefetcher {
   int64_t num_parts_ = 0, lines_ = 0, part_ = 0, asked_ = 0;
 };
 
-// Shares of the next block that are asked for by the end of a phase; about the phases' times.
+// Shares of the next blocks that are asked for by the end of a phase; about the phases' times.
 constexpr float kAfterPackKeys = 0.2f, kAfterScores = 0.45f, kAfterWeights = 0.75f;
 
 // c[rows, places] = a * b, where each word of A meets kLanes words of B. Works for all operands
@@ -593,7 +593,8 @@ class Attention {
       Operand::PackKeys(
           TokenRows<Simd>(kv.keys + token * kv.key_stride, kv.key_stride, num_tokens - token),
           head_dim_, key_groups_, b + token * key_groups_);
-      prefetcher_.Until(Between(0.0f, kAfterPackKeys, token + kLanes, num_tokens * max_parts_));
+      prefetcher_.Until(Between(0.0f, kAfterPackKeys, part * num_tokens + token + kLanes,
+                                max_parts_ * num_tokens));
     }
   }
 
