@@ -127,7 +127,7 @@ class PageLayout:
 
     @property
     def packed(self) -> bool:
-        """Whether a CPU's kernels read such pages by unpacking them to int8: integers, whatever their bits."""
+        """Whether the compiled kernels write and read such pages: integers, whatever their bits."""
         elements = (self.element, self.value_element or self.element)
         own_rank = self.value_rank not in (None, self.head_dim) or self.latent_dim is not None
         return not self.kernels_know and all(e.startswith("int") for e in elements) and not own_rank

@@ -9,16 +9,8 @@
 inline constexpr float kShares[kMaxRanges] = {1.0f, 0.9f, 0.8f, 0.7f, 0.6f, 0.5f, 0.4f};
 inline constexpr int kErrorLanes = 16;  // in which a token's errors are added up
 
-PIKV_INLINE Floats Magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-
 // Rounds to an integer, ties to even; |x| < 2^22.
 PIKV_INLINE Floats Round(Floats x) { return x + 0x1.8p23f - 0x1.8p23f; }
-
-// What is stored of a scale and a minimum, and what decoding makes of it.
-struct ScaleAndMinimum {
-  Ints stored_scale, stored_minimum;
-  Floats scale, minimum;
-};
 
 // The power of two, in eighths and from 2^-24 on, that is nearest to a step; see ScaleOfByte.
 PIKV_INLINE Ints ByteOfScale(Floats step) {
@@ -38,15 +30,6 @@ inline ScaleAndMinimum ByteScaling(Floats low, Floats high, float levels) {
   const Floats quarters = Round(Max(Min(low / s.scale * 4.0f, Splat(127.0f)), Splat(-127.0f)));
   s.stored_minimum = __builtin_convertvector(quarters, Ints);
   s.minimum = quarters / 4.0f * s.scale;
-  return s;
-}
-
-PIKV_INLINE ScaleAndMinimum HalfScaling(Floats low, Floats high, float levels) {
-  ScaleAndMinimum s;
-  s.stored_minimum = HalfMinimum(low);
-  s.minimum = FromHalf(s.stored_minimum);
-  s.stored_scale = ToHalf(Max(high - s.minimum, Floats{}) / levels);
-  s.scale = FromHalf(s.stored_scale);
   return s;
 }
 

@@ -103,6 +103,22 @@ PIKV_INLINE Ints HalfMinimum(Floats x) {
   return half + ((FromHalf(half) > x) & down);
 }
 
+// What is stored of a scale and a minimum, and what decoding makes of it.
+struct ScaleAndMinimum {
+  Ints stored_scale, stored_minimum;
+  Floats scale, minimum;
+};
+
+// Those of integers from 0 to `levels`, in float16.
+PIKV_INLINE ScaleAndMinimum HalfScaling(Floats low, Floats high, float levels) {
+  ScaleAndMinimum s;
+  s.stored_minimum = HalfMinimum(low);
+  s.minimum = FromHalf(s.stored_minimum);
+  s.stored_scale = ToHalf(Max(high - s.minimum, Floats{}) / levels);
+  s.scale = FromHalf(s.stored_scale);
+  return s;
+}
+
 // Scales, minima and their stored bits from the extremes; false where float16 cannot hold one.
 template <Element kElement>
 bool FindScaling(const Scaling& s, int64_t n) {
@@ -113,17 +129,15 @@ bool FindScaling(const Scaling& s, int64_t n) {
     const Floats low = Load(s.low + i) + 0.0f, high = Load(s.high + i) + 0.0f;
     Ints half;
     if constexpr (kElement == Element::kFp8) {
-      const Floats peak = Max((Floats)((Ints)low & 0x7fffffff), (Floats)((Ints)high & 0x7fffffff));
+      const Floats peak = Max(Magnitude(low), Magnitude(high));
       half = ToHalf(peak / 448.0f);
       half -= FromHalf(half) * 448.0f < peak;  // up to the next one: a true lane is -1
     } else {
-      const Ints minimum_half = HalfMinimum(low);
-      const Floats minimum = FromHalf(minimum_half);
-      constexpr float kLevels = (1 << ElementBits(kElement)) - 1;
-      half = ToHalf(Max(high - minimum, Floats{}) / kLevels);
-      infinite |= (minimum_half & 0x7c00) == 0x7c00;
-      StoreBits(s.minimum + i, minimum);
-      StoreBits(s.stored[1] + i, Narrow(minimum_half));
+      const ScaleAndMinimum found = HalfScaling(low, high, (1 << ElementBits(kElement)) - 1);
+      half = found.stored_scale;
+      infinite |= (found.stored_minimum & 0x7c00) == 0x7c00;
+      StoreBits(s.minimum + i, found.minimum);
+      StoreBits(s.stored[1] + i, Narrow(found.stored_minimum));
     }
     infinite |= (half & 0x7c00) == 0x7c00;
     const Floats scale = FromHalf(half);

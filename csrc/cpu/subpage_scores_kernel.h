@@ -16,8 +16,6 @@ PIKV_INLINE Ints WidenBytes(const uint8_t* from) {
 #endif
 }
 
-PIKV_INLINE Floats Magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-
 // 2^x for x <= 0 to 2e-9 and rounding; 0 below 2^-125, NaN for NaN. As attention_kernel.h has it.
 PIKV_INLINE Floats Exp2(Floats x) {
   const Floats rounder = Splat(0x1.8p23f);  // pushes the fraction out and leaves the integer lowest

@@ -30,6 +30,8 @@ struct Float16 {
 
 PIKV_INLINE Floats Splat(float x) { return x - Floats{}; }  // minus, lest -0.0 become 0.0
 
+PIKV_INLINE Floats Magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
 template <typename V>
 PIKV_INLINE V LoadBits(const void* from) {
   V v;
