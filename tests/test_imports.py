@@ -23,6 +23,7 @@ FOUNDATION = {
     "placement",
     "pages",
     "policies",
+    "routers",
     "sequences",
     "shape",
     "slabs",
