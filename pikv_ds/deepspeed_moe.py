@@ -6,9 +6,11 @@ group timeouts) is touched in one function each.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,13 +56,41 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     parallel = settings.get("expert_parallel")
     if parallel is not None and parallel.get("enabled", False):
         settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
-    engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
+    with _recorders_by_name():
+        engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
     engine.eval()
     launch_env.return_freed_memory()  # the other ranks' experts
     group = expert_group(engine.module)
     if group is not None:
         _set_timeout(group, timeout_s)
     return engine
+
+
+@contextlib.contextmanager
+def _recorders_by_name() -> Iterator[None]:
+    """Lets AutoEP find transformers' output recorders by the names of classes, as it does up to DeepSpeed 0.19.8.
+
+    Newer transformers look them up by model, and their registry fails for a name.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    registry = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
+    if registry is None or type(registry) is dict:
+        yield
+        return
+    kind = type(registry)
+
+    class ByModelOrName(kind):  # type: ignore[valid-type,misc]
+        def get(self, key: Any, default: Any = None) -> Any:
+            return dict.get(self, key, default) if isinstance(key, str) else kind.get(self, key)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            (dict if isinstance(key, str) else kind).__setitem__(self, key, value)
+
+    registry.__class__ = ByModelOrName
+    try:
+        yield
+    finally:
+        registry.__class__ = kind
 
 
 def _take_dtype(settings: dict[str, Any]) -> torch.dtype | None:
