@@ -11,12 +11,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
 from megatron.core.inference.data_parallel_inference_coordinator import DataParallelInferenceCoordinator
 
 from megatron_patch import compat
+from pikv_ds import launch_env
 
 _HELLO, _READY, _GO = b"hello", b"ready", b"go"
 
@@ -32,6 +34,7 @@ class Coordinator(DataParallelInferenceCoordinator):  # type: ignore[misc]
     @classmethod
     def entrypoint(cls, *args: Any, **kwargs: Any) -> None:
         quiet_signals()
+        choose_addresses()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         parent = multiprocessing.parent_process()
@@ -51,6 +54,26 @@ def quiet_signals() -> None:
     faulthandler.unregister(signal.SIGINT)
 
 
+class _Loopback:
+    """Stands in for Python's module `socket` where Megatron asks it for one thing only."""
+
+    @staticmethod
+    def gethostname() -> str:
+        return "127.0.0.1"
+
+
+def choose_addresses() -> None:
+    """Has Megatron's sockets listen on loopback where all ranks are on this machine: they ask nobody who they are.
+
+    Where ranks are on several machines, they listen as Megatron has it, on the address of the machine's name.
+    """
+    from megatron.core.inference import data_parallel_inference_coordinator
+    from megatron.core.inference.engines import async_zmq_communicator, dynamic_engine
+
+    for module in (data_parallel_inference_coordinator, async_zmq_communicator, dynamic_engine):
+        module.socket = _Loopback if launch_env.one_machine() else socket
+
+
 async def connect(engine: Any) -> str:
     """Starts the coordinator (on rank 0) and connects this rank's engine with it. Collective.
 
@@ -61,6 +84,7 @@ async def connect(engine: Any) -> str:
 
     compat.require(compat.ENGINE_SINCE, "the coordinator")
     dynamic_engine.DataParallelInferenceCoordinator = Coordinator
+    choose_addresses()
     address = await engine.start_listening_to_data_parallel_coordinator(launch_inference_coordinator=True)
     _meet(getattr(engine, "expert_parallel_zmq_communicator", None))
     return str(address)

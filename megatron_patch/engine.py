@@ -31,7 +31,8 @@ def initialize(tp: int = 1, seed: int = DEFAULT_SEED) -> Any:
     if cuda:
         torch.cuda.set_device(launch_env.device())
     if launch_env.launched():
-        store, rank, size = next(dist.rendezvous("env://"))
+        world = launch_env.world()
+        store, rank, size = launch_env.store(), world.rank, world.size
     else:  # alone: no port is needed
         store, rank, size = dist.HashStore(), 0, 1
     group_store = dist.PrefixStore("world", store)

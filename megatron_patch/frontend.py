@@ -1,19 +1,25 @@
 """The HTTP side: Megatron's own endpoints, with checks before them and OpenAI's fields after them.
 
-It runs on rank 0 in a thread with an event loop of its own, so that ``/health`` answers while the
-engine computes. Megatron's endpoints are a WSGI application whose requests run in threads.
+It runs on rank 0, beside the engine, in two threads with an event loop each:
+
+* *http* reads requests, bounds them (`asgi`), and answers ``/health``, ``/v1/models`` and ``/metrics`` itself, so that
+  these answer whatever the engine or a tokenizer is busy with;
+* *endpoints* runs Megatron's endpoints and its client. A request in work is a task there and has no thread.
+
+Bodies are checked, and their texts tokenized, in a few threads between the two.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import itertools
-import json
 import logging
 import socket
 import threading
 import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import flask
@@ -22,9 +28,9 @@ from hypercorn.config import Config
 from megatron.core.inference.inference_client import InferenceClient
 from megatron.core.inference.inference_request import DynamicInferenceEventType
 from megatron.core.inference.text_generation_server.dynamic_text_gen_server import endpoints
-from werkzeug.exceptions import HTTPException
 
-from megatron_patch import validation
+from megatron_patch import asgi, validation
+from megatron_patch.asgi import Answer, Bodies, Disconnected, Refused, Request, json_answer
 from megatron_patch.gauges import Metrics
 
 COMPLETION_PATHS = {
@@ -37,19 +43,23 @@ COMPLETION_PATHS = {
 
 KNOWN_PATHS = "/health, /metrics, /v1/models, /v1/completions and /v1/chat/completions"
 
-MOST_CONNECTIONS = 256
-"""Requests in work or waiting at the same time; each has a thread. More wait for one."""
+CHECKING_THREADS = 4
 
-MOST_BODY_BYTES = 64 * 2**20
+BODY_BYTES_UNDER_WAY = 32 * 2**20
+"""Of all bodies whose end has not come, where four of the largest need no more than that. Hypercorn's buffers come on
+top of it, at most half a MiB to a connection."""
+
+RETRY_SECONDS = 1
+"""After which a client that found the queue full may ask again."""
 
 DRAIN_SECONDS = 3600.0
 """How long running requests may take after the server was asked to stop."""
 
+logger = logging.getLogger(__name__)
+
 
 class Client(InferenceClient):  # type: ignore[misc]
-    """Megatron's client, for requests from many threads, and with an account of them.
-
-    ZeroMQ sockets belong to one thread; Megatron's endpoints would use this one from all theirs.
+    """Megatron's client, with an account of what it was asked; to be used in the loop that started it.
 
     Args:
         address: of the coordinator.
@@ -61,10 +71,10 @@ class Client(InferenceClient):  # type: ignore[misc]
         self._metrics, self._eod = metrics, eod
 
     def add_request(self, prompt: Any, sampling_params: Any) -> asyncio.Future[Any]:
-        """Called by an endpoint, in its thread's loop; the answer goes to that loop."""
-        answer = asyncio.run_coroutine_threadsafe(self._ask(prompt, sampling_params), self._loop)
+        """Called by an endpoint."""
+        answer = asyncio.ensure_future(self._ask(prompt, sampling_params))
         flask.g.setdefault("answers", []).append(answer)
-        return asyncio.wrap_future(answer)
+        return answer
 
     async def _ask(self, prompt: Any, sampling_params: Any) -> Any:
         arrived = time.time()
@@ -97,56 +107,41 @@ def finish_reason(request: Any, eod: int) -> str:
     return "stop" if request.generated_tokens and request.generated_tokens[-1] == eod else "length"
 
 
-def application(client: Any, tokenizer: Any, limits: validation.Limits, metrics: Metrics, name: str) -> flask.Flask:
-    """Megatron's endpoints as a Flask application.
+class Endpoints:
+    """Megatron's endpoints. They are Flask's views, but coroutines: they run as tasks, without WSGI and its threads.
 
     Args:
-        client: what the endpoints send requests with.
+        client: what they send requests with.
         name: of the model, as answers call it.
     """
-    app = flask.Flask(__name__)
-    app.config.update(client=client, tokenizer=tokenizer)
-    app.json.sort_keys = False  # type: ignore[attr-defined]
-    for blueprint in endpoints.__all__:
-        app.register_blueprint(blueprint)
-    numbers = itertools.count()
-    started = int(time.time())
 
-    @app.get("/metrics")
-    def show_metrics() -> flask.Response:
-        return flask.Response(metrics.text(), mimetype="text/plain; version=0.0.4")
+    def __init__(self, client: Client, tokenizer: Any, name: str) -> None:
+        self._tokenizer, self._name = tokenizer, name
+        self._numbers, self._started = itertools.count(), int(time.time())
+        self._app = flask.Flask(__name__)
+        self._app.config.update(client=client, tokenizer=tokenizer)
+        for blueprint in endpoints.__all__:
+            self._app.register_blueprint(blueprint)
 
-    @app.get("/v1/models")
-    def models() -> flask.Response:
-        model = {"id": name, "object": "model", "created": started, "owned_by": "megatron"}
-        return flask.jsonify({"object": "list", "data": [{**model, "max_model_len": limits.context_length}]})
+    async def answer(self, path: str, body: dict[str, Any]) -> Answer:
+        """What the endpoint of a path makes of a body that `validation.check` has passed.
 
-    @app.before_request
-    def check() -> None:
-        chat = COMPLETION_PATHS.get(flask.request.path)
-        if chat is None or flask.request.method != "POST":
-            return
-        try:
-            body = json.loads(flask.request.get_data())
-        except ValueError as error:
-            raise validation.BadRequest(f"the body is not JSON: {error}") from None
-        except RecursionError:
-            raise validation.BadRequest("the body is nested too deeply") from None
-        body = validation.check(body, chat, tokenizer, limits)
-        flask.request.get_json = lambda *_, **__: body  # type: ignore[method-assign]
+        Raises:
+            Refused: 500, the engine could not.
+        """
+        with self._app.test_request_context(path, method="POST") as context:
+            context.request.get_json = lambda *_, **__: body  # type: ignore[method-assign]
+            view, _ = context.url_adapter.match()  # type: ignore[union-attr]
+            response = self._app.make_response(await self._app.view_functions[view]())
+            if response.status_code != 200:
+                raise Refused(response.status_code, response.get_data(as_text=True))
+            requests = [answer.result().requests[0] for answer in flask.g.answers]
+        return json_answer(self._complete(response.get_json(), requests, COMPLETION_PATHS[path]))
 
-    @app.after_request
-    def complete(response: flask.Response) -> flask.Response:
-        chat = COMPLETION_PATHS.get(flask.request.path)
-        if chat is None:
-            return response
-        if response.status_code != 200:
-            metrics.rejected.labels(response.status_code).inc()
-            return response if response.is_json else _error(response.get_data(as_text=True), response.status_code)
-        requests = [answer.result().requests[0] for answer in flask.g.answers]
-        answer = response.get_json()
+    def _complete(self, answer: dict[str, Any], requests: list[Any], chat: bool) -> dict[str, Any]:
+        """Adds the fields of OpenAI's that Megatron leaves out."""
         for index, (choice, request) in enumerate(zip(answer["choices"], requests, strict=True)):
-            choice.update(index=index, finish_reason=finish_reason(request, tokenizer.eod))
+            choice.update(index=index, finish_reason=finish_reason(request, self._tokenizer.eod))
             for field in ("token_logprobs", "top_logprobs") if choice["logprobs"] else ():
                 # Megatron puts a None in front, as for a prompt's first token, which is not among its tokens.
                 choice["logprobs"][field] = (choice["logprobs"][field] or [None])[1:] or None
@@ -154,32 +149,125 @@ def application(client: Any, tokenizer: Any, limits: validation.Limits, metrics:
         generated = sum(len(r.generated_tokens) for r in requests)
         usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
         head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{started:x}-{next(numbers)}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._started:x}-{next(self._numbers)}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": name,
+            "model": self._name,
         }
-        response.set_data(flask.json.dumps({**head, **answer, "usage": usage}))
-        return response
-
-    @app.errorhandler(validation.BadRequest)
-    def refuse(error: validation.BadRequest) -> flask.Response:
-        return _error(str(error), 400, error.param)
-
-    @app.errorhandler(HTTPException)
-    def refuse_http(error: HTTPException) -> flask.Response:
-        more = f" This server has {KNOWN_PATHS}." if error.code == 404 else ""
-        return _error(f"{error.description}{more}", error.code or 500)
-
-    return app
+        return {**head, **answer, "usage": usage}
 
 
-def _error(message: str, status: int, param: str | None = None) -> flask.Response:
-    """OpenAI's form of an error."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    response = flask.jsonify({"error": {"message": message, "type": kind, "param": param, "code": status}})
-    response.status_code = status
-    return response
+class Application:
+    """The server as an ASGI application.
+
+    Args:
+        complete: answers a completion request: its path, and the body that `validation.check` has passed.
+        check: `validation.check` for this server's model, as ``check(decoded body, chat)``.
+        limits: of what is served.
+        metrics: what ``/metrics`` shows.
+        most_sequences: in work or waiting; whoever comes when there are as many is told to come again.
+        body_seconds: in which a request's body must have come.
+    """
+
+    def __init__(
+        self,
+        complete: Callable[[str, dict[str, Any]], Awaitable[Answer]],
+        check: Callable[[Any, bool], dict[str, Any]],
+        limits: validation.Limits,
+        metrics: Metrics,
+        most_sequences: int,
+        body_seconds: float,
+    ) -> None:
+        self._complete, self._check, self._metrics = complete, check, metrics
+        self._most_sequences, self._sequences = most_sequences, 0
+        most = limits.body_bytes
+        self._bodies = Bodies(most, max(BODY_BYTES_UNDER_WAY, 4 * most), body_seconds)
+        self._checking = concurrent.futures.ThreadPoolExecutor(CHECKING_THREADS, "check")
+        model = {"id": limits.model, "object": "model", "created": int(time.time()), "owned_by": "megatron"}
+        self._models = json_answer({"object": "list", "data": [{**model, "max_model_len": limits.context_length}]})
+        self._pages: dict[str, Callable[[], Awaitable[Answer]]] = {
+            "/health": self._health,
+            "/v1/health": self._health,
+            "/metrics": self._show_metrics,
+            "/v1/models": self._show_models,
+        }
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+        if scope["type"] != "http":  # lifespan needs nothing
+            return
+        request = Request(scope, receive)
+        try:
+            answer = await self._answer(request)
+        except Refused as refused:
+            answer = refused.answer
+        except Disconnected:
+            return
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.path)
+            answer = Refused(500, "the server failed; its log says why").answer
+        if request.path in COMPLETION_PATHS and answer.status != 200:
+            self._metrics.rejected.labels(answer.status).inc()
+        await request.answer(send, answer)
+
+    def stop(self) -> None:
+        """Waits for no more of the bodies that have not come; what is in work is not touched."""
+        self._bodies.give_up()
+
+    async def _answer(self, request: Request) -> Answer:
+        page, chat = self._pages.get(request.path), COMPLETION_PATHS.get(request.path)
+        if page is None and chat is None:
+            raise Refused(404, f"{request.path[:100]} is not known here; this server has {KNOWN_PATHS}")
+        methods = ("POST",) if page is None else ("GET", "HEAD")
+        allow = ", ".join((*methods, "OPTIONS"))
+        if request.method == "OPTIONS":
+            return Answer(200, b"", (("allow", allow),))
+        if request.method not in methods:
+            raise Refused(405, f"{request.path} has no {request.method}; use {allow}", headers={"allow": allow})
+        return await page() if page is not None else await self._completion(request, bool(chat))
+
+    async def _health(self) -> Answer:
+        return json_answer({"status": "ok", "ready": True})
+
+    async def _show_metrics(self) -> Answer:
+        text = await asyncio.to_thread(self._metrics.text)  # it asks the ranks' store
+        return Answer(200, text, (("content-type", "text/plain; version=0.0.4; charset=utf-8"),))
+
+    async def _show_models(self) -> Answer:
+        return self._models
+
+    async def _completion(self, request: Request, chat: bool) -> Answer:
+        self._refuse_if_full()
+        data = await self._bodies.read(request)
+        self._refuse_if_full()
+        with self._admitted(1):  # while it is checked; after that as many as it is
+            clean = await asyncio.get_running_loop().run_in_executor(self._checking, self._checked, data, chat)
+            with self._admitted(validation.sequences(clean) - 1):
+                return await self._complete(request.path, clean)
+
+    def _checked(self, data: bytes, chat: bool) -> dict[str, Any]:
+        try:
+            return self._check(validation.decode(data), chat)
+        except validation.BadRequest as error:
+            raise Refused(error.status, str(error), error.param, error.code) from None
+
+    def _refuse_if_full(self) -> None:
+        if self._sequences >= self._most_sequences:
+            raise Refused(
+                429,
+                f"{self._sequences} sequences are in work or waiting, and this server takes no more (--max-queue); "
+                "ask again later",
+                headers={"retry-after": str(RETRY_SECONDS)},
+            )
+
+    @contextlib.contextmanager
+    def _admitted(self, sequences: int) -> Iterator[None]:
+        self._sequences += sequences
+        try:
+            yield
+        finally:
+            self._sequences -= sequences
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -196,12 +284,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Frontend:
-    """The server in its thread.
+    """The server in its threads.
 
     Args:
         bound: from `listen`.
         address: of the coordinator.
-        tokenizer, limits, metrics, name: see `application`.
+        tokenizer: such as `tokenizer.HFTokenizer`.
+        limits, metrics, most_sequences, body_seconds: see `Application`.
 
     Attributes:
         done: completes when the server has stopped and the engines were told to; an exception if
@@ -215,46 +304,68 @@ class Frontend:
         tokenizer: Any,
         limits: validation.Limits,
         metrics: Metrics,
-        name: str,
+        most_sequences: int,
+        body_seconds: float,
     ) -> None:
         self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._bound, self._address = bound, address
-        self._tokenizer, self._limits, self._metrics, self._name = tokenizer, limits, metrics, name
+        self._tokenizer, self._limits, self._metrics = tokenizer, limits, metrics
+        self._most_sequences, self._body_seconds = most_sequences, body_seconds
         self._stop = threading.Event()
-        threading.Thread(target=self._run, name="http", daemon=True).start()
+        self._endpoints = asyncio.new_event_loop()
+        for name, run in (("endpoints", self._endpoints.run_forever), ("http", self._run)):
+            threading.Thread(target=self._watch, args=(run,), name=name, daemon=True).start()
 
     def stop(self) -> None:
         """Accept no more, answer what is running, then stop the engines. Returns at once."""
         self._stop.set()
 
-    def _run(self) -> None:
+    def _watch(self, run: Callable[[], None]) -> None:
         try:
-            asyncio.run(self._serve())
+            run()
         except BaseException as error:  # a SystemExit of Megatron's, too
-            self.done.set_exception(RuntimeError(f"the HTTP server failed: {error!r}"))
-        else:
-            self.done.set_result(None)
+            with contextlib.suppress(concurrent.futures.InvalidStateError):  # the other thread was first
+                self.done.set_exception(RuntimeError(f"the HTTP server failed: {error!r}"))
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+        self.done.set_result(None)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(MOST_CONNECTIONS, "http"))
         client = Client(self._address, self._metrics, self._tokenizer.eod)
-        await client.start(loop)
+        await self._there(client.start(self._endpoints))
+        megatron = Endpoints(client, self._tokenizer, self._limits.model)
+        app = Application(
+            lambda path, body: self._there(megatron.answer(path, body)),
+            lambda body, chat: validation.check(body, chat, self._tokenizer, self._limits),
+            self._limits,
+            self._metrics,
+            self._most_sequences,
+            self._body_seconds,
+        )
         config = Config()
         config.bind = [f"fd://{self._bound.detach()}"]
         config.graceful_timeout = DRAIN_SECONDS
-        config.wsgi_max_body_size = MOST_BODY_BYTES
-        config.errorlog = logging.getLogger("megatron_patch.frontend")
-        app = application(client, self._tokenizer, self._limits, self._metrics, self._name)
+        config.max_app_queue_size = 2  # pieces of a body, of 64 KiB each, that wait to be asked for
+        config.errorlog = logger
         try:
-            await serve(app, config, shutdown_trigger=self._asked_to_stop, mode="wsgi")
+            await serve(app, config, shutdown_trigger=lambda: self._asked_to_stop(app), mode="asgi")
         except Exception:  # a connection that broke while the server waited for it to end
             if not self._stop.is_set():
                 raise
+        await self._there(self._end(client))
+        self._endpoints.call_soon_threadsafe(self._endpoints.stop)
+
+    def _there(self, work: Coroutine[Any, Any, Any]) -> Awaitable[Any]:
+        """Runs a coroutine in the endpoints' loop."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._endpoints))
+
+    async def _end(self, client: Client) -> None:
         await client.drained()
         await client.stop_engines()
         client.stop()
 
-    async def _asked_to_stop(self) -> None:
+    async def _asked_to_stop(self, app: Application) -> None:
         while not self._stop.is_set():
             await asyncio.sleep(0.05)
+        app.stop()

@@ -2,8 +2,8 @@
 
 It starts Megatron's dynamic engine on every rank, its data-parallel coordinator, and its own HTTP
 endpoints in the form of OpenAI's: POST /v1/completions and /v1/chat/completions, GET /health. Added
-are GET /metrics (Prometheus) and /v1/models. Megatron's endpoints do not stream: a request with
-"stream": true is refused.
+are GET /metrics (Prometheus) and /v1/models. What Megatron's endpoints would ignore ("stream", "seed",
+"stop", another model, ...) is refused by name. It listens on this machine only; see --host.
 
 SIGTERM and SIGINT stop it: no more connections, running requests are answered, exit code 0.
 """
@@ -43,8 +43,8 @@ EXAMPLES = """examples:
 PUBLISH_SECONDS = 0.5
 """How old the ranks' figures in /metrics may be, when the engine is not in the middle of a step."""
 
-REQUIREMENTS = ("flask", "asgiref", "hypercorn", "zmq", "msgpack", "prometheus_client")
-"""What Megatron's server and ours import; ``asgiref`` comes with ``flask[async]``."""
+REQUIREMENTS = ("flask", "hypercorn", "zmq", "msgpack", "prometheus_client")
+"""What Megatron's server and ours import."""
 
 Figures = Callable[[], dict[str, Any]]
 
@@ -81,7 +81,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "configuration and tokenizer only",
     )
     parser.add_argument("--served-model-name", metavar="NAME", help="what answers call it (default: DIR's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on: by default only this machine's clients reach it, 0.0.0.0 is for all "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks to start on this machine (default: 1)")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
@@ -96,6 +101,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-requests", type=int, default=8, metavar="N", help="sequences in a rank's batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="sequences that may wait while the batches of all ranks are full; more are refused with status 429 "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--body-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="in which the body of a request must have come (default: %(default)g)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -118,6 +138,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: use at least 1")
+    if args.max_queue < 0:
+        parser.error(f"--max-queue {args.max_queue}: use at least 0, with which nothing waits")
+    if not 0 < args.body_timeout < float("inf"):
+        parser.error(f"--body-timeout {args.body_timeout:g}: use a number of seconds above 0")
     if not 0 <= args.port < 2**16:
         parser.error(f"--port {args.port}: use 1 to 65535, or 0 for any free one")
     return args
@@ -281,10 +305,13 @@ async def _serve(
     stop: Callable[[], None] = _ignore  # the others end when rank 0 tells their engines
     tasks: list[asyncio.Future[Any]] = [engine.engine_loop_task]
     if world.rank == 0:
-        limits = validation.Limits(context_length, loaded.model.vocab_size)
         name = args.served_model_name or Path(args.model).resolve().name
+        tokenizer = loaded.tokenizer
+        limits = validation.Limits(name, context_length, loaded.model.vocab_size, tokenizer.longest_token)
         port = bound.getsockname()[1]
-        front = frontend.Frontend(bound, address, loaded.tokenizer, limits, gauges.Metrics(board), name)
+        most_sequences = args.max_requests * (world.size // args.tp) + args.max_queue
+        metrics = gauges.Metrics(board)
+        front = frontend.Frontend(bound, address, tokenizer, limits, metrics, most_sequences, args.body_timeout)
         stop = front.stop
         tasks.append(asyncio.wrap_future(front.done))
         print(

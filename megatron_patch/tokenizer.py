@@ -18,6 +18,7 @@ class HFTokenizer:
     Attributes:
         eod, eos_id, bos, pad: ids of special tokens; where the tokenizer has none: eod -1, which no
             token equals, bos None, pad eod.
+        longest_token: most characters that one token stands for.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
@@ -26,6 +27,8 @@ class HFTokenizer:
         self.eod = self.eos_id = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
         self.bos = tokenizer.bos_token_id
         self.pad = self.eod if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        # Where tokens are of bytes, they are written with a letter for each: at least one to a character.
+        self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 
     @classmethod
     def load(cls, directory: str, vocab_size: int | None = None) -> HFTokenizer:

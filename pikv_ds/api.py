@@ -132,20 +132,22 @@ def stats(model: Any) -> dict[str, Any]:
     return metrics.stats(attachment_of(model).store)
 
 
-def serve_metrics(model: Any, port: int = 9400, interval_s: float = 1.0) -> Server:
-    """Shows this rank's figures to Prometheus under ``http://HOST:port/metrics``, until `Server.close`.
+def serve_metrics(model: Any, port: int = 9400, interval_s: float = 1.0, address: str = "127.0.0.1") -> Server:
+    """Shows this rank's figures to Prometheus under ``http://address:port/metrics``, until `Server.close`.
 
     Args:
         model: a model or engine with PiKV attached.
         port: another one for each rank of a machine; 0 takes a free one.
         interval_s: least time between two readings of the cache.
+        address: of this machine, to listen on. By default only a Prometheus on this machine reaches it; "0.0.0.0" is
+            for all that reach the machine.
 
     Raises:
-        ValueError: PiKV is not attached, prometheus_client is missing, or the port is taken.
+        ValueError: PiKV is not attached, prometheus_client is missing, or the address or port cannot be listened on.
     """
     from pikv_ds import prometheus
 
-    return prometheus.serve(attachment_of(model).store, port, interval_s)
+    return prometheus.serve(attachment_of(model).store, port, interval_s, address)
 
 
 def attachment_of(model: Any) -> Attachment:

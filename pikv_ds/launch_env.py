@@ -25,8 +25,10 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pikv_ds.errors import LaunchError
 
@@ -93,6 +95,11 @@ def world() -> World:
         int(os.environ.get("WORLD_SIZE", "1")),
         int(os.environ.get("LOCAL_RANK", "0")),
     )
+
+
+def one_machine() -> bool:
+    """Whether all ranks are on this machine, so that no other one needs to reach any; after `normalise`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world().size
 
 
 def launched() -> bool:
@@ -317,8 +324,28 @@ def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
     Args:
         port: a free one, where the ranks meet.
     """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    # Without these, gloo and NCCL listen on the first interface, for ranks on other machines, of which there are none.
+    loopback = {variable: name for name in names for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    return {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+    here = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+    return {**loopback, **os.environ, **here}
+
+
+def store() -> Any:
+    """The key-value store at which the ranks meet, as torch's ``env://`` has it.
+
+    Torch's own listens on all interfaces. Where all ranks are on this machine and meet on loopback, this one listens
+    there, unless torchrun's agent has made it.
+    """
+    place, address = world(), os.environ.get("MASTER_ADDR")
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank or agents or not one_machine() or address not in ("127.0.0.1", "localhost"):
+        return next(dist.rendezvous("env://"))[0]
+    listener = socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    return dist.TCPStore(
+        "127.0.0.1", listener.getsockname()[1], place.size, is_master=True, master_listen_fd=listener.detach()
+    )
 
 
 def backend() -> str | None:

@@ -10,7 +10,9 @@ sees the last ones and never touches the cache.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -168,15 +170,18 @@ class Server:
         self._thread.join()
 
 
-def serve(cache: ExpertShardedKVCache, port: int = 9400, interval_s: float = 1.0, address: str = "0.0.0.0") -> Server:
+def serve(
+    cache: ExpertShardedKVCache, port: int = 9400, interval_s: float = 1.0, address: str = "127.0.0.1"
+) -> Server:
     """Shows a cache's figures under ``http://address:port/metrics``.
 
     Args:
         port: 0 takes a free one; see `Server.port`.
         interval_s: least time between two readings of the cache.
+        address: of this machine, to listen on.
 
     Raises:
-        ValueError: prometheus_client is missing, or the port is taken.
+        ValueError: prometheus_client is missing, the port is taken, or the address is not this machine's.
     """
     try:
         from prometheus_client import CollectorRegistry, start_http_server
@@ -186,7 +191,11 @@ def serve(cache: ExpertShardedKVCache, port: int = 9400, interval_s: float = 1.0
     registry.register(Collector(watcher))
     try:
         server, thread = start_http_server(port, address, registry)
+    except socket.gaierror as error:
+        raise ValueError(f"address = {address!r}: {error}; use one of this machine's") from None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"address = {address!r}: {error}; use one of this machine's") from None
         raise ValueError(f"port = {port}: {error}; use another, or 0 for a free one") from None
     cache.watchers.append(watcher)
     watcher(cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import psutil
 import pytest
 
 from pikv_ds import launch_env
@@ -115,6 +116,42 @@ def test_ranks_of_several_machines_need_a_place_to_meet(
     variables["OMPI_COMM_WORLD_LOCAL_SIZE"] = "4"  # all on this machine: there is only one place
     launch_env.prepare()
     assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("127.0.0.1", "29500")
+
+
+@pytest.mark.parametrize(
+    ("place", "one"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, False),  # nobody has said so
+        (OMPI | PLACE, False),
+        (SRUN, False),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}, True),
+    ],
+)
+def test_whether_all_ranks_are_on_this_machine(place: dict[str, str], one: bool, variables: dict[str, str]) -> None:
+    variables.update(place)
+    launch_env.prepare()
+    assert launch_env.one_machine() is one
+
+
+def test_ranks_of_one_machine_talk_over_loopback_unless_told_otherwise(variables: dict[str, str]) -> None:
+    variables.pop("GLOO_SOCKET_IFNAME", None)
+    variables["NCCL_SOCKET_IFNAME"] = "eth7"
+    environment = launch_env.rank_environment(0, 2, 1234)
+    assert environment["GLOO_SOCKET_IFNAME"] in ("lo", "lo0")
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth7"
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_the_store_of_one_machine_is_reached_from_there_only(variables: dict[str, str]) -> None:
+    variables.update(launch_env.rank_environment(0, 1, launch_env.free_port()))
+    store = launch_env.store()
+    store.set("a", "b")
+    assert store.get("a") == b"b"
+    ours = [c for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert [c.laddr.ip for c in ours if c.laddr.port == store.port] == ["127.0.0.1"]
 
 
 def test_a_batch_script_of_one_task_is_one_rank(variables: dict[str, str]) -> None:

@@ -64,6 +64,16 @@ def test_prometheus_sees_what_stats_says(model: Any) -> None:
     cache.release()
 
 
+def test_metrics_are_for_this_machine_unless_said_otherwise(model: Any) -> None:
+    for arguments, address in (({}, "127.0.0.1"), ({"address": "0.0.0.0"}, "0.0.0.0")):
+        server = pikv_ds.serve_metrics(model, port=0, **arguments)
+        assert server._server.server_address[0] == address
+        server.close()
+    for address in ("203.0.113.7", "no-such-host.invalid"):
+        with pytest.raises(ValueError, match=f"address = '{address}': .*use one of this machine's"):
+            pikv_ds.serve_metrics(model, port=0, address=address)
+
+
 def test_latencies_of_generate(model: Any) -> None:
     """Three sequences, one of which ends after two tokens: three first tokens, and four times five, less three."""
     server = pikv_ds.serve_metrics(model, port=0, interval_s=0)

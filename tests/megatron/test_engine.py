@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,26 @@ def test_a_tokenizer_without_a_template_says_so(folder: Path) -> None:
     plain.hf.chat_template = None
     with pytest.raises(ValueError, match="use /v1/completions"):
         plain.apply_chat_template([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_megatrons_sockets_leave_the_machine_only_where_ranks_do(
+    machines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.inference import data_parallel_inference_coordinator
+    from megatron.core.inference.engines import async_zmq_communicator, dynamic_engine
+
+    from megatron_patch import coordinator
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 // machines))
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    coordinator.choose_addresses()
+    asks = (data_parallel_inference_coordinator, async_zmq_communicator, dynamic_engine)
+    assert {module.socket.gethostname() for module in asks} == {"127.0.0.1" if machines == 1 else "node7"}
+    monkeypatch.undo()
+    coordinator.choose_addresses()
+
+
+def test_the_longest_token_of_a_tokenizer(tokenizer: HFTokenizer) -> None:
+    assert tokenizer.longest_token == len("assistant")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import http.client
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -91,6 +93,15 @@ class Server:
         found = re.search(rf"^{name} (\S+)$", self.request("/metrics")[1], re.MULTILINE)
         return float(found[1]) if found else 0.0
 
+    def connect(self) -> socket.socket:
+        """A connection of its own."""
+        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), SECONDS)
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        family = psutil.Process(self.process.pid).children()
+        return next(p for p in family if p.environ().get("RANK") == str(number))
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal and returns the exit code; nothing of the job may be left."""
         children = psutil.Process(self.process.pid).children(recursive=True)
@@ -112,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    made = Server(folder, "--ranks", "2", "--pikv-config", str(folder / "pikv.json"))
+    made = Server(folder, "--ranks", "2", "--pikv-config", str(folder / "pikv.json"), "--body-timeout", "4")
     try:
         made.wait_until_ready()
         yield made
@@ -190,13 +201,23 @@ def test_the_official_client_chats(server: Server) -> None:
 
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     messages: Any = [{"role": "user", "content": "the old whale"}]
-    answer = client.chat.completions.create(model="any", messages=messages, max_tokens=5, temperature=0)
+    model = client.models.list().data[0].id
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=5, temperature=0, user="me", metadata={"job": "7"}
+    )
     assert answer.choices[0].message.role == "assistant"
     assert answer.usage is not None
     assert answer.usage.completion_tokens <= 5
-    assert client.models.list().data[0].id
+    messages += [answer.choices[0].message.model_dump(), {"role": "user", "content": "said"}]
+    client.chat.completions.create(model=model, messages=messages, max_completion_tokens=1)
     with pytest.raises(openai.BadRequestError, match="stream is not supported"):
-        client.chat.completions.create(model="any", messages=messages, stream=True)
+        client.chat.completions.create(model=model, messages=messages, stream=True)
+    with pytest.raises(openai.BadRequestError, match="seed is not supported") as refused:
+        client.completions.create(model=model, prompt="the old whale", seed=7)
+    assert refused.value.param == "seed"
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt-4' does not exist") as missing:
+        client.completions.create(model="gpt-4", prompt="the old whale")
+    assert missing.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize(
@@ -210,6 +231,8 @@ def test_the_official_client_chats(server: Server) -> None:
         ({}, "prompt is missing or empty"),
         ({"prompt": {"a": 1}}, "prompt must be text, token ids or a list of such, not an object"),
         ({"prompt": [1, 10**6]}, "token id 1000000 is not in the vocabulary"),
+        (rb'{"prompt": "\ud800"}', "prompt is no text: half of a surrogate pair"),
+        ({"prompt": "a " * 2000}, "prompt has 4000 characters; the context is 200 tokens"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
         ({"prompt": "a", "max_tokens": "many"}, "max_tokens must be a whole number"),
         ({"prompt": "a", "temperature": -1}, "temperature is -1"),
@@ -224,8 +247,150 @@ def test_what_cannot_be_served_is_a_400_with_the_reason(server: Server, body: An
     assert server.counter("megatron:prompt_tokens_total") == before  # it did not reach the engine
 
 
-def test_a_method_that_a_path_does_not_have_is_a_405(server: Server) -> None:
-    assert server.request("/v1/completions")[0] == 405
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "TRACE", "FOO"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_method_that_a_path_does_not_have_is_a_405(server: Server, path: str, method: str) -> None:
+    answer, body = exchange(server, method, path)
+    assert answer.status == 405
+    assert answer.getheader("allow") == "POST, OPTIONS"
+    assert body == b"" if method == "HEAD" else f"has no {method}" in json.loads(body)["error"]["message"]
+
+
+def test_pages_have_heads_and_options(server: Server) -> None:
+    for path in ("/health", "/v1/health", "/v1/models", "/metrics"):
+        head, body = exchange(server, "HEAD", path)
+        assert (head.status, body) == (200, b"")
+        assert int(head.getheader("content-length") or 0) > 10
+        assert exchange(server, "POST", path)[0].getheader("allow") == "GET, HEAD, OPTIONS"
+    for path, allow in (("/health", "GET, HEAD, OPTIONS"), ("/v1/completions", "POST, OPTIONS")):
+        options, body = exchange(server, "OPTIONS", path)
+        assert (options.status, body, options.getheader("allow")) == (200, b"", allow)
+
+
+def test_a_connection_is_kept_for_the_next_request(server: Server) -> None:
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=SECONDS)
+    connection.connect()
+    used = connection.sock
+    for method, path in (("GET", "/health"), ("HEAD", "/metrics"), ("PUT", "/health"), ("GET", "/v1/models")):
+        connection.request(method, path)
+        connection.getresponse().read()
+    connection.request("POST", "/v1/completions", b"{}")
+    assert connection.getresponse().status == 400
+    assert connection.sock is used
+
+
+def exchange(server: Server, method: str, path: str) -> tuple[http.client.HTTPResponse, bytes]:
+    """A request with any method, and its answer."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=SECONDS)
+    connection.request(method, path)
+    answer = connection.getresponse()
+    return answer, answer.read()
+
+
+def answered(connection: socket.socket) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of the answer that comes on a connection."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, json.loads(answer.read())
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_sent(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(announce(68157440))
+        status, _, answer = answered(connection)
+    assert status == 413
+    assert "the body has 68157440 bytes; at most 1054976 fit" in answer["error"]["message"]
+
+
+def test_a_client_that_sends_all_of_a_large_body_sees_why_it_is_refused(server: Server) -> None:
+    status, answer = server.request("/v1/completions", b'{"prompt": "' + b"a" * 65 * 2**20 + b'"}')
+    assert (status, answer["error"]["code"]) == (413, 413)
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        for _ in range(17):  # 1.06 MiB
+            connection.sendall(chunk)
+        status, _, answer = answered(connection)
+    assert status == 413
+    assert "the body has more than 1054976 bytes" in answer["error"]["message"]
+
+
+def test_large_unfinished_bodies_cost_no_memory(server: Server, model: Any, folder: Path) -> None:
+    """Twelve clients announce 64 MiB each, and send half of it whatever they are told."""
+    front, answer = server.rank(0), expected(model, folder, [4, 5], 5)
+    assert completion(server, [4, 5], 5)[1]["choices"][0]["text"] == answer
+    before, most = front.memory_info().rss, 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            connection = stack.enter_context(server.connect())
+            connection.sendall(announce(64 * 2**20))
+            for _ in range(32):
+                connection.sendall(b"x" * 2**20)
+                most = max(most, front.memory_info().rss)
+            assert answered(connection)[0] == 413
+        assert completion(server, [4, 5], 5)[1]["choices"][0]["text"] == answer
+    assert most - before < 64 * 2**20  # of 384 MiB
+
+
+def test_unfinished_bodies_keep_nobody_waiting(server: Server, model: Any, folder: Path) -> None:
+    """200 clients send 0.9 MiB each of the 1 MiB that they announce, and 100 nothing of it."""
+    front, answer = server.rank(0), expected(model, folder, [4, 5], 5)
+    assert completion(server, [4, 5], 5)[1]["choices"][0]["text"] == answer
+    threads = front.num_threads()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(server.connect()) for _ in range(300)]
+        for i, connection in enumerate(connections):
+            connection.sendall(announce(2**20) + (b"x" * (9 * 2**20 // 10) if i < 200 else b""))
+        assert completion(server, [4, 5], 5)[1]["choices"][0]["text"] == answer
+        assert front.num_threads() - threads < 20
+        answers = [answered(connection) for connection in connections]
+    assert {status for status, _, _ in answers} == {408}
+    assert "0 bytes of 1048576 of the body had come when its time was up" in answers[299][2]["error"]["message"]
+
+
+def announce(length: int) -> bytes:
+    """The head of a completion request whose body is to come."""
+    return f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def test_a_full_queue_is_a_429_and_the_pages_answer_meanwhile(server: Server) -> None:
+    """One rank stands still, so that all requests wait: 2 x 8 in the batches, 256 behind them, and 28 too many."""
+    body = b'{"prompt": [5, 6, 7], "max_tokens": 2}'
+    still = server.rank(1)
+    with contextlib.ExitStack() as stack:
+        still.suspend()
+        stack.callback(still.resume)
+        waiting = [stack.enter_context(server.connect()) for _ in range(300)]
+        for connection in waiting:
+            connection.sendall(announce(len(body)) + body)
+        deadline, refused = time.monotonic() + SECONDS, []
+        while len(refused) < 28 and time.monotonic() < deadline:
+            refused, _, _ = select.select(waiting, [], [], 1)
+        for path in ("/health", "/v1/models", "/metrics"):
+            assert server.request(path, timeout=10)[0] == 200
+        assert server.request("/v1/completions", b"{", timeout=10)[0] == 429
+        assert len(select.select(waiting, [], [], 0)[0]) == 28  # nobody else has been answered
+        for connection in refused:
+            status, headers, answer = answered(connection)
+            assert (status, headers["retry-after"]) == (429, "1")
+            assert "272 sequences are in work or waiting" in answer["error"]["message"]
+            assert answer["error"]["type"] == "rate_limit_error"
+        still.resume()
+        assert {answered(connection)[0] for connection in waiting if connection not in refused} == {200}
+
+
+def test_everything_listens_on_loopback(server: Server) -> None:
+    job = psutil.Process(server.process.pid)
+    listening = {
+        connection.laddr.ip
+        for process in [job, *job.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
 
 
 def test_an_unknown_path_is_a_404_that_names_the_known_ones(server: Server) -> None:
@@ -262,7 +427,9 @@ def test_a_client_that_goes_away_harms_nobody_and_leaves_no_page(server: Server,
 
 
 def test_sigterm_answers_what_is_running_and_ends_with_0(server: Server) -> None:
-    """The last one: it stops the module's server."""
+    """The last one: it stops the module's server. What has not come to its end is not running."""
+    unfinished = server.connect()
+    unfinished.sendall(announce(1000) + b"{")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         running = [pool.submit(completion, server, [7 + i] * 40, 60) for i in range(4)]
         deadline = time.monotonic() + SECONDS
@@ -270,6 +437,8 @@ def test_sigterm_answers_what_is_running_and_ends_with_0(server: Server) -> None
             time.sleep(0.01)
         assert server.stop() == 0
         assert [r.result()[0] for r in running] == [200] * 4
+    assert answered(unfinished)[0] == 408
+    unfinished.close()
 
 
 def test_a_rank_that_dies_ends_the_job(folder: Path) -> None:
@@ -292,6 +461,8 @@ def test_a_rank_that_dies_ends_the_job(folder: Path) -> None:
         (("--model", "nowhere"), "--model nowhere: no config.json there"),
         (("--pikv-config", "nowhere.json"), "nowhere.json: no such file"),
         (("--ranks", "3", "--tp", "2"), "--tp 2 does not divide the 3 rank(s)"),
+        (("--max-queue", "-1"), "--max-queue -1: use at least 0"),
+        (("--body-timeout", "nan"), "--body-timeout nan: use a number of seconds above 0"),
     ],
 )
 def test_a_users_mistake_is_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:

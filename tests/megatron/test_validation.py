@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from megatron_patch.validation import BadRequest, Limits, check
+from megatron_patch.validation import NEUTRAL, BadRequest, Limits, check, decode, sequences
 
-LIMITS = Limits(context_length=32, vocab_size=100)
+LIMITS = Limits("tiny", context_length=32, vocab_size=100, longest_token=1)
 
 
 class Tokenizer:
@@ -70,10 +71,191 @@ def test_chat_content_may_come_in_parts() -> None:
 
 def test_the_newer_name_of_max_tokens() -> None:
     assert chat(max_completion_tokens=7)["max_tokens"] == 7
+    assert chat(max_completion_tokens=None, max_tokens=5)["max_tokens"] == 5
+    assert chat(max_completion_tokens=5, max_tokens=5)["max_tokens"] == 5
+    with pytest.raises(BadRequest, match="max_tokens and max_completion_tokens differ"):
+        chat(max_completion_tokens=7, max_tokens=5)
 
 
 def test_neutral_values_of_what_megatron_ignores_pass() -> None:
-    completion(stream=False, stop=None, presence_penalty=0.0, best_of=1, user="me", seed=7, model="any")
+    assert completion() == completion(
+        stream=False, stop=None, presence_penalty=0.0, best_of=1, model="tiny", seed=None
+    )
+    assert completion() == completion(**{name: values[0] for name, values in NEUTRAL.items()})
+    assert completion() == completion(whatever=None)
+
+
+def test_notes_of_the_client_are_no_parameters() -> None:
+    assert chat() == chat(user="me", metadata={"job": "7"}, store=True, service_tier="flex")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"seed": 7},
+        {"seed": 0},
+        {"min_tokens": 5},
+        {"ignore_eos": True},
+        {"stop": ["\n"]},
+        {"stop_token_ids": [7]},
+        {"repetition_penalty": 1.1},
+        {"length_penalty": 2},
+        {"use_beam_search": True},
+        {"min_p": 0.1},
+        {"logit_bias": {"7": 100}},
+        {"guided_json": {}},
+        {"structured_outputs": {"regex": "a+"}},
+        {"tools": [{}]},
+        {"tool_choice": "required"},
+        {"parallel_tool_calls": False},
+        {"response_format": {"type": "json_object"}},
+        {"top_logprobs": 3},
+        {"skip_special_tokens": False},
+        {"truncate_prompt_tokens": 10},
+        {"prompt_logprobs": 0},
+        {"chat_template": "{{ messages }}"},
+        {"add_generation_prompt": False},
+        {"stream_options": {"include_usage": True}},
+        {"no_such_thing": 0},
+        {"max_token": 5},
+    ],
+)
+@pytest.mark.parametrize("ask", [completion, chat])
+def test_what_megatron_would_ignore_is_refused_by_name(ask: Any, asked: dict[str, Any]) -> None:
+    (name,) = asked
+    with pytest.raises(
+        BadRequest, match=f"^{name} is not supported by Megatron Core's server; leave it out"
+    ) as caught:
+        ask(**asked)
+    assert (caught.value.param, caught.value.status) == (name, 400)
+
+
+def test_fields_of_the_other_endpoint_are_refused() -> None:
+    with pytest.raises(BadRequest, match="messages is not supported"):
+        completion(messages=[])
+    with pytest.raises(BadRequest, match="prompt is not supported"):
+        chat(prompt="a")
+    with pytest.raises(BadRequest, match="echo is not supported"):
+        chat(echo=True)
+
+
+def test_a_misspelt_field_is_told_the_right_one() -> None:
+    with pytest.raises(BadRequest, match=r"temprature is not supported .* \(do you mean temperature\?\)"):
+        completion(temprature=0)
+
+
+def test_what_a_message_has_beside_its_text_is_refused() -> None:
+    message = {"role": "user", "content": "abc"}
+    assert chat(messages=[{**message, "refusal": None, "tool_calls": []}]) == chat()
+    for name in ("name", "tool_calls", "tool_call_id"):
+        with pytest.raises(BadRequest, match=rf"messages\[0\].{name} is not supported"):
+            chat(messages=[{**message, name: "x"}])
+
+
+@pytest.mark.parametrize("model", ["other", ""])
+def test_another_model_does_not_exist(model: str) -> None:
+    with pytest.raises(BadRequest, match=f"the model '{model}' does not exist; this server has 'tiny'") as caught:
+        completion(model=model)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
+
+
+def test_a_model_must_be_a_string() -> None:
+    with pytest.raises(BadRequest, match="model must be a string, not a number"):
+        completion(model=5)
+
+
+class Untouched(Tokenizer):
+    """May not be asked for anything."""
+
+    def tokenize(self, text: str) -> list[int]:
+        raise AssertionError(f"{len(text)} characters were tokenized")
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> list[int]:
+        raise AssertionError("messages were tokenized")
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
+    assert LIMITS.characters == 32 * 16
+    long = "x" * 513
+    said = "has 513 characters; the context is 32 tokens, which stand for at most 512 characters: shorten it"
+    for body in ({"prompt": long}, {"prompt": ["a", long]}, {"prompt": long, "echo": True}):
+        with pytest.raises(BadRequest, match=f"prompt {said}"):
+            check(body, False, Untouched(), LIMITS)
+    halves = [{"role": "user", "content": "x" * 300}, {"role": "user", "content": "x" * 205}]
+    with pytest.raises(BadRequest, match=f"messages {said}"):
+        check({"messages": halves}, True, Untouched(), LIMITS)
+    with pytest.raises(BadRequest, match="65 prompts in one request"):
+        check({"prompt": ["a"] * 65}, False, Untouched(), LIMITS)
+
+
+def test_limits_follow_from_the_context_and_the_tokenizer() -> None:
+    limits = Limits("m", context_length=131072, vocab_size=100, longest_token=40)
+    assert limits.characters == 131072 * 40
+    assert limits.body_bytes == 2**20 + 32 * 131072
+    assert len(json.dumps({"prompt": [[151935] * 131000], "max_tokens": 16})) < limits.body_bytes
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rb'{"prompt": "\ud800"}', "prompt"),
+        (b'{"prompt": "\xed\xa0\x80"}', "prompt"),  # the same, encoded as no encoder may
+        (rb'{"prompt": ["a", "b\udfffc"]}', "prompt"),
+        (rb'{"messages": [{"role": "user", "content": "\ud83d \ude00"}]}', "messages"),
+        (rb'{"messages": [{"role": "\ud800", "content": "a"}]}', "messages"),
+        (rb'{"metadata": {"a": {"b": ["\udc00"]}}}', "metadata"),
+        (rb'{"metadata": {"\udc00": 1}}', "metadata"),
+        (rb'{"user": "\ud800"}', "user"),
+        (rb'{"\ud800": 1}', None),
+        (rb'["\ud800"]', None),
+        (b'{"metadata": ' + b"[" * 400 + rb'"\ud800"' + b"]" * 400 + b"}", "metadata"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_is(body: bytes, param: str | None) -> None:
+    with pytest.raises(BadRequest, match=r"half of a surrogate pair, '\\u[0-9a-f]{4}', at \d") as caught:
+        decode(body)
+    assert caught.value.param == param
+    str(caught.value).encode()  # it can be sent
+
+
+def test_a_whole_surrogate_pair_is_a_character() -> None:
+    assert decode(rb'{"prompt": "\ud83d\ude00"}') == {"prompt": "\N{GRINNING FACE}"}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\xfa", b"[" * 100_000, b"1" * 5000])
+def test_what_is_not_json_says_so(body: bytes) -> None:
+    with pytest.raises(BadRequest, match=r"the body is (not JSON|nested too deeply)"):
+        decode(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"temperature": 10**400}, "temperature is 1"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be from 0 to 100"),
+        ({"top_k": 10**400}, "top_k is 1"),
+        ({"prompt": [10**400]}, "is not in the vocabulary"),
+        ({"temperature": "x" * 10**6}, "temperature must be a number"),
+        ({"max_tokens": json.loads("[" * 900 + "]" * 900)}, "max_tokens must be a whole number"),
+        ({"x" * 10**6: 1}, "is not supported"),
+        ({"model": "x" * 10**6}, "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_repeated_only_in_part(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        completion(**body)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_sequences_of_a_request() -> None:
+    assert sequences(completion()) == 1
+    assert sequences(completion(prompt=["a", "bc"])) == 2
+    assert sequences(completion(prompt=[[1], [2], [3]])) == 3
+    assert sequences(completion(prompt=[1, 2])) == 1
+    assert sequences(completion(prompt=[1, 2], echo=True)) == 1
+    assert sequences(completion(prompt=["a", "bc"], echo=True)) == 2
+    assert sequences(chat(n=5)) == 5
 
 
 @pytest.mark.parametrize(
