@@ -15,6 +15,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def main() -> int:
     if args.show:
         print(summary.markdown(Results(args.show), names))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step is left running
     steps = [step for step in STEPS if not args.only or step.name in args.only or step.always]
     try:
         code = runner.run(args.out, steps, 60 * args.minutes, args.dry_run, extension.measured())

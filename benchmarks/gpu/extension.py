@@ -106,7 +106,7 @@ def build(architectures: str) -> None:
     (PREBUILT / NOTE).write_text(json.dumps(facts) + "\n")
 
 
-def prepare(architectures: str) -> dict[str, str]:
+def prepare(architectures: str, root: Path = ROOT) -> dict[str, str]:
     """Sees to it that `pikv_ds._C` is of these sources and runs here: the one that is there, a carried one, or a new
     one. Returns which it is, and what was the matter with the others.
 
@@ -117,7 +117,7 @@ def prepare(architectures: str) -> dict[str, str]:
     for name, folder in (("in pikv_ds", INSTALLED), ("in build/gpu", PREBUILT), ("built here", PREBUILT)):
         if name == "built here":
             build(architectures)
-        if (why := fault(folder)) is None:
+        if (why := fault(folder, root)) is None:
             if folder is PREBUILT:
                 for file in (BINARY, NOTE):
                     shutil.copy2(PREBUILT / file, INSTALLED / file)

@@ -147,7 +147,6 @@ def run(folder: Path, steps: Sequence[Step], seconds: float, dry_run: bool, sour
     call = len(calls) + 1
     date = datetime.now(UTC).isoformat(timespec="seconds")
     results.append("call", number=call, date=date, sources=sources, dry_run=dry_run)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step is left running
     before = results.steps()
 
     def turn(step: Step) -> tuple[bool, bool]:
@@ -226,10 +225,12 @@ def _in_process(work: Callable[[Worker], None], worker: Worker) -> int | None:
 
 def _child(work: Callable[[Worker], None], worker: Worker) -> None:
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
     log = os.open(worker.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(log, "a", buffering=1)
     print(f"== {worker.step}", flush=True)
     if worker.dry_run:
         torch.set_num_threads(1)
