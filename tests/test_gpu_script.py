@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import ALL_WELL, NOT_FINISHED, SOMETHING_FAILED, Step, Worker
 from benchmarks.gpu.steps import STEPS
+from pikv_ds.bench.timing import Contender, measure
 from pikv_ds.ops import Ops, why_missing
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +159,7 @@ def test_a_case_that_raises_hangs_or_dies_costs_no_other_one(tmp_path: Path) -> 
         return {}
 
     def die() -> dict:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
     work = cases_of(raising, hang, die, lambda: {"found": 2}, seconds=1)
@@ -164,7 +167,7 @@ def test_a_case_that_raises_hangs_or_dies_costs_no_other_one(tmp_path: Path) -> 
     found = Results(tmp_path).cases("cases")
     assert found["a"]["error"] == "RuntimeError: no kernel image"
     assert found["b"]["error"] == "it took longer than a case may"
-    assert found["c"]["error"] == "the process ended with SIGSEGV"
+    assert found["c"]["error"] == "the process ended with SIGKILL"
     assert found["d"]["found"] == 2
     assert states(tmp_path) == {"cases": "done"}
 
@@ -365,3 +368,90 @@ def test_the_toolkit_is_found_behind_a_wrapper(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "nvcc").unlink()
         with pytest.raises(ValueError, match="set CUDA_HOME"):
             extension.cuda_home()
+
+
+# -- the clock of a GPU ------------------------------------------------------------------------
+
+
+class Gpu:
+    """What `Clock` asks of torch.cuda, with a log of it; a call of a contender takes a tenth of a millisecond."""
+
+    def __init__(self, waits: bool) -> None:
+        self.waits, self.log, self.now, self.mode = waits, [], 0.0, 0
+
+    def contender(self, copies: int) -> Contender:
+        def run(copy: int) -> None:
+            if self.waits and self.mode == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            self.log.append(copy)
+            self.now += 0.0 if self.capturing else 1e-4
+
+        return Contender("work", run, copies, 1000)
+
+    capturing = False
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1e3
+
+        class Graph:
+            calls = 0
+
+            def replay(self) -> None:
+                gpu.now += self.calls * 5e-5  # the host's half is gone
+
+        @contextlib.contextmanager
+        def capture(graph: Graph) -> Iterator[None]:
+            gpu.log.append("capture")
+            gpu.capturing, before = True, len(gpu.log)
+            yield
+            gpu.capturing, graph.calls = False, len(gpu.log) - before
+
+        stream = types.SimpleNamespace(wait_stream=lambda _: None)
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": capture,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda _: contextlib.nullcontext(),
+            "get_sync_debug_mode": lambda: gpu.mode,
+            "set_sync_debug_mode": lambda mode: setattr(gpu, "mode", mode),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize(("copies", "calls"), [(3, 20), (50, 50)])
+def test_a_gpu_is_timed_by_replays_of_a_graph(copies: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a call at least before the capture, and of two milliseconds, and of all copies of the data."""
+    gpu = Gpu(waits=False)
+    gpu.install(monkeypatch)
+    (timing,) = measure([gpu.contender(copies)], [1], 5, torch.device("cuda"))
+    assert timing.clock == "graph"
+    assert timing.seconds == pytest.approx(5e-5)
+    before, captured = gpu.log[: gpu.log.index("capture")], gpu.log[gpu.log.index("capture") + 1 :]
+    assert before
+    assert len(captured) == calls
+    assert set(captured) == set(range(copies))
+    assert gpu.mode == 0
+
+
+def test_what_waits_for_the_host_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(waits=True)
+    gpu.install(monkeypatch)
+    (timing,) = measure([gpu.contender(3)], [1], 5, torch.device("cuda"))
+    assert (timing.clock, timing.seconds) == ("events", pytest.approx(1e-4))
+    assert "capture" not in gpu.log
+    assert gpu.mode == 0
