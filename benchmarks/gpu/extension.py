@@ -87,7 +87,7 @@ def cuda_home() -> str:
     raise ValueError("`nvcc --dryrun` does not tell its folder (no line TOP=); set CUDA_HOME to it")
 
 
-def build(architectures: str) -> None:
+def build(architectures: str, root: Path = ROOT) -> None:
     """Builds into `PREBUILT`; raises `subprocess.CalledProcessError` where the compiler does not like it."""
     environment = os.environ | {
         "CUDA_HOME": cuda_home(),
@@ -96,10 +96,10 @@ def build(architectures: str) -> None:
         "PIKV_BUILD_CUDA": "1",
         "MAX_JOBS": os.environ.get("MAX_JOBS") or str(os.cpu_count()),
     }
-    sources = built_from()
-    folders = ["--build-lib", str(PREBUILT / "lib"), "--build-temp", str(PREBUILT / "objects")]
+    sources = built_from(root)
+    folders = ["--build-lib", str(PREBUILT / "lib"), "--build-temp", str(root / "build" / "gpu-objects")]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    subprocess.run(command, cwd=root, env=environment, check=True)
     shutil.move(PREBUILT / "lib" / "pikv_ds" / BINARY, PREBUILT / BINARY)
     shutil.rmtree(PREBUILT / "lib")
     facts = {"sources": sources, "binary": digest([PREBUILT / BINARY], PREBUILT), "architectures": architectures}
@@ -116,7 +116,7 @@ def prepare(architectures: str, root: Path = ROOT) -> dict[str, str]:
     told = {}
     for name, folder in (("in pikv_ds", INSTALLED), ("in build/gpu", PREBUILT), ("built here", PREBUILT)):
         if name == "built here":
-            build(architectures)
+            build(architectures, root)
         if (why := fault(folder, root)) is None:
             if folder is PREBUILT:
                 for file in (BINARY, NOTE):

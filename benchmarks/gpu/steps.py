@@ -8,11 +8,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import cases, extension, timings
@@ -27,11 +28,21 @@ from pikv_ds.shape import ModelShape
 
 BUDGET = 0.125
 """Share of the pages that lookups choose."""
+COMPILE_SECONDS = 120
+"""Most for a case of libraries that compile what they run, and of tools."""
+TEST_SECONDS = 120
+"""Most for a process that runs tests."""
 KERNELS = "regex:Decode|MergePartials"
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "SchedulerStats", "WarpStateStats")
 
 
-def setting_of(worker: Worker, page_size: int = 32) -> Setting:
+def setting_of(worker: Worker, page_size: int = 32, backend: str | None = None) -> Setting:
+    """What is timed, on a machine that has the backend's ops (by default those of the worker).
+
+    Raises:
+        ValueError: it has not: that is the step's failure, not that of each case.
+    """
+    Ops(backend or worker.backend, worker.device.type)
     sizes = worker.sizes
     return Setting(*sizes.heads, page_size, torch.bfloat16, worker.device, sizes.working_set)
 
@@ -52,16 +63,15 @@ def prepare(worker: Worker) -> None:
 
 def bandwidth(worker: Worker) -> None:
     """What a copy moves per second, and what a kernel costs that does nothing."""
-    device = worker.device
+    setting = setting_of(worker, backend="reference")
 
     def copying(num_bytes: int) -> dict[str, Any]:
-        setting = setting_of(worker)
         return {"rows": timings.timed([memory.copy_of(setting, num_bytes)], setting, worker.sizes.rounds)}
 
     def launching() -> dict[str, Any]:
-        one = torch.zeros(1, device=device)
+        one = torch.zeros(1, device=worker.device)
         least = Contender("one element", lambda _: one.fill_(1.0), 1, 0)
-        return {"rows": timings.timed([least], setting_of(worker), worker.sizes.rounds)}
+        return {"rows": timings.timed([least], setting, worker.sizes.rounds)}
 
     for num_bytes in worker.sizes.copy_bytes:
         worker.case(f"copy of {num_bytes >> 20} MiB", lambda n=num_bytes: copying(n))
@@ -70,6 +80,7 @@ def bandwidth(worker: Worker) -> None:
 
 def float64(worker: Worker, backend: str) -> None:
     """Every case of `cases.CASES` that the backend has kernels for."""
+    Ops(backend, worker.device.type)  # where they are missing, that is the step's failure
     for case in cases.CASES[:: worker.sizes.every]:
         if backend == "triton" and not (case.layout.kernels_know and case.latent_dim is None):
             continue  # it has no kernels for these
@@ -87,7 +98,7 @@ def decode(worker: Worker, backend: str) -> None:
         return {"rows": timings.without_merge(timings.timed(contenders, setting, sizes.rounds))}
 
     for page_size in sizes.page_sizes:
-        setting = setting_of(worker, page_size)
+        setting = setting_of(worker, page_size, backend)
         shapes = [(f"{label(n)} b{b}", (n // page_size,) * b, n) for n in sizes.contexts for b in sizes.batches]
         for name, lengths, context in [*shapes, ("ragged", sizes.ragged(page_size), None)]:
             for codec in sizes.codecs:
@@ -106,7 +117,7 @@ def peer(worker: Worker, name: str) -> None:
 
     for context in sizes.contexts:
         for batch in sizes.batches:
-            worker.case(f"{label(context)} b{batch}", lambda c=context, b=batch: one(c, b))
+            worker.case(f"{label(context)} b{batch}", lambda c=context, b=batch: one(c, b), COMPILE_SECONDS)
 
 
 def lookups(worker: Worker) -> None:
@@ -124,7 +135,7 @@ def lookups(worker: Worker) -> None:
 
 
 def seal(worker: Worker) -> None:
-    """Sealing a prompt's pages beside a plain copy of as many bytes."""
+    """Sealing a prompt's pages beside a plain copy of its keys and values."""
     setting = setting_of(worker)
     for codec in (*worker.sizes.codecs, "int3/int2+clip"):
 
@@ -137,15 +148,17 @@ def seal(worker: Worker) -> None:
 
 def layer(worker: Worker) -> None:
     """A decode pass of a cache of one rank: the host's and the device's time per layer, and launches."""
+    setting = setting_of(worker)
     for codec in ("int4", "none"):
-        worker.case(codec, lambda codec=codec: _decode_pass(worker, codec))
+        worker.case(codec, lambda codec=codec: _decode_pass(worker, setting, codec))
 
 
-def _decode_pass(worker: Worker, codec: str) -> dict[str, Any]:
+def _decode_pass(worker: Worker, setting: Setting, codec: str) -> dict[str, Any]:
     layers, rows, tokens, passes = worker.sizes.layer
-    heads, kv_heads, head_dim = worker.sizes.heads
-    shape = ModelShape(layers, heads, kv_heads, head_dim, num_experts=8, dtype=torch.bfloat16)
-    cache = ExpertShardedKVCache(shape, PiKVConfig.from_dict({"codec": codec}), device=worker.device)
+    heads, kv_heads, head_dim = setting.num_heads, setting.num_kv_heads, setting.head_dim
+    shape = ModelShape(layers, heads, kv_heads, head_dim, num_experts=8, dtype=setting.dtype)
+    config = PiKVConfig.from_dict({"codec": codec, "page_size": setting.page_size, "backend": worker.backend})
+    cache = ExpertShardedKVCache(shape, config, device=worker.device)
     batch, spent = cache.new_batch(rows), {"begin_step": [], "attend": [], "routed": []}
 
     def clocked(name: str, work: Any, *args: Any) -> None:
@@ -153,13 +166,15 @@ def _decode_pass(worker: Worker, codec: str) -> dict[str, Any]:
         work(*args)
         spent[name].append(time.perf_counter() - began)
 
-    def one_pass(new: int) -> None:
-        clocked("begin_step", cache.begin_step, batch, [new] * rows)
+    def inputs(new: int) -> tuple[Tensor, Tensor]:
+        qkv = torch.randn(new * rows, heads + 2 * kv_heads, head_dim, device=worker.device).to(shape.dtype)
+        return qkv, torch.randint(8, (new * rows, 2), device=worker.device)
+
+    def one_pass(qkv: Tensor, experts: Tensor) -> None:
+        clocked("begin_step", cache.begin_step, batch, [len(qkv) // rows] * rows)
+        query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
         for index in range(layers):
-            qkv = torch.randn(new * rows, heads + 2 * kv_heads, head_dim, device=worker.device).to(shape.dtype)
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
             clocked("attend", cache.attend, batch, index, query, key, value, head_dim**-0.5)
-            experts = torch.randint(8, (new * rows, 2), device=worker.device)
             clocked("routed", cache.routed, batch, index, experts)
 
     def settle() -> None:
@@ -167,18 +182,19 @@ def _decode_pass(worker: Worker, codec: str) -> dict[str, Any]:
             torch.cuda.synchronize()
 
     with torch.inference_mode():
-        one_pass(tokens)
-        one_pass(1)  # compiles and loads
+        one_pass(*inputs(tokens))
+        token = inputs(1)
+        one_pass(*token)  # compiles and loads
         settle()
         for times in spent.values():
             times.clear()
         for _ in range(passes):
-            one_pass(1)
+            one_pass(*token)
             settle()
         host = {f"host_us_{name}": statistics.median(times) * 1e6 for name, times in spent.items()}
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if worker.device.type == "cuda" else [])]
         with profile(activities=kinds) as profiled:
-            one_pass(1)
+            one_pass(*token)
             settle()
     if codec == "int4":
         profiled.export_chrome_trace(str(worker.folder / "layer.json.gz"))
@@ -206,7 +222,7 @@ def sanitizer(worker: Worker) -> None:
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
         work = (worker, command, ["int4", "none"], [320, 32, 0], "sanitizer.txt")
-        worker.case(tool, lambda work=work: _tool(*work))
+        worker.case(tool, lambda work=work: _tool(*work), COMPILE_SECONDS)
 
 
 def _tool(worker: Worker, command: list[str], codecs: list[str], tokens: list[int], text: str) -> dict[str, Any]:
@@ -228,40 +244,37 @@ def tests(worker: Worker) -> None:
     sizes, pytest = worker.sizes, [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
     def in_tree(command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, cwd=extension.ROOT)
+        return subprocess.run(command, capture_output=True, text=True, cwd=extension.ROOT, timeout=TEST_SECONDS)
 
     collected = in_tree([*pytest, "--collect-only", *sizes.tests])
     names = [line for line in collected.stdout.splitlines() if "::" in line and not line.startswith("ERROR")]
     if collected.returncode or not names:
         raise RuntimeError(f"pytest finds no tests: {(collected.stdout + collected.stderr).strip()[-500:]}")
-    chunks = {f"{at + 1} to {at + len(x)} of {len(names)}": x for at, x in _chunks(names, sizes.chunk)}
-    before = worker.results.cases(worker.step)
+    starts = range(0, len(names), sizes.chunk)
+    chunks = {f"from {at + 1} of {len(names)}": names[at : at + sizes.chunk] for at in starts}
+    before = {name for name, case in worker.results.cases(worker.step).items() if "error" not in case}
 
     def one(name: str) -> None:
         if worker.seconds_left < LEAST_SECONDS:
             return
-        done = in_tree([*pytest, "-rfE", *chunks[name]])
-        counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", _last(done.stdout))}
-        failed = [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        about = {"step": worker.step, "case": name, "call": worker.call}
+        try:
+            done = in_tree([*pytest, "-rfE", *chunks[name]])
+        except subprocess.TimeoutExpired:
+            worker.results.append("case", **about, error=f"took longer than {TEST_SECONDS} s")
+            return
+        lines = done.stdout.strip().splitlines() or [""]
+        counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])}
+        failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
         if done.returncode:
             print(done.stdout[-20000:] + done.stderr[-2000:], flush=True)
         wrong = {"wrong": "; ".join(failed) or f"pytest ended with {done.returncode}"} if done.returncode else {}
-        about = {"step": worker.step, "case": name, "call": worker.call}
         worker.results.append("case", **about, ok=done.returncode == 0, counts=counts, **wrong)
 
     with ThreadPoolExecutor(sizes.processes) as pool:
         list(pool.map(one, [name for name in chunks if name not in before]))
     if set(chunks) - set(worker.results.cases(worker.step)):
         sys.exit(NOT_FINISHED)
-
-
-def _chunks(names: list[str], size: int) -> Iterator[tuple[int, list[str]]]:
-    for at in range(0, len(names), size):
-        yield at, names[at : at + size]
-
-
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
 
 
 STEPS = (
@@ -273,9 +286,9 @@ STEPS = (
     Step("seal", "sealing beside a copy", seal, 30),
     Step("layer", "a decode pass of the cache, layer by layer", layer, 45),
     Step("ncu", "Nsight Compute on int4 and bfloat16 pages", ncu, 90, program="ncu"),
-    Step("sanitizer", "memory errors and races of a small case", sanitizer, 90, program="compute-sanitizer"),
-    Step("flex", "torch's flex attention", lambda w: peer(w, "flex"), 60, gpu=True),
-    Step("flashinfer", "FlashInfer", lambda w: peer(w, "flashinfer"), 60, module="flashinfer", gpu=True),
+    Step("sanitizer", "memory errors and races of a small case", sanitizer, 150, program="compute-sanitizer"),
+    Step("flex", "torch's flex attention", lambda w: peer(w, "flex"), 150, gpu=True),
+    Step("flashinfer", "FlashInfer", lambda w: peer(w, "flashinfer"), 150, module="flashinfer", gpu=True),
     Step(
         "float64-triton", "the same cases with Triton", lambda w: float64(w, "triton"), 60, module="triton", gpu=True
     ),
