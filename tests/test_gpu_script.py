@@ -100,6 +100,13 @@ def test_wrong_arguments_are_named(args: list[str], message: str, monkeypatch, t
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    assert call(monkeypatch, "--out", str(tmp_path / "out")) == 2
+    assert "sees no GPU here; on a CPU use --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # -- the runner --------------------------------------------------------------------------------
 
 

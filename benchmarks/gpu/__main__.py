@@ -19,6 +19,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu import extension, runner, summary
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.steps import STEPS
@@ -60,6 +62,9 @@ def main() -> int:
     if args.show:
         print(summary.markdown(Results(args.show), names))
         return 0
+    if not args.dry_run and not runner.sees_gpu():
+        print(f"error: torch {torch.__version__} sees no GPU here; on a CPU use --dry-run", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step is left running
     steps = [step for step in STEPS if not args.only or step.name in args.only or step.always]
     try:

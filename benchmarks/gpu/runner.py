@@ -124,6 +124,14 @@ class Step:
         return None
 
 
+def sees_gpu() -> bool:
+    """Whether torch has a GPU here, asked in a process of its own: see the import of torch."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(not torch.cuda.is_available()))
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
 def run(folder: Path, steps: Sequence[Step], seconds: float, dry_run: bool, sources: str) -> int:
     """Makes those steps that a folder has no results of; returns an exit code.
 

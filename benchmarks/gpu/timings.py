@@ -46,9 +46,8 @@ def decoding(setting: Setting, codec: str, lengths: Sequence[int], backend: str)
     total = sum(lengths)
     copies = max(1, math.ceil(setting.working_set / (total * layout.page_bytes)))
     slabs = _pool(setting, layout, ops, copies * total)
-    slots = (
-        SLAB_PAGES + torch.randperm(copies * total, device=setting.device).int()
-    )  # the first slab has the null page
+    # The first slab has the null page.
+    slots = SLAB_PAGES + torch.randperm(copies * total, device=setting.device).int()
     counts = torch.tensor(lengths, dtype=torch.int32, device=setting.device)
     there = torch.arange(max(lengths), device=setting.device) < counts[:, None]
     tables = torch.full((copies, *there.shape), HUGE, dtype=torch.int32, device=setting.device)
@@ -69,7 +68,7 @@ def without_merge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     both."""
     whole, merge = (next((r for r in rows if r["contender"].startswith(x)), None) for x in ("pikv", "merge"))
     if whole is None or merge is None:
-        return rows
+        return rows  # one split: nothing is merged
     rest = whole | {"contender": "of it the pages", "seconds": whole["seconds"] - merge["seconds"]}
     return [*rows, rest]
 
