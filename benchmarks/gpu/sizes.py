@@ -36,7 +36,7 @@ class Sizes:
     """Tests per process."""
 
     def ragged(self, page_size: int) -> tuple[int, ...]:
-        """Pages of one long sequence beside short ones, no two of them the same."""
+        """Pages of each sequence: a long one beside short ones of different lengths."""
         long, others = self.contexts[-1] // page_size, self.batches[-1] - 1
         return long, *(1 + long * (7 * i % 32 + 1) // 512 for i in range(others))
 

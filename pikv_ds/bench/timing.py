@@ -88,12 +88,13 @@ class Clock:
         """Captures a graph that walks through all copies, or finds out that none can be captured."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles and loads what the first call needs; a capture must not
+        with torch.cuda.stream(side):  # what has to be compiled and loaded: a capture must not do that
             self._run()
         torch.cuda.current_stream().wait_stream(side)
         self.kind = "events"
         rough = min(self.once() for _ in range(2))
         self._calls = max(self.contender.num_copies, min(MOST_CALLS, round(REPLAY_SECONDS / rough)))
+        self._run()  # all copies: Triton compiles anew for addresses that are aligned otherwise
         if waits_for_host(self.contender):
             return
         graph = torch.cuda.CUDAGraph()
