@@ -1,6 +1,6 @@
 # `make` lists the targets. Everything is installed into .venv and nothing outside this folder.
 #
-# Variables: RANKS (ranks of the demos), PORT (of server-demo), PYTHON=/path/to/python (use that environment as it is,
+# Variables: RANKS (ranks of the demos), PORT (of server-demo), ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use that environment as it is,
 # instead of .venv), PYTHON3 (the Python that makes .venv), VENV (its folder).
 
 PYTHON3 ?= python3
@@ -31,11 +31,12 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 PORT ?= 8000
+ARCHITECTURES ?= 9.0a
 
-.PHONY: help venv demo server-demo test lint format clean check-python
+.PHONY: help venv demo server-demo gpu-extension test lint format clean check-python
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---- environment ----
 
@@ -124,6 +125,9 @@ server-demo: $(READY)  ## start Megatron's inference server on RANKS ranks, ask 
 	echo "$${client[*]}"; "$${client[@]}"; \
 	kill -TERM $$server; wait $$server && echo "the server has ended with exit code 0"; trap - EXIT
 
+gpu-extension: $(READY)  ## build the ops for GPUs of ARCHITECTURES (default 9.0a) into build/gpu; needs nvcc, but no GPU
+	@$(RUN) PYTHONPATH="$$PWD" $(PYTHON) -m benchmarks.gpu.extension --architectures "$(ARCHITECTURES)"
+
 test: $(READY)  ## run all tests
 	@$(RUN) $(PYTHON) -m pytest
 
@@ -140,5 +144,5 @@ format: $(READY)  ## rewrite the sources in the project's style
 
 clean:  ## remove build products and caches; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f pikv_ds/_C.*so $(VENV)/.stamp-package
+	rm -f pikv_ds/_C.*so pikv_ds/_C.json $(VENV)/.stamp-package
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

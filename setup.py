@@ -2,7 +2,9 @@
 
 PIKV_BUILD_CPP   unset: build if a compiler exists, and install without the extension if the build
                  fails; 1: a failed build is an error; 0: do not build.
-PIKV_BUILD_CUDA  0: leave the CUDA kernels out although torch and the toolkit would allow them.
+PIKV_BUILD_CUDA  unset: build the CUDA kernels where torch and the toolkit have CUDA; 0: leave them out all the same;
+                 1: build them with the toolkit in CUDA_HOME although this torch is one for CPUs. The result runs
+                 under a torch with CUDA only (see `make gpu-extension`).
 MAX_JOBS         number of compiler processes at a time.
 
 Without the extension the package runs on the `reference` backend (pure torch).
@@ -18,7 +20,8 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     sys.exit(
         f"pikv-ds: setup.py needs torch to build against, but importing it failed ({error}). "
@@ -40,13 +43,16 @@ def sources(pattern: str) -> list[str]:
 
 def make_extension():
     """The extension with the CUDA kernels where they can be compiled, else with the CPU ones."""
+    request = os.environ.get("PIKV_BUILD_CUDA", "")
+    for_elsewhere = request == "1" and torch.version.cuda is None
+    if for_elsewhere:  # a torch for CPUs does not look for the toolkit
+        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
     # CUDA_HOME alone is not enough: CUDAExtension raises on a CPU build of torch.
     with_cuda = (
-        CUDA_HOME is not None
-        and torch.version.cuda is not None
-        and os.environ.get("PIKV_BUILD_CUDA") != "0"
-        and bool(sources("cuda/*.cu"))
+        cpp_extension.CUDA_HOME is not None and (torch.version.cuda is not None or for_elsewhere) and request != "0"
     )
+    if request == "1" and not with_cuda:
+        sys.exit("pikv-ds: PIKV_BUILD_CUDA=1: no CUDA toolkit found; set CUDA_HOME to the folder that has bin/nvcc")
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if with_cuda:  # what the kernels need, and no older; torch would add sm_75
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
@@ -60,14 +66,25 @@ def make_extension():
     if with_cuda:
         cxx += ["-DPIKV_WITH_CUDA", f'-DPIKV_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         nvcc.append("-DPIKV_WITH_CUDA")
-    extension_class = CUDAExtension if with_cuda else CppExtension
+    extension_class = CUDAExtension if with_cuda and not for_elsewhere else CppExtension
+    toolkit, link = {}, ["-fopenmp"]
+    if for_elsewhere:
+        home = Path(cpp_extension.CUDA_HOME)
+        toolkit = {
+            "include_dirs": [str(home / "include")],
+            "library_dirs": [str(home / "lib64")],
+            "libraries": ["cudart_static", "rt", "dl", "pthread"],  # within the binary, wherever it will run
+        }
+        # There libtorch brings libtorch_cuda, which has the stream. This one needs nothing of libtorch itself.
+        link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     return extension_class(
         name="pikv_ds._C",
         sources=sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") * with_cuda),
         depends=sources("**/*.h") + sources("**/*.cuh"),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=["-fopenmp"],
+        extra_link_args=link,
         py_limited_api=True,
+        **toolkit,
     )
 
 

@@ -14,13 +14,16 @@ PAGES = 256
 def copying(setting: Setting, context: int | None = None) -> Contender:
     """A plain copy of the keys and values of a context (by default of what sealing gets), read and written."""
     tokens = PAGES * setting.page_size if context is None else context
-    size = 2 * setting.num_kv_heads * tokens * setting.head_dim
-    source = torch.randn(size, device=setting.device).to(setting.dtype)
-    copies = setting.copies(2 * source.nbytes)
+    num_bytes = 2 * setting.num_kv_heads * tokens * setting.head_dim * setting.dtype.itemsize
+    return copy_of(setting, num_bytes, label(context) if context else "")
+
+
+def copy_of(setting: Setting, num_bytes: int, group: str = "") -> Contender:
+    """A plain copy of so many bytes, which count twice: read and written."""
+    copies = setting.copies(2 * num_bytes)
+    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=setting.device)
     sources, targets = ([source.clone() for _ in range(copies)] for _ in range(2))
-    return Contender(
-        "copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * source.nbytes, label(context) if context else ""
-    )
+    return Contender("copy", lambda i: targets[i].copy_(sources[i]), copies, 2 * num_bytes, group)
 
 
 def sealing(setting: Setting, codec: str, backend: str = "auto") -> Contender:

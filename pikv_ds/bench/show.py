@@ -65,6 +65,7 @@ def rows(timings: Sequence[Timing], baseline: str, rate: bool = False) -> list[d
             "quartiles_share": t.spread,
             "bytes": t.num_bytes,
             "gb_per_s": t.gb_per_s,
+            "clock": t.clock,
             "ratio": _ratio(t, timings, baseline, rate),
         }
         for t in timings

@@ -1,0 +1,81 @@
+"""Builds, checks and times the ops on the GPU of this machine, within the minutes that it is given.
+
+Everything goes into the folder --out as it is found: results.jsonl (a line per case), log.txt, summary.md,
+decode.png, the text of ncu and compute-sanitizer, a trace of one decode pass. A call with the same folder goes on
+with what is left.
+
+examples:
+  benchmarks/gpu.sh --out r --minutes 9     everything, as far as nine minutes reach
+  benchmarks/gpu.sh --out r --minutes 4     what is left
+  benchmarks/gpu.sh --out r --only bandwidth decode
+  benchmarks/gpu.sh --show r                the tables again
+  benchmarks/gpu.sh --out r --dry-run       all of it on a CPU with tiny sizes: does the script work?
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import extension, runner, summary
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.steps import STEPS
+
+EXIT_CODES = (
+    "exit code: 0 all is well, 1 something failed (see summary.md), 2 wrong arguments, 3 time over: call again"
+)
+
+
+def parse() -> argparse.Namespace:
+    width = max(len(step.name) for step in STEPS)
+    steps = "\n".join(f"  {step.name:{width}}  {step.what}" for step in STEPS)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/gpu.sh",
+        description=__doc__,
+        epilog=f"steps, in their order:\n{steps}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, metavar="FOLDER", help="where everything is written")
+    target.add_argument("--show", type=Path, metavar="FOLDER", help="prints the summary of a folder's results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call, all together; default: 9")
+    parser.add_argument("--only", nargs="+", metavar="STEP", default=[], help="these steps, after prepare")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
+    args = parser.parse_args()
+    names = [step.name for step in STEPS]
+    if unknown := [name for name in args.only if name not in names]:
+        parser.error(f"--only {unknown[0]}: there is no such step; choose among {', '.join(names)}")
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes}: use a number above 0")
+    if args.show and not (args.show / "results.jsonl").exists():
+        parser.error(f"--show {args.show}: there is no results.jsonl in it")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    names = [step.name for step in STEPS]
+    if args.show:
+        print(summary.markdown(Results(args.show), names))
+        return 0
+    if not args.dry_run and not runner.sees_gpu():
+        print(f"error: torch {torch.__version__} sees no GPU here; on a CPU use --dry-run", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step is left running
+    steps = [step for step in STEPS if not args.only or step.name in args.only or step.always]
+    try:
+        code = runner.run(args.out, steps, 60 * args.minutes, args.dry_run, extension.measured())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    summary.write(Results(args.out), names)
+    print(f"see {args.out / 'summary.md'}; {EXIT_CODES}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
