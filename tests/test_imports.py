@@ -16,6 +16,7 @@ ROOT = Path(pikv_ds.__file__).parent
 CSRC = ROOT.parent / "csrc"
 
 FOUNDATION = {
+    "checks",
     "ops",
     "config",
     "layout",
