@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import generation, megatron_generate, prompts
-from pikv_ds import launch_env
+from pikv_ds import checkpoints, launch_env
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -144,9 +144,7 @@ def main() -> None:
 
 def texts(folder: str, count: int, tokens: int) -> torch.Tensor:
     """Different stretches of real text, ``[count, tokens]``."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = checkpoints.load_tokenizer(folder)
     everything = tokenizer(" ".join(prompts.texts().values()), verbose=False).input_ids
     if len(everything) < tokens + count:
         raise SystemExit(f"--tokens {tokens}: the texts have {len(everything)}")

@@ -514,13 +514,12 @@ def check(path: Path, text: str, num_tokens: int = 512, skew_tokens: int = 4096)
         num_tokens: of the comparison of logits ([num_tokens, V] twice in memory).
         skew_tokens: of the measurement of the routing.
     """
-    from transformers import AutoModelForCausalLM
+    from pikv_ds.checkpoints import load_model
 
     dense, tokenizer = load_dense()
     for parameter in dense.parameters():  # not `.to`: it would round the RoPE frequencies too
         parameter.copy_(parameter.to(torch.bfloat16))
-    with _quiet_transformers():
-        moe = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    moe = load_model(path, torch.float32)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :skew_tokens]
     head = ids[:, :num_tokens]
     want, got = dense(head).logits[0], moe(head).logits[0]  # [T, V]

@@ -169,10 +169,9 @@ def methods_of(args: argparse.Namespace) -> Sequence[Any]:
 
 def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
     """Model and tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    from pikv_ds import reference_model
+    from pikv_ds import checkpoints, reference_model
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -183,16 +182,8 @@ def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
             model, tokenizer = reference_model.load_dense(kind)
             return model.eval(), tokenizer
         folder = str(reference_model.build(progress=True)) if name == "reference" else name
-        if not Path(folder).is_dir():
-            raise ValueError(f"--model {name}: no such folder; name a checkpoint's, or reference, reference-dense")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval(), tokenizer
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"--model {name}: {first}; name a checkpoint's folder, reference or reference-dense"
-            ) from None
+        tokenizer = checkpoints.load_tokenizer(folder, "--model")
+        return checkpoints.load_model(folder, kind, "--model"), tokenizer
 
 
 def example_texts() -> list[Path]:
