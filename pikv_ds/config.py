@@ -219,7 +219,7 @@ def name_or_json(option: str, text: str) -> Any:
     try:
         return checks.parse_json(text) if text.lstrip().startswith("{") else text
     except ValueError as error:
-        raise ValueError(f"--{option} {checks.shown(text)}: {error}; write a name or a JSON object") from None
+        raise ValueError(f"--{option} {checks.named(text)}: {error}; write a name or a JSON object") from None
 
 
 def settings_of(option: str, text: str) -> tuple[str, dict[str, Any]]:
@@ -232,9 +232,9 @@ def settings_of(option: str, text: str) -> tuple[str, dict[str, Any]]:
     try:
         settings = checks.parse_json(body)
     except ValueError as error:
-        raise ValueError(f"--{option} {checks.shown(text)}: {error}; write a JSON object") from None
+        raise ValueError(f"--{option} {checks.named(text)}: {error}; write a JSON object") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"--{option} {checks.shown(text)}: write a JSON object, or NAME=JSON object")
+        raise ValueError(f"--{option} {checks.named(text)}: write a JSON object, or NAME=JSON object")
     return name, settings
 
 

@@ -171,11 +171,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["--model", "mixtral"], "--model mixtral: no preset (mixtral-8x7b"),
-        (["--model", "mixtral-8x7b", "--ranks", "0"], "--ranks 0: use a whole number"),
+        (["--model", "mixtral-8x7b", "--ranks", "0"], "--ranks: 0: use a whole number"),
         (["--model", "mixtral-8x7b", "--ranks", "3"], "8 experts cannot be spread evenly over 3"),
         (["--model", "mixtral-8x7b", "--codec", "int5"], "pikv.codec = 'int5'"),
         (["--model", "mixtral-8x7b", "--codec", "{"], "write a name or a JSON object"),
-        (["--model", "mixtral-8x7b", "--gib", "-1"], "--gib -1.0: use a size above 0"),
+        (["--model", "mixtral-8x7b", "--gib", "-1"], "--gib: -1: use a size above 0"),
         (["--model", "mixtral-8x7b", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (
             ["--model", "mixtral-8x7b", "--codec", '{"name": "per_layer", "layers": {"40": "int8"}}'],

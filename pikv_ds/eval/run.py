@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pikv_ds import checks
 from pikv_ds.eval import tasks
 from pikv_ds.eval.methods import Full, Method, Prepared
 from pikv_ds.eval.snapshot import Snapshot, take
@@ -164,10 +165,12 @@ def read(path: Path) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
         ValueError: the file is none of `pikv eval`'s.
     """
     try:
-        content = json.loads(path.read_text())
+        content = checks.read_json(path)
         return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, content["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json {path}: no results of `pikv eval` ({error}); name another file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--json {path}: no results of `pikv eval` ({checks.one_line(error)}); name another file"
+        ) from None
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]:

@@ -7,7 +7,6 @@ compare it with what a real cache allocates. Sizes are bytes per rank unless the
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pikv_ds import checks
 from pikv_ds.cache import Announcement
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
 from pikv_ds.formats import make_formats, num_streams
@@ -57,10 +57,12 @@ def shape_of(model: str, dtype: torch.dtype) -> ModelShape:
     if not path.is_file():
         raise ValueError(f"--model {model}: no preset ({', '.join(PRESETS)}), and no folder with a config.json")
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = checks.read_json(path)
+    except ValueError as error:
         raise ValueError(f"--model {model}: {path} cannot be read ({error})") from None
-    config = config.get("text_config", config)
+    config = config.get("text_config", config) if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise ValueError(f"--model {model}: {path} has no JSON object in it")
 
     def need(*names: str) -> int:
         for name in names:
