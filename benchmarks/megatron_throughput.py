@@ -170,7 +170,7 @@ def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, store:
     watch = type("Nobody", (), {"step": lambda self, answers: None})()
     dist.barrier()
     started = time.perf_counter()
-    megatron_generate.generate(served, mine.tolist(), engine.greedy(new_tokens), watch)
+    megatron_generate.generate(served, mine.tolist(), [engine.greedy(new_tokens)] * len(mine), watch)
     dist.barrier()
     return {"batch_s": time.perf_counter() - started, "kv_bytes_per_rank": store.fullest.kv_bytes}
 

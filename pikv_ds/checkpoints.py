@@ -8,6 +8,7 @@ declares as dispensable (``_keys_to_ignore_on_load_missing`` and ``_unexpected``
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from pikv_ds import checks
 
 FOLDER = "name the folder of a Hugging Face checkpoint"
+SAMPLES, SAMPLE = 64, 2**16
 NAMED = 3
 """Tensors that a message names of each kind."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -106,6 +108,28 @@ def check_files(folder: str | Path, option: str = "") -> None:
         raise CheckpointError(f"{where}: no weights there ({', '.join(WEIGHTS)}); {remedy}")
     for file in safetensors_files(path):
         open_safetensors(file)
+
+
+def identity(folder: str | Path) -> str:
+    """SHA-256 of a checkpoint: its settings, and names, sizes and samples of its weights.
+
+    Of a large file `SAMPLES` pieces of `SAMPLE` bytes are read, spread over it: enough to tell two trainings of one
+    model apart, without reading hundreds of gigabytes.
+    """
+    path, digest = Path(folder), hashlib.sha256()
+    files = [path / "config.json", path / "generation_config.json", path / INDEX]
+    files += sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
+    for file in files:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            step = max(SAMPLE, (size - SAMPLE) // (SAMPLES - 1))
+            for start in range(0, size, step):
+                content.seek(start)
+                digest.update(content.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def safetensors_files(path: Path) -> list[Path]:
