@@ -133,6 +133,16 @@ def test_shapes_come_from_a_config_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match="names no num_attention_heads"):
         planner.shape_of(str(tmp_path), torch.float32)
+    whole = {"num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 64, "num_local_experts": 4}
+    for key in whole:
+        for wrong in (-1, "8", [8], 1.5, True, 10**30):
+            (tmp_path / "config.json").write_text(json.dumps(whole | {key: wrong}))
+            with pytest.raises(ValueError, match=f"{key} = .*: use a whole number from 1"):
+                planner.shape_of(str(tmp_path), torch.float32)
+    for content in ("5", "[]", "[" * 10**5, '{"text_config": 5}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json (has no JSON object in it|cannot be read)"):
+            planner.shape_of(str(tmp_path), torch.float32)
 
 
 def test_baselines_count_copies() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
     from pikv_ds.eval import run, tasks
+    from pikv_ds.eval.methods import PiKV
     from pikv_ds.eval.text import read
 
     check(args)
@@ -80,8 +82,13 @@ def main(args: argparse.Namespace) -> int:
         "model": args.model, "dtype": args.dtype, "tasks": args.tasks, "lengths": args.lengths, "cases": args.cases,
         "seed": args.seed, "text": [str(p) for p in args.text],
     }  # fmt: skip
-    done = run.load(args.json, settings) if args.resume else {}
     texts = read(args.text or example_texts())
+    settings["sha256"] = {
+        "model": identity(args.model),
+        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    settings["methods"] = {m.name: m.config for m in methods if isinstance(m, PiKV)}
+    done, settings = run.load(args.json, settings) if args.resume else ({}, settings)
     torch.set_num_threads(args.threads)
     console = Console(stderr=True)
     model, tokenizer = load(args.model, args.dtype, console)
@@ -179,6 +186,16 @@ def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
         folder = str(reference_model.build(progress=True)) if name == "reference" else name
         tokenizer = checkpoints.load_tokenizer(folder, "--model")
         return checkpoints.load_model(folder, kind, "--model"), tokenizer
+
+
+def identity(name: str) -> str:
+    """What tells a model from others of the same name: of a folder, what is in it."""
+    from pikv_ds import checkpoints
+
+    if name in ("reference", "reference-dense"):
+        return name
+    checkpoints.check_files(name, "--model")
+    return checkpoints.identity(name)
 
 
 def example_texts() -> list[Path]:

@@ -166,27 +166,36 @@ def read(path: Path) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
     """
     try:
         content = checks.read_json(path)
-        return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, content["settings"]
+        return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--json {path}: no results of `pikv eval` ({checks.one_line(error)}); name another file"
         ) from None
 
 
-def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]:
-    """Outcomes of an earlier run with the same settings.
+def load(path: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
+    """Outcomes of an earlier run with the same settings, and the settings of both: more methods may join.
+
+    Args:
+        settings: all that decides over the outcomes; ``methods`` has the configurations by name.
 
     Raises:
         ValueError: the file is of another run.
     """
     if not path.exists():
-        return {}
+        return {}, settings
     done, theirs = read(path)
-    if theirs != settings:
-        raise ValueError(
-            f"--json {path}: holds results of other settings {theirs}; name another file, or leave out --resume"
-        )
-    return done
+    old = theirs.get("methods", {})
+    methods = {**old, **settings["methods"]}
+    there, here = {**theirs, "methods": {**methods, **old}}, {**settings, "methods": methods}
+    for key in sorted({*there, *here}):
+        if there.get(key) != here.get(key):
+            values = f"{checks.shown(there.get(key))} there, {checks.shown(here.get(key))} here"
+            raise ValueError(
+                f"--json {path}: holds results of other settings ({key}: {values}); name another file, or leave out "
+                "--resume"
+            )
+    return done, here
 
 
 def dump(path: Path, settings: dict[str, Any], done: dict[tuple[str, str], Outcome], extra: dict[str, Any]) -> None:
