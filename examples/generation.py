@@ -193,10 +193,13 @@ def my_prompts(
             everything.append((encode(tokenizer, text, args.question), args.question or Path(file).name, ""))
     else:
         lengths = (args.prompt_tokens, args.prompt_tokens // 2)
-        everything = [
-            (prompts.long_prompt(tokenizer, length, question, document, prefix), question, prefix)
-            for (document, question, prefix), length in zip(DEMOS, lengths, strict=True)
-        ]
+        try:
+            everything = [
+                (prompts.long_prompt(tokenizer, length, question, document, prefix), question, prefix)
+                for (document, question, prefix), length in zip(DEMOS, lengths, strict=True)
+            ]
+        except ValueError as error:
+            raise ValueError(f"--prompt-tokens {args.prompt_tokens}, half of it for the second: {error}") from None
     largest = max(max(ids) for ids, _, _ in everything)
     if largest >= vocab_size:
         raise ValueError(

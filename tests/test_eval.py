@@ -229,6 +229,12 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
     assert "other settings (sha256: " in capsys.readouterr().err
 
 
+def test_an_empty_text_is_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert cli.main(["eval", "--model", "nowhere", "--text", f"{tmp_path}/empty.txt"]) == 2
+    assert f"--text {tmp_path}/empty.txt: is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -54,4 +54,6 @@ def read(paths: Sequence[Path]) -> list[str]:
             out.append(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--text {path}: {error}; name a text in UTF-8") from None
+        if not out[-1].strip():
+            raise ValueError(f"--text {path}: is empty; name a text in UTF-8")
     return out
