@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pikv_ds
 from pikv_ds import ConfigError, PiKVConfig, checks
 from pikv_ds.config import POLICIES, load_json, section
 from pikv_ds.policies.codecs import ELEMENTS, MOST_NUMBER, Codec
@@ -186,3 +189,34 @@ def test_a_file_of_heads_is_a_table_of_true_and_false(tmp_path: Path, table: Any
     (tmp_path / "heads.json").write_text(json.dumps({"retrieval": table}))
     with pytest.raises(ConfigError, match=r"codec\.heads = .*has no table"):
         PiKVConfig.from_dict({"codec": {"name": "per_head", "heads": f"{tmp_path}/heads.json"}})
+
+
+@pytest.mark.parametrize("where", [where for where in OWNERS if not where.startswith("codec")])
+def test_what_is_accepted_runs(where: str) -> None:
+    """Every number at the least and the most that is taken: nothing fails later."""
+    key, _, name = where.partition(".")
+    ids = tiny.prompt(2, 24)
+    ran = 0
+    for field in dataclasses.fields(OWNERS[where]):
+        if not field.init or ("int" not in str(field.type) and "float" not in str(field.type)):
+            continue
+        taken = []
+        for value in (0, 1e-300, 1, 8, 1023, 2**16, checks.MOST):
+            chosen: dict[str, Any] = {key: {"name": name, field.name: value}} if name else {field.name: value}
+            if key == "retention":
+                chosen["budget"] = {"prompt": 0.5, "tokens": 16, "name": "uniform"}
+            if key == "budget":
+                chosen["retention"] = "snap"
+            try:
+                taken.append(PiKVConfig.from_dict({"page_size": 8, **chosen}))
+            except ConfigError:
+                continue
+        least = [] if field.name == "capacity_tokens" else taken[:1]  # of one page, in which no prompt has room
+        for config in {str(c): c for c in least + taken[-1:]}.values():
+            model = tiny.mixtral(num_layers=1)
+            pikv_ds.attach(model, config)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
+            assert out.shape == (2, 34)
+            pikv_ds.detach(model)
+            ran += 1
+    assert ran or name in ("duo", "exact", "expert", "interleave", "lru", "h2o", "tova", "flexgen", "kvpress")
