@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from megatron_patch import compat, dynamic, latent
-from megatron_patch.attention import LayerTap, arm, disarm, router_ran
+from megatron_patch.attention import MARK, LayerTap, arm, disarm, router_ran
 from megatron_patch.requests import DynamicRequests, IdlePass, Pass, StaticRequests
 from pikv_ds import metrics
 from pikv_ds.api import compare, with_backend
@@ -75,7 +75,8 @@ class Attachment:
     def store(self) -> ExpertShardedKVCache:
         """The rank's cache; made when all layers are known, in the first pass at the latest (collectively)."""
         if self._store is None:
-            shape = model_shape(self.layers, self.exchange.size)
+            unrouted = tuple(i for i, layer in enumerate(self.layers) if not layer.__dict__[MARK].has_router)
+            shape = model_shape(self.layers, self.exchange.size, unrouted)
             compare(self.exchange, self.config, shape)
             device = next(self.layers[0].parameters()).device
             self._store = ExpertShardedKVCache(shape, self.config, self.exchange, device)
@@ -329,8 +330,11 @@ def pair_routers(model: nn.Module) -> list[tuple[Any, nn.Module | None]]:
     return pairs
 
 
-def model_shape(attentions: list[Any], num_ranks: int) -> ModelShape:
+def model_shape(attentions: list[Any], num_ranks: int, unrouted: tuple[int, ...]) -> ModelShape:
     """What the store must know of the layers of this rank; all must be alike.
+
+    Args:
+        unrouted: layers without a router.
 
     Raises:
         UnsupportedMegatronError: layers differ in heads or head size.
@@ -342,7 +346,7 @@ def model_shape(attentions: list[Any], num_ranks: int) -> ModelShape:
         )
     heads, kv_heads, head_dim, latent_dim, dtype = shapes.pop()
     experts = attentions[0].config.num_moe_experts or num_ranks
-    return ModelShape(len(attentions), heads, kv_heads, head_dim, experts, dtype, latent_dim)
+    return ModelShape(len(attentions), heads, kv_heads, head_dim, experts, dtype, latent_dim, unrouted)
 
 
 def _kv_shape(attention: Any) -> tuple[int, int, int | None]:

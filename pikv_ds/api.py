@@ -20,6 +20,7 @@ from pikv_ds.config import ConfigError, PiKVConfig
 from pikv_ds.errors import PeerError
 from pikv_ds.exchange import Exchange, make_group
 from pikv_ds.ops import BACKENDS
+from pikv_ds.routers import find_choices, same_number
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -80,14 +81,13 @@ def attach(
     module = _module(model)
     if _KEY in module.__dict__:
         raise ValueError("PiKV is already attached to this model; detach it first")
-    routers = dict(hf.hf_routers(module))
-    group, experts = ep_group, None
+    hf.check_supported(module)
+    choices, group = find_choices(module), ep_group
     if "deepspeed" in sys.modules:
         from pikv_ds import deepspeed_moe
 
-        routers = deepspeed_moe.routers(module) or routers
+        choices = deepspeed_moe.choices(module) or choices
         group = group or deepspeed_moe.expert_group(module)
-        experts = deepspeed_moe.num_experts(module)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if group is None and world > 1:
         raise ValueError(
@@ -102,8 +102,8 @@ def attach(
         return ExpertShardedKVCache(shape, settings, exchange, device)
 
     try:
-        experts = experts or _num_experts(module) if routers else exchange.size
-        attachment = hf.Attachment(module, make_store, routers, experts)
+        experts = same_number(choices.values()) or exchange.size
+        attachment = hf.Attachment(module, make_store, choices, experts)
     except BaseException:
         exchange.close()
         raise
@@ -161,20 +161,13 @@ def attachment_of(model: Any) -> Attachment:
 
 
 def _module(model: Any) -> nn.Module:
-    """The transformers model in an engine or wrapper."""
+    """The transformers model in an engine, a compiled module or another wrapper."""
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # of torch.compile
+        return _module(inner)
     while not hasattr(model, "generate") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     inner = getattr(model, "module", None)
     return inner if isinstance(inner, nn.Module) and hasattr(inner, "generate") else model
-
-
-def _num_experts(module: nn.Module) -> int:
-    from pikv_ds.deepspeed_moe import num_experts_of_config
-
-    experts = num_experts_of_config(module)
-    if experts is None:
-        raise ValueError(f"{type(module).__name__}: its configuration does not tell the number of experts")
-    return experts
 
 
 def with_backend(config: PiKVConfig) -> PiKVConfig:

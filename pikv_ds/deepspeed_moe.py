@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pikv_ds.config import ConfigError
-
-AUTOEP_MODELS = ("mixtral", "qwen3_moe")
-"""``model_type`` of the Hugging Face configurations that AutoEP has a preset of this name for, and
-whose attention PiKV supports."""
+from pikv_ds.routers import ExpertChoice, find_choices, same_number
 
 WORLD_TIMEOUT = datetime.timedelta(hours=2)
 """Of the world's process group, in which ranks wait for each other's calls, and EP groups for each
@@ -30,13 +27,14 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     """`deepspeed.initialize` for inference with expert parallelism.
 
     Fills in what follows from the model and the job: ``expert_parallel.autoep_size`` (all ranks)
-    and ``preset_model``, no ZeRO. The rest of `config` goes to DeepSpeed as it is.
+    and ``preset_model``, no ZeRO. ``bf16`` and ``fp16`` cast the model. The rest of `config` goes to DeepSpeed as it
+    is.
 
     Args:
         timeout_s: of the expert-parallel groups.
 
     Raises:
-        ConfigError: an EP size that divides neither the experts nor the ranks.
+        ConfigError: an EP size that divides neither the experts nor the ranks, a model without a preset, two dtypes.
     """
     from pikv_ds import launch_env
 
@@ -50,6 +48,9 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     settings = {k: v for k, v in config.items() if k not in ("pikv", "pikv_tuned")}
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     settings.setdefault("zero_optimization", {"stage": 0})
+    dtype = _take_dtype(settings)
+    if dtype is not None:
+        model.to(dtype)
     parallel = settings.get("expert_parallel")
     if parallel is not None and parallel.get("enabled", False):
         settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
@@ -60,6 +61,24 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     if group is not None:
         _set_timeout(group, timeout_s)
     return engine
+
+
+def _take_dtype(settings: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that DeepSpeed's configuration asks for; its sections are taken out.
+
+    DeepSpeed would wrap an optimizer, which inference has not: with experts on several ranks that is an error there.
+    """
+    sections = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
+    wanted = {}
+    for name, dtype in sections.items():
+        section = settings.pop(name, None)
+        if section is not None and not isinstance(section, Mapping):
+            raise ConfigError(f'{name} = {section!r}: use {{"enabled": true}}, or leave it out')
+        if section and section.get("enabled", False) is True:
+            wanted[name] = dtype
+    if len(set(wanted.values())) > 1:
+        raise ConfigError(f"{' and '.join(wanted)} are both enabled: a model has one dtype; leave one out")
+    return next(iter(wanted.values()), None)
 
 
 def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> dict[str, Any]:
@@ -73,7 +92,7 @@ def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> 
             f"expert_parallel.autoep_size = {size!r}: must divide the {world} rank(s); "
             f'choose one of {", ".join(str(d) for d in range(1, world + 1) if world % d == 0)}, or "auto"'
         )
-    experts = num_experts_of_config(model)
+    experts = same_number(find_choices(model).values())
     if experts is not None and experts % size:
         divisors = ", ".join(str(d) for d in range(1, experts + 1) if experts % d == 0)
         raise ConfigError(
@@ -81,32 +100,33 @@ def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> 
             f"use {divisors} ranks per group"
         )
     if parallel.get("preset_model", "auto") == "auto":
-        if model_type not in AUTOEP_MODELS:
+        presets = _autoep_presets()
+        if model_type not in presets:
             raise ConfigError(
-                f"expert_parallel.preset_model: model type {model_type!r} has no AutoEP preset that PiKV knows "
-                f"({', '.join(AUTOEP_MODELS)}); name one, or shard the model yourself and use pikv_ds.attach"
+                f"expert_parallel.preset_model: DeepSpeed's AutoEP has no preset for model type {model_type!r}, only "
+                f"for {', '.join(sorted(presets))}; name a preset that fits, or shard the model yourself and use "
+                "pikv_ds.attach"
             )
-        parallel["preset_model"] = model_type
+        parallel["preset_model"] = presets[model_type]
     return parallel
 
 
-def num_experts_of_config(model: nn.Module) -> int | None:
-    """Routed experts that a Hugging Face configuration names."""
-    config = getattr(model, "config", None)
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if isinstance(getattr(config, key, None), int):
-            return int(getattr(config, key))
-    return None
+def _autoep_presets() -> dict[str, str]:
+    """AutoEP's presets by the ``model_type`` of the Hugging Face configurations that they are for."""
+    from deepspeed.module_inject.auto_ep_presets import registry
+
+    return {kind: name for name, preset in registry.PRESET_MODELS.items() for kind in preset.hf_model_types}
 
 
-def routers(model: nn.Module) -> dict[nn.Module, Callable[[Any], Tensor]]:
-    """Gates of native MoE layers and routers of AutoEP layers, with how to read them."""
-    found: dict[nn.Module, Callable[[Any], Tensor]] = {}
+def choices(model: nn.Module) -> dict[nn.Module, ExpertChoice]:
+    """Gates of native MoE layers and routers of AutoEP layers, where the choice of experts shows."""
+    found: dict[nn.Module, ExpertChoice] = {}
     for layer in _moe_layers(model):
         if type(layer).__name__ == "MOELayer":
-            found[layer.gate] = functools.partial(_read_gate, k=layer.gate.k)
-        else:
-            found[layer.router] = lambda output: output[1]  # (scores, experts [T, k], counts [E])
+            experts = layer.num_local_experts * layer.ep_size
+            found[layer.gate] = ExpertChoice(layer.gate, experts, functools.partial(_read_gate, k=layer.gate.k))
+        else:  # (scores, experts [T, k], counts [E])
+            found[layer.router] = ExpertChoice(layer.router, layer.num_experts, lambda output: output[1])
     return found
 
 
@@ -133,21 +153,6 @@ def _read_gate(output: Any, k: int) -> Tensor:
 def expert_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The expert-parallel group of a model's MoE layers, None without any."""
     return next((m.ep_group for m in _moe_layers(model) if getattr(m, "ep_group", None) is not None), None)
-
-
-def num_experts(model: nn.Module) -> int | None:
-    """Routed experts of the MoE layers over the whole group; all layers must agree.
-
-    Raises:
-        ValueError: layers with different numbers of experts.
-    """
-    counts = {
-        m.num_local_experts * m.ep_size if type(m).__name__ == "MOELayer" else m.num_experts
-        for m in _moe_layers(model)
-    }
-    if len(counts) > 1:
-        raise ValueError(f"MoE layers with different numbers of experts ({sorted(counts)}) are not supported")
-    return counts.pop() if counts else None
 
 
 def _set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:

@@ -2,7 +2,7 @@
 
 * an attention function in transformers' registry, which the model's layers call;
 * a `Cache` subclass, through which the layers hand over their new keys and values;
-* forward hooks on the routers, which tell a page's home expert.
+* forward hooks where the choice of experts shows, which tell a page's home expert.
 
 The model's code and parameters stay as they are; `detach` restores everything.
 """
@@ -10,23 +10,24 @@ The model's code and parameters stay as they are; `detach` restores everything.
 from __future__ import annotations
 
 import functools
+import threading
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from pikv_ds import routers
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.hf_cache import LayerTap, PiKVCache, UnsupportedModelError
 from pikv_ds.hf_generate import generate
+from pikv_ds.routers import ExpertChoice
 
 ATTENTION = "pikv_ds"
 """Name under which our attention is registered with transformers."""
-
-ReadExperts = Callable[[Any], Tensor]
-"""Takes a router's output to the chosen experts, int ``[tokens, k]``, -1 for dropped."""
 
 
 class Attachment:
@@ -35,7 +36,7 @@ class Attachment:
     Args:
         model: a transformers model whose attention goes through `AttentionInterface`.
         make_store: builds the rank's cache for the model's shape.
-        routers: how to read the choice of experts from each router's output.
+        choices: where the layers' choices of experts show, by module.
         num_experts: of the routed layers, as all EP ranks count them.
     """
 
@@ -43,31 +44,33 @@ class Attachment:
         self,
         model: PreTrainedModel,
         make_store: Callable[[ModelShape], ExpertShardedKVCache],
-        routers: Mapping[nn.Module, ReadExperts],
+        choices: Mapping[nn.Module, ExpertChoice],
         num_experts: int,
     ) -> None:
         check_supported(model)
         self.model = model
-        pairs = pair_routers(model, routers)
+        pairs = pair_routers(model, choices)
         if not pairs:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: no attention layer found that PiKV knows how to hook"
             )
-        self.store = make_store(model_shape(model, [a for a, _ in pairs], num_experts))
+        unrouted = tuple(index for index, (_, choice) in enumerate(pairs) if choice is None)
+        self.store = make_store(model_shape(model, [a for a, _ in pairs], num_experts, unrouted))
         self.layers: dict[int, LayerTap] = {}
+        self.attached, self.implementation = True, ATTENTION
+        self.turn = threading.RLock()  # held by the `generate` call under way; others wait
         self._hooks: list[Any] = []
-        self._attention_modules: list[nn.Module] = []
-        for index, (attention, router) in enumerate(pairs):
-            layer = LayerTap(index, router is not None)
+        for index, (attention, choice) in enumerate(pairs):
+            layer = LayerTap(index, attention, choice is not None)
             self.layers[attention.layer_idx] = layer  # type: ignore[index]
             attention._pikv = layer  # type: ignore[assignment]
-            self._attention_modules.append(attention)
-            if router is not None:
-                hook = functools.partial(_router_ran, layer, routers[router])
-                self._hooks.append(router.register_forward_hook(hook))
+            begins = functools.partial(_attention_begins, layer, self.store.evictor.wants_source)
+            self._hooks.append(attention.register_forward_pre_hook(begins, with_kwargs=True))
+            ended = functools.partial(_attention_ended, layer)
+            self._hooks.append(attention.register_forward_hook(ended, always_call=True))
+            if choice is not None:
+                self._hooks.append(choice.watch(functools.partial(_routed, layer)))
             if self.store.evictor.wants_source:
-                keep = functools.partial(_keep_inputs, layer)
-                self._hooks.append(attention.register_forward_pre_hook(keep, with_kwargs=True))
                 attention.__dict__["rotary_emb"] = model.base_model.rotary_emb  # where kvpress looks for it
         self._previous = model.config._attn_implementation
         AttentionInterface.register(ATTENTION, pikv_attention)
@@ -79,21 +82,51 @@ class Attachment:
 
     def new_cache(self, release_finished: bool = False) -> PiKVCache:
         """An empty cache for one batch; pass it as ``past_key_values``."""
-        cache = PiKVCache(self.store, release_finished)
-        cache.layer_of = self.layers
-        return cache
+        return PiKVCache(self, release_finished)
+
+    def obstacle(self, layer_idx: int) -> str | None:
+        """Why whoever now hands keys and values of a layer to a cache of this attachment must not; None: nothing."""
+        name = type(self.model).__name__
+        if not self.attached:
+            return f"PiKV was detached from {name} after this cache was made; make a new one: pikv_ds.new_cache(model)"
+        layer = self.layers.get(layer_idx)
+        if layer is None or layer.thread is None:
+            return (
+                f"this cache is of the {name} that PiKV was attached to, and another model was given it; "
+                "a cache serves the model that it was made for: pikv_ds.new_cache(model)"
+            )
+        if layer.thread != threading.get_ident():
+            return (
+                f"two threads make forward passes of one {name} at a time; calls of generate wait for each other, "
+                "around forward passes of your own put a lock"
+            )
+        implementation = layer.module.config._attn_implementation  # type: ignore[union-attr]
+        if implementation != ATTENTION:
+            return (
+                f'set_attn_implementation("{implementation}") has taken PiKV out of the attention of {name}: '
+                f'set "{ATTENTION}" again, or call pikv_ds.detach and leave this cache out'
+            )
+        return None
 
     def detach(self) -> None:
         """Takes PiKV out of the model again."""
+        self.attached = False
         for hook in self._hooks:
             hook.remove()
-        for attention in self._attention_modules:
-            del attention._pikv
-            attention.__dict__.pop("rotary_emb", None)
+        for layer in self.layers.values():
+            del layer.module._pikv
+            layer.module.__dict__.pop("rotary_emb", None)
         if self.store.table.trace is not None:
             self.store.table.trace.close()
         del self.model.generate
-        self.model.set_attn_implementation(self._previous)
+        if self.model.config._attn_implementation == ATTENTION:
+            self.model.set_attn_implementation(self._previous)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Of `copy.deepcopy` and `pickle`, mostly of the model."""
+        raise NotImplementedError(
+            f"{type(self.model).__name__} is not copied or pickled while PiKV is attached: call pikv_ds.detach first"
+        )
 
 
 def check_supported(model: nn.Module) -> None:
@@ -107,12 +140,25 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{name} is no transformers model; PiKV hooks attention through transformers")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name} does not use transformers' AttentionInterface, so PiKV cannot hook it")
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if "meta" in devices:
         raise UnsupportedModelError(
-            f"{name}: sliding_window = {config.sliding_window} is not supported; set it to None if the model allows"
+            f"{name}: some weights are on the meta device (offloaded, or not loaded yet); load the model whole, "
+            "without accelerate's offloading, before PiKV is attached"
         )
-    other = sorted({t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{name}: its weights lie on several devices ({', '.join(devices)}); a rank has one, so leave device_map "
+            "out and start a rank for each"
+        )
+    config = model.config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not layer_types and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModelError(
+            f"{name}: sliding_window = {window} is not supported; set it to None if the model allows"
+        )
+    other = sorted({t for t in layer_types if t != "full_attention"})
     if other:
         raise UnsupportedModelError(f"{name}: layer types {', '.join(other)} are not supported, only full_attention")
     if getattr(config, "kv_lora_rank", None):
@@ -122,33 +168,37 @@ def check_supported(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{name}: {key} = {getattr(config, key)} is not supported")
 
 
-def hf_routers(model: nn.Module) -> dict[nn.Module, ReadExperts]:
-    """Routers of transformers' own MoE layers: ``(logits, weights, indices [tokens, k])``."""
-    return {m: _read_integers for m in model.modules() if type(m).__name__.endswith("TopKRouter")}
-
-
-def _read_integers(output: Any) -> Tensor:
-    """The one table of integers in a router's output."""
-    tables = [t for t in output if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point()]
-    if len(tables) != 1:
-        raise UnsupportedModelError("a router's output has no table of expert indices [tokens, k]")
-    return tables[0]
-
-
 def pair_routers(
-    model: nn.Module, routers: Mapping[nn.Module, ReadExperts]
-) -> list[tuple[nn.Module, nn.Module | None]]:
-    """Each attention module with the router that follows it, None at dense layers, in order."""
-    pairs: list[tuple[nn.Module, nn.Module | None]] = []
+    model: nn.Module, choices: Mapping[nn.Module, ExpertChoice]
+) -> list[tuple[nn.Module, ExpertChoice | None]]:
+    """Each attention module with the choice of experts that follows it, None at dense layers, in order.
+
+    Warns of layers that have experts but no choice that could be read.
+    """
+    pairs: list[tuple[nn.Module, ExpertChoice | None]] = []
+    silent: list[int] = []
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "num_key_value_groups"):
             pairs.append((module, None))
-        elif module in routers and pairs and pairs[-1][1] is None:
-            pairs[-1] = (pairs[-1][0], module)
+        elif not pairs or pairs[-1][1] is not None:
+            continue
+        elif module in choices:
+            pairs[-1] = (pairs[-1][0], choices[module])
+        elif routers.is_expert_set(module):
+            silent.append(len(pairs) - 1)
+    unread = sorted({index for index in silent if pairs[index][1] is None})
+    if unread:
+        warnings.warn(
+            f"{type(model).__name__}: layers {', '.join(map(str, unread))} have experts, but PiKV cannot read which "
+            "ones their tokens choose; pages of these layers are placed by their number",
+            stacklevel=2,
+        )
     return pairs
 
 
-def model_shape(model: PreTrainedModel, attentions: list[nn.Module], num_experts: int) -> ModelShape:
+def model_shape(
+    model: PreTrainedModel, attentions: list[nn.Module], num_experts: int, unrouted: tuple[int, ...]
+) -> ModelShape:
     """The model's shape; all attention layers must have the same.
 
     Raises:
@@ -162,9 +212,10 @@ def model_shape(model: PreTrainedModel, attentions: list[nn.Module], num_experts
         raise UnsupportedModelError(
             f"{type(model).__name__}: all layers must share head_dim and KV heads, got {sizes}, {groups}"
         )
-    return ModelShape(len(attentions), heads, kv_heads, sizes.pop(), num_experts, model.dtype)
+    return ModelShape(len(attentions), heads, kv_heads, sizes.pop(), num_experts, model.dtype, unrouted=unrouted)
 
 
+@torch.compiler.disable
 def pikv_attention(
     module: nn.Module,
     query: Tensor,
@@ -185,9 +236,9 @@ def pikv_attention(
         ``[B, T, H, D]`` and None (there are no attention weights to return).
 
     Raises:
-        UnsupportedModelError: attention sinks or soft capping, which would change the result.
+        UnsupportedModelError: attention sinks, soft capping or a sliding window, which would change the result.
     """
-    for name in ("s_aux", "softcap"):
+    for name in ("s_aux", "softcap", "sliding_window"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__}: attention with {name} is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -197,7 +248,7 @@ def pikv_attention(
             layer.running = None  # of a pass that failed before its router ran
         return _plain_attention(query, key, value, attention_mask, scale), None
     cache, layer.pending = layer.pending, None
-    batch = cache.begin(key, attention_mask) if layer.index == 0 else cache.batch
+    batch = cache.begin(key, value, attention_mask) if layer.index == 0 else cache.batch
     assert batch is not None
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, T, heads, D]
     inputs, layer.inputs = layer.inputs, None
@@ -212,9 +263,28 @@ def pikv_attention(
     return cache.unpack(packed, query), None
 
 
-def _keep_inputs(layer: LayerTap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward hook before an attention, for retentions that look at its inputs."""
-    layer.inputs = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], kwargs["position_embeddings"])
+@torch.compiler.disable
+def _attention_begins(
+    layer: LayerTap, keep_inputs: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Forward hook before an attention: who calls, and what retentions that look at its inputs need."""
+    layer.thread = threading.get_ident()
+    if keep_inputs:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layer.inputs = (hidden, kwargs["position_embeddings"])
+
+
+@torch.compiler.disable
+def _attention_ended(layer: LayerTap, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook after an attention, also after one that failed (then there is no output)."""
+    layer.thread = None
+    cache, layer.pending = layer.pending, None
+    if cache is not None and output is not None:
+        cache.refuse(
+            f"{type(module).__name__} of layer {layer.index} does not attend through transformers' "
+            "AttentionInterface, so its keys and values did not reach PiKV",
+            first=layer.index == 0,
+        )
 
 
 def _source(cache: PiKVCache, module: nn.Module, inputs: tuple[Tensor, tuple[Tensor, Tensor]], mine: slice) -> Any:
@@ -224,13 +294,13 @@ def _source(cache: PiKVCache, module: nn.Module, inputs: tuple[Tensor, tuple[Ten
     return module, cache.pack(hidden)[mine][None], {"position_embeddings": pair}
 
 
-def _router_ran(layer: LayerTap, read: ReadExperts, module: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook of a router: the pages of its layer can be sealed now."""
+def _routed(layer: LayerTap, experts: Tensor) -> None:
+    """The tokens of a layer have chosen their experts: its pages can be sealed now."""
     if layer.running is None:
         return
     (cache, size), layer.running = layer.running, None
     assert cache.batch is not None
-    cache.store.routed(cache.batch, layer.index, cache.pack(read(output).unflatten(0, size)))
+    cache.store.routed(cache.batch, layer.index, cache.pack(experts.unflatten(0, size)))
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

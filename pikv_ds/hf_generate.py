@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pikv_ds.errors import LostRankError, PeerError, PiKVError
 from pikv_ds.exchange import talking
-from pikv_ds.hf_cache import PiKVCache
+from pikv_ds.hf_cache import CACHE, PiKVCache
 
 if TYPE_CHECKING:
     from pikv_ds.cache import ExpertShardedKVCache
@@ -34,27 +34,39 @@ def generate(
     As transformers', with these differences: the cache is ours; on several ranks `synced_gpus` is
     always on, so that a rank that finishes early serves its shard until all are done; an empty
     batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
-    of ``prefill_chunk_tokens``.
+    of ``prefill_chunk_tokens``; calls from several threads wait for each other.
     """
+    with attachment.turn:
+        return _generate(attachment, inputs, generation_config, kwargs)
+
+
+def _generate(attachment: Attachment, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
     model, store = attachment.model, attachment.store
     settings, called = generation_config or model.generation_config, time.perf_counter()
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     chunk, num_chunks = store.config.prefill_chunk_tokens, 1
+    mask: Tensor | None = None
     problem: Exception | None = None
     try:
+        _take_cache_argument(kwargs)
         _check_call(attachment, ids, settings, kwargs)
+        mask = _padding(ids, settings, kwargs)
+        _check_mask(mask, ids)
         if chunk is not None and len(ids):
-            num_chunks = -(-(ids.shape[1] - _seen(kwargs)) // chunk)
+            num_chunks = max(1, -(-(ids.shape[1] - _seen(kwargs)) // chunk))
+        if num_chunks > 1:
+            _check_chunks(ids, mask, kwargs)
     except Exception as error:
         problem = error
     lockstep = Lockstep(store)
     most_chunks = lockstep.agree(num_chunks, problem)
+    assert mask is not None  # all is well on this rank, too
 
-    own = kwargs.get("past_key_values")
+    own = kwargs.get(CACHE)
     cache = own if own is not None else attachment.new_cache(release_finished=True)
     idle = attachment.new_cache()
     try:
-        kwargs["past_key_values"] = cache
+        kwargs[CACHE] = cache
         wants_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
         if wants_dict:
             cache.release_finished = False  # the caller gets the cache and may go on with it
@@ -62,9 +74,10 @@ def generate(
             kwargs["synced_gpus"] = True
         repeats = kwargs.pop("num_return_sequences", None) or settings.num_return_sequences or 1
         if repeats > 1:
-            ids = ids.repeat_interleave(repeats, dim=0)
-            if kwargs.get("attention_mask") is not None:
-                kwargs["attention_mask"] = kwargs["attention_mask"].repeat_interleave(repeats, dim=0)
+            ids, mask = (x.repeat_interleave(repeats, dim=0) for x in (ids, mask))
+            for name in ("attention_mask", "position_ids"):
+                if kwargs.get(name) is not None and len(kwargs[name]) > 1:
+                    kwargs[name] = kwargs[name].repeat_interleave(repeats, dim=0)
             kwargs["num_return_sequences"] = 1
         if len(ids) == 0:
             _serve_only(attachment, idle, most_chunks, lockstep)
@@ -74,8 +87,8 @@ def generate(
             _idle_pass(attachment, idle)
         if num_chunks > 1:
             assert chunk is not None
-            kwargs["attention_mask"] = mask = _padding(ids, settings, kwargs)
-            _prefill_chunks(attachment, cache, ids, mask, chunk, num_chunks)
+            kwargs["attention_mask"] = mask
+            _prefill_chunks(attachment, cache, ids, mask, kwargs.get("position_ids"), chunk)
         model._get_stopping_criteria = lambda *a, **k: ReleasingCriteria(
             attachment._get_criteria(*a, **k), cache, Stopwatch(store, called, len(ids))
         )
@@ -115,20 +128,47 @@ def _unfinished(
     return lockstep.unfinished(cache.idle)
 
 
+def _take_cache_argument(kwargs: dict[str, Any]) -> None:
+    """Moves a cache to the name that this transformers has for it; both of its names are taken."""
+    for name in ("past_key_values", "cache"):
+        if name != CACHE and name in kwargs:
+            given = kwargs.pop(name)
+            if kwargs.get(CACHE) is not None and given is not None:
+                raise ValueError("generate: past_key_values and cache are the same argument; pass one of them")
+            kwargs[CACHE] = kwargs.get(CACHE) if given is None else given
+
+
 def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> None:
     """Raises ValueError for what cannot work."""
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("generate: inputs_embeds are not supported; pass input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise ValueError("generate: pass input_ids of shape [batch, tokens]")
+        got = f"a tensor of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"generate: pass input_ids of shape [batch, tokens], not {got}")
     wanted = {key: kwargs.get(key, getattr(settings, key, None)) for key in _REFUSED}
     for key, (neutral, remedy) in _REFUSED.items():
-        if wanted[key] not in neutral:
-            raise ValueError(f"generate: {key} = {wanted[key]!r} is not supported: {remedy}")
+        value = wanted[key]
+        if value not in neutral:
+            shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+            raise ValueError(f"generate: {key} = {shown} is not supported: {remedy}")
     if kwargs.get("synced_gpus") is False and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError("generate: synced_gpus=False would hang the other ranks when this one finishes; leave it out")
-    own = kwargs.get("past_key_values")
+    own = kwargs.get(CACHE)
     if own is not None and not isinstance(own, PiKVCache):
         raise ValueError(
             f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
+        )
+    name = type(attachment.model).__name__
+    if own is not None and own.attachment is not attachment:
+        raise ValueError(
+            f"generate: past_key_values is not a cache of this {name}, or one from before PiKV was detached from it; "
+            "make a new one: pikv_ds.new_cache(model)"
+        )
+    implementation = attachment.model.config._attn_implementation
+    if implementation != attachment.implementation:
+        raise ValueError(
+            f'generate: set_attn_implementation("{implementation}") has taken PiKV out of the attention of {name}: '
+            f'set "{attachment.implementation}" again, or call pikv_ds.detach'
         )
     vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
     if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
@@ -142,6 +182,37 @@ def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwarg
             f"generate: a prompt of {ids.shape[1]} tokens and {new} new ones exceed the model's context of {limit}; "
             "shorten the prompt or lower max_new_tokens"
         )
+
+
+def _check_mask(mask: Tensor, ids: Tensor) -> None:
+    """Refuses rows that end in padding: the next token would follow a token that is none."""
+    if mask.dim() != 2 or len(mask) != len(ids):
+        raise ValueError(f"generate: attention_mask must be [{len(ids)}, tokens], got {list(mask.shape)}")
+    ended = (mask[:, -1:] == 0).any(1).nonzero().flatten().tolist()
+    if ended:
+        raise ValueError(
+            f"generate: row {ended[0]} ends in padding (attention_mask or pad_token_id); pad on the left: "
+            'tokenizer.padding_side = "left"'
+        )
+
+
+def _check_chunks(ids: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuses what cannot be cut into chunks of the prompt."""
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"generate: attention_mask has {mask.shape[1]} columns and input_ids {ids.shape[1]}; with "
+            "pikv.prefill_chunk_tokens pass the whole text, what is in the cache included"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.shape[-1] != ids.shape[1]:
+        raise ValueError(
+            f"generate: position_ids has {positions.shape[-1]} columns and input_ids {ids.shape[1]}; pass one for each"
+        )
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"generate: {name} is not supported with pikv.prefill_chunk_tokens; leave one of them out"
+            )
 
 
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -298,7 +369,7 @@ def _describe(error: Exception) -> str:
 
 
 def _seen(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     return 0 if cache is None else cache.get_seq_length()
 
 
@@ -307,7 +378,7 @@ def _idle_pass(attachment: Attachment, cache: PiKVCache) -> None:
     cache.idle = True
     token = torch.zeros(1, 1, dtype=torch.long, device=attachment.model.device)
     with torch.no_grad():
-        attachment.model(input_ids=token, past_key_values=cache, use_cache=True)
+        attachment.model(input_ids=token, use_cache=True, **{CACHE: cache})
 
 
 def _serve_only(attachment: Attachment, cache: PiKVCache, passes: int, lockstep: Lockstep) -> None:
@@ -332,20 +403,27 @@ def _padding(ids: Tensor, settings: Any, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _prefill_chunks(
-    attachment: Attachment, cache: PiKVCache, ids: Tensor, mask: Tensor, chunk: int, num_chunks: int
+    attachment: Attachment, cache: PiKVCache, ids: Tensor, mask: Tensor, positions: Tensor | None, chunk: int
 ) -> None:
-    """All chunks of the prompt but the last, which `generate` itself takes."""
-    start = cache.get_seq_length()
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    for _ in range(num_chunks - 1):
-        end = start + chunk
+    """All chunks of the prompt but the last, which `generate` itself takes.
+
+    They are counted from the end, where all rows end. So where a row is cut depends on its own length, and its
+    tokens do not depend on how much its neighbours pad it.
+
+    Args:
+        positions: int ``[..., T]``, what the caller passed; None: counted over the mask.
+    """
+    if positions is None:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    start, width = cache.get_seq_length(), ids.shape[1]
+    for end in reversed(range(width - chunk, start, -chunk)):
         with torch.no_grad():
             attachment.model(
                 input_ids=ids[:, start:end],
                 attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
+                position_ids=positions[..., start:end],
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE: cache},
             )
         start = end

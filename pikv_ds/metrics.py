@@ -99,7 +99,11 @@ def _pages_by_codec(cache: ExpertShardedKVCache) -> dict[str, int]:
 
 
 def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
-    """Figures of all ranks. Collective: every rank of the group must call it."""
+    """Figures of all ranks. Collective: every rank of the group must call it.
+
+    ``unrouted_layers`` are those whose choice of experts the cache does not know: whatever ``config["placement"]``
+    says, their pages are placed by number.
+    """
     texts = cache.exchange.all_gather_text(json.dumps(rank_stats(cache)))
     per_rank = [json.loads(t) for t in texts if t is not None]
     tokens = [r["peak_tokens"] for r in per_rank]
@@ -112,6 +116,7 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     audited = [r["audit"]["mean"] for r in per_rank if r["audit"]]
     return {
         "config": cache.config.to_dict(),
+        "unrouted_layers": list(cache.shape.unrouted),
         "num_ranks": cache.exchange.size,
         "num_layers": cache.shape.num_layers,
         "page_bytes": cache.layout.page_bytes,

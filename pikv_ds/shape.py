@@ -20,6 +20,9 @@ class ModelShape:
     dtype: torch.dtype
     latent_dim: int | None = None
     """Latent attention: the values are so many leading channels of the keys (see `PageLayout`)."""
+    unrouted: tuple[int, ...] = ()
+    """Layers whose choice of experts is not known, as there is none or it cannot be read: their pages are placed by
+    number."""
 
     @property
     def value_dim(self) -> int:

@@ -309,13 +309,15 @@ def test_padding_in_passes_of_one_token(side: str) -> None:
     assert cache.batch.lengths == mask.sum(1).tolist()
 
 
-def test_padding_in_a_last_chunk_of_one_token() -> None:
-    model = attached("mixtral", {"prefill_chunk_tokens": 8})
-    cache, mask = pikv_ds.new_cache(model), torch.ones(2, 17).long()
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("how", ["mask", "token"])
+def test_a_row_that_ends_in_padding_is_refused(how: str, chunk: int | None) -> None:
+    model = attached("mixtral", {"prefill_chunk_tokens": chunk})
+    ids, mask = prompt(2, 17), torch.ones(2, 17).long()
     mask[1, 15:] = 0
-    model.generate(prompt(2, 17), attention_mask=mask, past_key_values=cache, **options(max_new_tokens=4))
-    assert cache.batch is not None
-    assert cache.batch.lengths == [17 + 3, 15 + 3]
+    arguments = {"attention_mask": mask} if how == "mask" else {}
+    with pytest.raises(ValueError, match=r"row 1 ends in padding .* pad on the left"):
+        model.generate(ids * mask, **arguments, **options())
 
 
 def test_two_caches_in_turn() -> None:

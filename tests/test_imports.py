@@ -24,6 +24,7 @@ FOUNDATION = {
     "placement",
     "pages",
     "policies",
+    "routers",
     "sequences",
     "shape",
     "slabs",

@@ -115,9 +115,14 @@ def _shared(num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int) -
 
 
 def _build(model_class: Any, config_class: Any, settings: dict[str, Any], seed: int) -> PreTrainedModel:
+    return build(model_class, config_class(**settings), seed)
+
+
+def build(make: Callable[[Any], PreTrainedModel], config: Any, seed: int) -> PreTrainedModel:
+    """A model of a configuration in float32, with random attention biases; the same for each seed."""
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
-        model = model_class(config_class(**settings)).float().eval()
+        model = make(config).float().eval()
         for name, parameter in model.named_parameters():
             if name.endswith("_proj.bias"):
                 torch.nn.init.normal_(parameter, std=0.5)

@@ -17,6 +17,7 @@ from pikv_ds import checks
 from pikv_ds.eval import tasks
 from pikv_ds.eval.methods import Full, Method, Prepared
 from pikv_ds.eval.snapshot import Snapshot, take
+from pikv_ds.hf_cache import CACHE
 
 TEXT_CHUNK = 16
 """Tokens of a *text* case that are predicted in one pass."""
@@ -69,10 +70,9 @@ def ask(model: PreTrainedModel, case: tasks.Case, prepared: Prepared) -> Answer:
         at += len(ids)
         out = model(
             torch.tensor([list(ids)]),
-            past_key_values=prepared.cache,
             use_cache=True,
             logits_to_keep=int(last),
-            **kwargs,
+            **{CACHE: prepared.cache, **kwargs},
         )
         return out.logits[0].float()
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pikv_ds.hf import hf_routers
+from pikv_ds.hf_cache import CACHE
+from pikv_ds.routers import find_choices
 
 NAME = "pikv_snapshot"
 
@@ -78,11 +79,8 @@ def take(model: PreTrainedModel, ids: Tensor) -> Snapshot:
             kwargs["position_embeddings"],
         )
 
-    def routed(read: Any) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            snapshot.layers[-1].experts = read(output)
-
-        return after
+    def routed(experts: Tensor) -> None:
+        snapshot.layers[-1].experts = experts
 
     ALL_ATTENTION_FUNCTIONS[NAME] = attention  # not the class's: kvpress overrides those when it is imported
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
@@ -91,12 +89,12 @@ def take(model: PreTrainedModel, ids: Tensor) -> Snapshot:
         for m in model.modules()
         if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")
     ]
-    hooks += [router.register_forward_hook(routed(read)) for router, read in hf_routers(model).items()]
+    hooks += [choice.watch(routed) for choice in find_choices(model).values()]
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         with torch.inference_mode():
-            model.base_model(ids, past_key_values=DynamicCache(), use_cache=True)
+            model.base_model(ids, use_cache=True, **{CACHE: DynamicCache()})
     finally:
         model.set_attn_implementation(previous)
         del ALL_ATTENTION_FUNCTIONS[NAME]

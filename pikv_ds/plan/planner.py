@@ -54,7 +54,7 @@ def shape_of(model: str, dtype: torch.dtype) -> ModelShape:
         ValueError: there is none of the name, or a size is missing in it.
     """
     if model.lower() in PRESETS:
-        return ModelShape(dtype=dtype, **PRESETS[model.lower()])
+        return ModelShape(dtype=dtype, **PRESETS[model.lower()])  # type: ignore[arg-type]
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     if not path.is_file():
         raise ValueError(f"--model {model}: no preset ({', '.join(PRESETS)}), and no folder with a config.json")

@@ -1,0 +1,404 @@
+"""A cache serves the model that it was made for; whoever else uses it is refused before a token is wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+import pikv_ds
+from pikv_ds.api import attachment_of
+from pikv_ds.hf import UnsupportedModelError
+from pikv_ds.hf_cache import PiKVCache
+
+SETTINGS = {"page_size": 8, "debug": True}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def attached(seed: int = 0, **config: Any) -> PreTrainedModel:
+    model = tiny.mixtral(seed=seed)
+    pikv_ds.attach(model, {**SETTINGS, **config})
+    return model
+
+
+def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return tiny.prompt(batch, length, seed).clamp(min=1)
+
+
+def used_cache(model: PreTrainedModel) -> PiKVCache:
+    """A cache with 20 tokens of one sequence in it."""
+    cache = pikv_ds.new_cache(model)
+    with torch.no_grad():
+        model(prompt(1, 20), past_key_values=cache)
+    return cache
+
+
+# -- whose cache it is --------------------------------------------------------------------------
+
+
+def unattached(owner: PreTrainedModel) -> PreTrainedModel:
+    return tiny.mixtral()
+
+
+def attached_elsewhere(owner: PreTrainedModel) -> PreTrainedModel:
+    return attached(seed=1)
+
+
+def attached_anew(owner: PreTrainedModel) -> PreTrainedModel:
+    pikv_ds.detach(owner)
+    pikv_ds.attach(owner, SETTINGS)
+    return owner
+
+
+def detached(owner: PreTrainedModel) -> PreTrainedModel:
+    pikv_ds.detach(owner)
+    return owner
+
+
+def with_other_attention(owner: PreTrainedModel) -> PreTrainedModel:
+    owner.set_attn_implementation("sdpa")
+    return owner
+
+
+MISUSES: dict[Callable[[PreTrainedModel], PreTrainedModel], str] = {
+    unattached: "another model was given it",
+    attached_elsewhere: "another model was given it",
+    attached_anew: "PiKV was detached from MixtralForCausalLM after this cache was made",
+    detached: "PiKV was detached from MixtralForCausalLM after this cache was made",
+    with_other_attention: r'set_attn_implementation\("sdpa"\) has taken PiKV out',
+}
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_a_forward_pass_with_a_cache_that_is_not_its_own(
+    misuse: Callable[[PreTrainedModel], PreTrainedModel], used: bool
+) -> None:
+    owner = attached()
+    cache = used_cache(owner) if used else pikv_ds.new_cache(owner)
+    columns = cache.get_seq_length()
+    user = misuse(owner)
+    with pytest.raises(pikv_ds.PiKVError, match=MISUSES[misuse]), torch.no_grad():
+        user(prompt(1, 5), past_key_values=cache)
+    assert cache.get_seq_length() == columns
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_generate_with_a_cache_that_is_not_its_own(misuse: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    owner = attached()
+    cache, ids = used_cache(owner), prompt(1, 25)
+    user = misuse(owner)
+    with pytest.raises((ValueError, pikv_ds.PiKVError), match=f"{MISUSES[misuse]}|not a cache of this MixtralFor"):
+        user.generate(ids, past_key_values=cache, **GREEDY)
+
+
+def test_other_attention_is_refused_in_generate_and_back_again_works() -> None:
+    model, ids = attached(), prompt(2, 30)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match=r'set_attn_implementation\("sdpa"\) has taken PiKV out'):
+        model.generate(ids, **GREEDY)
+    model.set_attn_implementation("pikv_ds")
+    assert torch.equal(model.generate(ids, **GREEDY), tiny.mixtral().generate(ids, **GREEDY))
+    model.set_attn_implementation("eager")
+    pikv_ds.detach(model)
+    assert model.config._attn_implementation == "eager"  # what the user has set since stays
+    assert torch.equal(model.generate(ids, **GREEDY), tiny.mixtral().generate(ids, **GREEDY))
+
+
+def test_the_owner_goes_on_after_somebody_elses_attempt() -> None:
+    owner, ids = attached(), prompt(1, 30)
+    cache = pikv_ds.new_cache(owner)
+    with torch.no_grad():
+        owner(ids[:, :20], past_key_values=cache)
+        with pytest.raises(pikv_ds.PiKVError):
+            tiny.mixtral()(ids[:, 20:], past_key_values=cache)
+        ours = owner(ids[:, 20:], past_key_values=cache).logits
+        theirs = tiny.mixtral()(ids).logits[:, 20:]
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_an_attention_that_does_not_take_what_was_announced() -> None:
+    """`update` tells the model's attention what comes; here a module swallows it."""
+    model = attached()
+    attention = model.model.layers[1].self_attn
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        k, v = (p(hidden_states).unflatten(-1, (2, 16)).transpose(1, 2) for p in (attention.k_proj, attention.v_proj))
+        cache.update(k, v, 1)
+        return torch.zeros_like(hidden_states), None
+
+    attention.forward = forward
+    with pytest.raises(pikv_ds.PiKVError, match="layer 1 does not attend through"), torch.no_grad():
+        model(prompt(1, 20), past_key_values=pikv_ds.new_cache(model))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, pickle.dumps])
+@pytest.mark.parametrize("what", ["cache", "model", "output"])
+def test_copies_are_refused(what: str, how: Callable[[Any], Any]) -> None:
+    model = attached()
+    if what == "output":
+        if how is copy.copy:
+            pytest.skip("shares the cache, which is no copy of it")
+        thing: Any = model.generate(prompt(1, 20), return_dict_in_generate=True, **GREEDY)
+    else:
+        thing = used_cache(model) if what == "cache" else model
+    if what == "model" and how is copy.copy:
+        pytest.skip("shares the attachment with the model, whose modules it has")
+    with pytest.raises(NotImplementedError, match=r"does not copy or save caches|call pikv_ds\.detach first"):
+        how(thing)
+
+
+def test_a_detached_model_can_be_copied_again() -> None:
+    model, ids = attached(), prompt(1, 20)
+    pikv_ds.detach(model)
+    assert torch.equal(copy.deepcopy(model).generate(ids, **GREEDY), tiny.mixtral().generate(ids, **GREEDY))
+
+
+# -- transformers' protocol ---------------------------------------------------------------------
+
+
+def test_nothing_of_transformers_cache_is_inherited_unseen() -> None:
+    """What `Cache` answers from its list of layers would be wrong: PiKV's has none. A new method must be looked at."""
+    inherited = {name for name in vars(Cache) if not name.startswith("__")} - set(vars(PiKVCache))
+    assert inherited == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["get_conv_state", "update_recurrent_state", "has_previous_state", "prefetch", "early_initialization"]
+)
+def test_what_is_not_kept_says_so(name: str) -> None:
+    with pytest.raises(NotImplementedError, match="PiKV"):
+        getattr(pikv_ds.new_cache(attached()), name)(0)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_of_transformers_names_for_a_cache(name: str) -> None:
+    model, ids = attached(), prompt(2, 20)
+    own = pikv_ds.new_cache(model)
+    assert torch.equal(model.generate(ids, **{name: own}, **GREEDY), tiny.mixtral().generate(ids, **GREEDY))
+    assert own.get_seq_length() == 31
+    with pytest.raises(ValueError, match="are the same argument"):
+        model.generate(ids, past_key_values=own, cache=own, **GREEDY)
+
+
+def test_a_cache_that_is_not_pikvs_is_refused_by_either_name() -> None:
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ValueError, match="DynamicCache"):
+            attached().generate(prompt(1, 10), **{name: DynamicCache()}, **GREEDY)
+
+
+# -- a model that is changed under the cache ----------------------------------------------------
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
+@pytest.mark.parametrize("when", ["before the first pass", "between passes"])
+def test_a_cast_after_attach_is_refused(cast: str, when: str) -> None:
+    model, ids = attached(), prompt(1, 30)
+    cache = pikv_ds.new_cache(model)
+    with torch.no_grad():
+        if when == "between passes":
+            model(ids[:, :20], past_key_values=cache)
+        getattr(model, cast)()
+        words = (
+            r"keys or values are torch\.\w+, but they were torch.float32 when PiKV was attached: cast the model first"
+        )
+        with pytest.raises(pikv_ds.PiKVError, match=words):
+            model(ids[:, cache.get_seq_length() :], past_key_values=cache)
+        with pytest.raises(pikv_ds.PiKVError, match=words):
+            model.generate(ids, **GREEDY)
+    pikv_ds.detach(model)
+    if cast == "bfloat16":
+        pikv_ds.attach(model, SETTINGS)
+        assert model.generate(ids, **GREEDY).shape == (1, 42)
+
+
+def test_autocast_is_refused() -> None:
+    with (
+        pytest.raises(pikv_ds.PiKVError, match="leave autocast out"),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        attached().generate(prompt(1, 30), **GREEDY)
+
+
+def test_weights_on_meta_are_refused() -> None:
+    model = tiny.mixtral()
+    model.model.layers[1].to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"meta device \(offloaded"):
+        pikv_ds.attach(model, SETTINGS)
+
+
+def test_accelerates_offloading_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(tiny.mixtral(), execution_device="cpu")
+    with pytest.raises(UnsupportedModelError, match="without accelerate's offloading"):
+        pikv_ds.attach(model, SETTINGS)
+
+
+# -- several threads ----------------------------------------------------------------------------
+
+
+def test_calls_of_generate_from_several_threads_wait_for_each_other() -> None:
+    model, alone = attached(), tiny.mixtral()
+    texts = [prompt(1 + i % 2, 20 + 3 * i, i) for i in range(6)]
+    ours: dict[int, torch.Tensor] = {}
+    errors: list[Exception] = []
+
+    def call(i: int) -> None:
+        try:
+            ours[i] = model.generate(texts[i], **GREEDY)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for i, ids in enumerate(texts):
+        assert torch.equal(ours[i], alone.generate(ids, **GREEDY))
+
+
+def test_forward_passes_of_two_threads_at_a_time_are_refused() -> None:
+    model, ids = attached(), prompt(1, 20)
+    within, go_on = threading.Event(), threading.Event()
+
+    def hold(*args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            within.set()
+            go_on.wait(60)
+
+    projection = model.model.layers[0].self_attn.k_proj
+    hook = projection.register_forward_hook(hold)
+    errors: list[Exception] = []
+
+    def other() -> None:
+        try:
+            with torch.no_grad():
+                model(ids, past_key_values=pikv_ds.new_cache(model))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert within.wait(60)
+    with torch.no_grad():
+        ours = model(ids, past_key_values=pikv_ds.new_cache(model)).logits
+        theirs = tiny.mixtral()(ids).logits
+    go_on.set()
+    thread.join()
+    hook.remove()
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert len(errors) == 1
+    assert isinstance(errors[0], pikv_ds.PiKVError)
+
+
+# -- torch.compile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["attach, then compile the forward", "compile the module, then attach"])
+def test_a_compiled_forward(case: str) -> None:
+    ids, options = prompt(2, 30), {**GREEDY, "max_new_tokens": 4}
+    model: Any = tiny.mixtral()
+    model.set_experts_implementation("eager")  # transformers' default for experts does not compile on a CPU
+    torch._dynamo.reset()
+    try:
+        if case.startswith("attach"):
+            pikv_ds.attach(model, SETTINGS)
+            model.forward = torch.compile(model.forward, backend="eager")
+        else:
+            model = torch.compile(model, backend="eager")
+            pikv_ds.attach(model, SETTINGS)
+        assert torch.equal(model.generate(ids, **options), tiny.mixtral().generate(ids, **options))
+        assert attachment_of(model).store.sender.counters["seals"] > 0
+    finally:
+        torch._dynamo.reset()
+
+
+# -- arguments of generate ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_position_ids(chunk: int | None, rows: int) -> None:
+    """Positions that skip some, the same for all rows or for each: with and without chunks as transformers'."""
+    model, ids = attached(prefill_chunk_tokens=chunk), prompt(2, 29)
+    positions = torch.arange(29)[None].repeat(rows, 1)
+    positions[:, 10:] += 40
+    positions[-1, 20:] += 7
+    arguments = {"position_ids": positions, "attention_mask": torch.ones_like(ids), **GREEDY}
+    theirs = tiny.mixtral().generate(ids, **arguments)
+    assert torch.equal(model.generate(ids, **arguments), theirs)
+    assert not torch.equal(theirs, tiny.mixtral().generate(ids, **GREEDY))  # they matter
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_position_ids_of_repeated_prompts(chunk: int | None) -> None:
+    outputs = []
+    positions = torch.arange(29)[None].repeat(2, 1) + torch.tensor([[0], [30]])
+    for model in (attached(prefill_chunk_tokens=chunk), tiny.mixtral()):
+        torch.manual_seed(3)
+        arguments = {**GREEDY, "do_sample": True, "num_return_sequences": 2, "position_ids": positions}
+        outputs.append(model.generate(prompt(2, 29), **arguments))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 20, 64)}, "inputs_embeds are not supported; pass input_ids"),
+        ({"attention_mask": torch.ones(1, 1, 20, 20)}, r"attention_mask must be \[1, tokens\], got \[1, 1, 20, 20\]"),
+        ({"attention_mask": torch.ones(2, 20)}, r"attention_mask must be \[1, tokens\], got \[2, 20\]"),
+    ],
+)
+def test_arguments_that_are_refused(arguments: dict[str, Any], words: str, chunk: int | None) -> None:
+    with pytest.raises(ValueError, match=words):
+        attached(prefill_chunk_tokens=chunk).generate(prompt(1, 20), **arguments, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"position_ids": torch.arange(19)[None]}, "position_ids has 19 columns and input_ids 20"),
+        ({"attention_mask": torch.ones(1, 27)}, "attention_mask has 27 columns and input_ids 20"),
+        ({"token_type_ids": torch.zeros(1, 20)}, "token_type_ids is not supported with pikv.prefill_chunk_tokens"),
+    ],
+)
+def test_arguments_that_are_refused_with_chunks(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        attached(prefill_chunk_tokens=8).generate(prompt(1, 20), **arguments, **GREEDY)
+
+
+def test_inputs_embeds_alone_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="inputs_embeds are not supported"):
+        attached().generate(inputs_embeds=torch.zeros(1, 20, 64), **GREEDY)
+
+
+def test_an_assistant_is_refused_in_a_line() -> None:
+    with pytest.raises(ValueError, match="assistant_model = MixtralForCausalLM is not supported") as raised:
+        attached().generate(prompt(1, 10), assistant_model=tiny.mixtral(), **GREEDY)
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "int4", "int2"])
+def test_a_rows_tokens_do_not_depend_on_its_neighbours_padding(codec: str) -> None:
+    """Chunks are cut by a row's own length; what it attends to as pages of a codec and what not stays the same."""
+    model = attached(prefill_chunk_tokens=16, codec=codec)
+    rows = [prompt(1, length, length) for length in (45, 61, 20, 13, 80)]
+    alone = [model.generate(ids, **GREEDY)[0, -12:] for ids in rows]
+    width = max(ids.shape[1] for ids in rows)
+    ids = torch.cat([nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    together = model.generate(ids, attention_mask=(ids != 0).long(), **GREEDY)[:, -12:]
+    assert torch.equal(together, torch.stack(alone))
