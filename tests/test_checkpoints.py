@@ -157,7 +157,7 @@ def test_a_tokenizer_of_nothing_is_none(folder: Path) -> None:
 def test_commands_refuse_what_is_no_model(command: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
     change(folder, num_hidden_layers=3)
     out = ["--out", f"{tmp_path}/out.json"] if command in ("heads", "tune") else []
-    for model, words in ((folder, "lacks model.layers.2"), (tmp_path, "no tokenizer there"), ("nowhere", "no such")):
+    for model, words in ((folder, "lacks model.layers.2"), (tmp_path, "no config.json there"), ("nowhere", "no such")):
         assert cli.main([command, "--model", str(model), *out]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert [line for line in lines if words in line and line.startswith(f"pikv {command}: --model {model}")]

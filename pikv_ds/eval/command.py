@@ -184,6 +184,7 @@ def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
             model, tokenizer = reference_model.load_dense(kind)
             return model.eval(), tokenizer
         folder = str(reference_model.build(progress=True)) if name == "reference" else name
+        checkpoints.check_files(folder, "--model")
         tokenizer = checkpoints.load_tokenizer(folder, "--model")
         return checkpoints.load_model(folder, kind, "--model"), tokenizer
 
