@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import generation, megatron_generate, prompts
-from pikv_ds import launch_env
+from pikv_ds import checkpoints, launch_env
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -144,9 +144,7 @@ def main() -> None:
 
 def texts(folder: str, count: int, tokens: int) -> torch.Tensor:
     """Different stretches of real text, ``[count, tokens]``."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = checkpoints.load_tokenizer(folder)
     everything = tokenizer(" ".join(prompts.texts().values()), verbose=False).input_ids
     if len(everything) < tokens + count:
         raise SystemExit(f"--tokens {tokens}: the texts have {len(everything)}")
@@ -172,7 +170,7 @@ def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, store:
     watch = type("Nobody", (), {"step": lambda self, answers: None})()
     dist.barrier()
     started = time.perf_counter()
-    megatron_generate.generate(served, mine.tolist(), engine.greedy(new_tokens), watch)
+    megatron_generate.generate(served, mine.tolist(), [engine.greedy(new_tokens)] * len(mine), watch)
     dist.barrier()
     return {"batch_s": time.perf_counter() - started, "kv_bytes_per_rank": store.fullest.kv_bytes}
 

@@ -103,9 +103,9 @@ def needle_cases(
 def main(argv: list[str] | None = None) -> int:
     """Count the cases that the unsharded reference model finds, greedy, with full attention."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from pikv_ds import checkpoints
     from pikv_ds.reference_model import build
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle_cases")
@@ -115,8 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     path = build(args.num_experts)
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype)).eval()
+    tokenizer = checkpoints.load_tokenizer(path)
+    model = checkpoints.load_model(path, getattr(torch, args.dtype))
     cases = needle_cases(tokenizer, seed=args.seed)
     hits, started = 0, time.perf_counter()
     for case in cases:

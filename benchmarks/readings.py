@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from pikv_ds import launch_env
+from pikv_ds import checkpoints, launch_env
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if "deepspeed" in line)
 DS_CONFIG = {"expert_parallel": {"enabled": True}}
@@ -37,7 +37,6 @@ class Bench:
     """The reference model on every rank, sharded with the settings of each measurement."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         from pikv_ds import reference_model
@@ -50,7 +49,7 @@ class Bench:
         self.dtype = args.dtype
         experts = 6 if self.world.size in (3, 6) else 8
         self.folder = args.model or str(reference_model.build(experts, progress=self.world.rank == 0))
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
+        self.tokenizer = checkpoints.load_tokenizer(self.folder, "--model", padding_side="left")
 
     def progress(self, text: str) -> None:
         """What is under way, on a terminal."""
@@ -60,10 +59,8 @@ class Bench:
     def load(self) -> Any:
         """The unsharded model."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, self.dtype))
-        return model.eval().to(launch_env.device())
+        return checkpoints.load_model(self.folder, getattr(torch, self.dtype), "--model").to(launch_env.device())
 
     def engine(self, **pikv: Any) -> Any:
         """The sharded model."""
@@ -175,9 +172,8 @@ def tie(bench: Bench, plain: Any, out: Any, start: int, at: int) -> str:
     ``gap`` apart can change places if rounding moves each by half of it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    exact = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32).eval().to(launch_env.device())
+    exact = checkpoints.load_model(bench.folder, torch.float32).to(launch_env.device())
     with torch.inference_mode():
         truth = exact(plain.sequences[:, : start + at], use_cache=False, logits_to_keep=1).logits[0, -1]
     new, old = out.sequences[0, start + at], plain.sequences[0, start + at]

@@ -17,10 +17,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples import generation
-from pikv_ds import launch_env
+from examples.state import State, fingerprint, is_done, until_end
+from pikv_ds import checkpoints, launch_env
 
 EXAMPLES = """examples:
   deepspeed --num_accelerators 2 examples/deepspeed_generate.py --config launch/ds_inference.json --verify
@@ -43,46 +45,50 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     console = generation.console_of(args, world)
     config = generation.read_config(args)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     generation.quiet_transformers()
     import pikv_ds
 
     folder = generation.checkpoint(args.model, num_experts=6 if world.size in (3, 6) else 8, progress=world.rank == 0)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()  # noqa: E731
-    console.print(f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {Path(folder).name}")
+    tokenizer = checkpoints.load_tokenizer(folder, "--model", padding_side="left")
+    load = lambda: checkpoints.load_model(folder, getattr(torch, args.dtype), "--model")  # noqa: E731
+    console.print(f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {escape(Path(folder).name)}")
     started = time.perf_counter()
     quiet_deepspeed()
     engine = pikv_ds.initialize(load().to(launch_env.device()), config)
     console.print(f"model loaded and sharded in {time.perf_counter() - started:.1f} s")
 
-    mine, questions, prefixes = generation.my_prompts(args, tokenizer, world)
-    state = generation.State(args.state, world)
-    before = state.read(mine, world)
-    batch = padded([[*prompt, *ids] for prompt, ids in zip(mine, before, strict=True)], tokenizer)
+    vocab_size = engine.module.config.get_text_config().vocab_size
+    mine, questions, prefixes = generation.my_prompts(args, tokenizer, world, vocab_size)
+    job = fingerprint(args, config, folder, mine, "deepspeed") if args.state else {}
+    state = State(args.state, world, job)
+    ends = [] if args.ignore_eos else generation.end_tokens(engine.module)
+    answers = [until_end(ids, ends, args.max_new_tokens) for ids in state.read(len(mine), vocab_size)]
+    going = [i for i, ids in enumerate(answers) if not is_done(ids, ends, args.max_new_tokens)]
+    batch = padded([[*mine[i], *answers[i]] for i in going], tokenizer)
     settings = {
-        "max_new_tokens": args.max_new_tokens - max(map(len, before), default=0),
+        "max_new_tokens": args.max_new_tokens - max((len(answers[i]) for i in going), default=0),
         "do_sample": False,
         "pad_token_id": generation.pad_token(tokenizer),
     }
     if args.ignore_eos:
         settings["eos_token_id"] = None
     pikv_ds.api.attachment_of(engine).store.forget_peaks()
-    watch = Watch(engine.module, batch["attention_mask"].sum().item(), tokenizer, console, questions, prefixes)
+    stream = generation.Stream(console, tokenizer, questions, prefixes)
+    watch = Watch(engine.module, batch["attention_mask"].sum().item(), console, stream, answers[0] if mine else [])
     with watch, torch.inference_mode(), launch_env.stop_on_signals() as request:
         out = engine.module.generate(
             **{k: v.to(launch_env.device()) for k, v in batch.items()},
-            streamer=watch if mine else None,
+            streamer=watch if going else None,
             stopping_criteria=[generation.stop_when(request)],
             **settings,
         )
-    new = [ids[batch["input_ids"].shape[1] :].tolist() for ids in out.cpu()] if mine else []
-    answers = [[*ids, *more] for ids, more in zip(before, new, strict=True)]
+    for i, ids in zip(going, out.cpu()[:, batch["input_ids"].shape[1] :].tolist() if going else [], strict=True):
+        answers[i] = until_end([*answers[i], *ids], ends, args.max_new_tokens)
     if request:
         state.write(answers)
         where = f"its tokens are in {state.path}" if state.path else "give --state FILE to go on from here"
-        told = f"stopped by {request.signals[0]} after {len(answers[0]) if answers else 0} tokens"
+        told = f"stopped by {request.signals[0]} after {max(map(len, answers), default=0)} tokens"
         print(f"rank {world.rank}: {told}; {where}", flush=True)
     else:
         state.remove()
@@ -100,13 +106,13 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     pikv_ds.detach(engine)
     del engine
     launch_env.return_freed_memory()
-    if args.verify and mine:
+    if args.verify and going and not request:
         console.print("comparing with the unsharded model …")
         model = load().to(launch_env.device())
         with torch.inference_mode():
             plain = model.generate(**{k: v.to(model.device) for k, v in batch.items()}, **settings, synced_gpus=False)
         longest = max(plain.shape[1], out.shape[1]) - batch["input_ids"].shape[1]
-        own["verified_tokens"] = longest * len(mine)
+        own["verified_tokens"] = longest * len(going)
         own["equal_tokens"] = generation.equal_tokens(plain.cpu(), out.cpu(), batch["input_ids"].shape[1])
     everyone = generation.gather(own, world)
     generation.report(args, console, figures, everyone)
@@ -132,20 +138,18 @@ class Watch:
     """Shows the prefill's progress layer by layer, then the answer as it comes; takes the times."""
 
     def __init__(
-        self, model: Any, tokens: int, tokenizer: Any, console: Console, questions: list[str], prefixes: list[str]
+        self, model: Any, tokens: int, console: Console, stream: generation.Stream, before: list[int]
     ) -> None:
-        self.console, self.tokenizer, self.questions, self.prefixes = console, tokenizer, questions, prefixes
+        self.stream, self.pieces = stream, list(before)
         self.prompt_tokens, self.start, self.first, self.last, self.count = tokens, 0.0, 0.0, 0.0, 0
         layers = model.get_decoder().layers
         columns = (
             TextColumn("prefill"), BarColumn(), TextColumn("{task.percentage:3.0f} % of {task.description}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        self.progress = Progress(*columns, console=console, disable=not questions)
+        self.progress = Progress(*columns, console=console, disable=not stream.questions)
         self.task = self.progress.add_task(f"{tokens:,} tokens", total=len(layers))
         self.hooks = [layer.register_forward_hook(self.layer_done) for layer in layers]
-        self.pieces: list[int] = []
-        self.shown = ""
 
     def __enter__(self) -> Watch:
         self.progress.start()
@@ -154,6 +158,7 @@ class Watch:
 
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
+        self.stream.close()
         for hook in self.hooks:
             hook.remove()
 
@@ -171,16 +176,12 @@ class Watch:
         if not self.first:
             self.first = self.last
             self.progress.stop()
-            if len(self.questions) == 1:
-                self.console.print(f"\n[bold]{self.questions[0]}[/]\n{self.prefixes[0]}", end="", highlight=False)
-        if len(self.questions) == 1:  # a batch cannot be streamed to one terminal
-            self.pieces.append(int(value.flatten()[0]))
-            text = self.tokenizer.decode(self.pieces, skip_special_tokens=True)
-            self.console.print(text[len(self.shown) :], end="", highlight=False, markup=False)
-            self.shown = text
+        self.pieces.append(int(value.flatten()[0]))
+        self.stream.show(self.pieces)
 
     def end(self) -> None:
-        self.console.print()
+        """Called by `generate` after the last token."""
+        self.stream.close()
 
     def times(self) -> dict[str, float]:
         return {

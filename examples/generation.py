@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from examples import prompts
-from pikv_ds import launch_env, metrics, tables
-from pikv_ds.config import ConfigError, load_json
+from pikv_ds import checkpoints, checks, launch_env, metrics, tables
+from pikv_ds.command_line import RANKS, Parser, check_folders, guarded, whole
+from pikv_ds.config import ConfigError, PiKVConfig, load_json, section
 from pikv_ds.errors import PiKVError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +28,7 @@ DEMOS = (
 
 
 def parse_arguments(argv: list[str], description: str | None, examples: str, launcher: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config",
         default=str(ROOT / "launch" / "ds_inference.json"),
@@ -58,17 +57,17 @@ def parse_arguments(argv: list[str], description: str | None, examples: str, lau
         help="text file with a prompt; repeat for several, they go round the ranks",
     )
     parser.add_argument("--question", help="asked after the document (needs --prompt-file)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--max-new-tokens", type=whole(), default=64, metavar="N")
     parser.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=whole(),
         default=5000,
         metavar="N",
         help="length of the demo's longer document (default: 5000)",
     )
     parser.add_argument(
         "--ranks",
-        type=int,
+        type=whole(most=RANKS),
         metavar="N",
         help=f"start N ranks with {launcher} (when run with plain python)",
     )
@@ -96,13 +95,11 @@ def parse_arguments(argv: list[str], description: str | None, examples: str, lau
     args = parser.parse_args(argv)
     if args.question and not args.prompt_file:
         parser.error("--question needs the document it is about: --prompt-file FILE")
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
     return args
 
 
 def main(args: argparse.Namespace, launch: Callable[[int], int], run: Callable[..., None]) -> int:
-    """Starts the ranks if that is asked for, and turns errors into one line; returns the exit code.
+    """Starts the ranks if that is asked for, and turns errors into one line each; returns the exit code.
 
     Args:
         launch: runs so many ranks of this script, and returns the exit code if it returns at all.
@@ -110,23 +107,22 @@ def main(args: argparse.Namespace, launch: Callable[[int], int], run: Callable[.
     """
     if args.ranks is not None and not launch_env.launched():
         return launch(args.ranks)
-    try:
-        launch_env.prepare()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    if code := guarded("error", lambda: _prepare(args)):
+        return code
+    world = launch_env.world()
+
+    def work() -> int:
+        run(args, world)
+        return 0
+
+    return guarded(f"rank {world.rank}: error", work)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    launch_env.prepare()
     world = launch_env.world()
     if args.ranks not in (None, world.size):
-        print(
-            f"error: --ranks {args.ranks}, but the launcher started {world.size}; drop one",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        run(args, world)
-    except (ConfigError, PiKVError, ValueError, OSError) as error:
-        print(f"rank {world.rank}: error: {error}", file=sys.stderr, flush=True)
-        return 1
+        raise ValueError(f"--ranks {args.ranks}, but the launcher started {world.size}; drop one")
     return 0
 
 
@@ -149,20 +145,20 @@ def quiet_transformers() -> None:
 def read_config(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration file with the --set changes."""
     config = load_json(args.config)
+    settings = section(config, args.config)
     for override in args.overrides:
-        key, found, value = override.partition("=")
+        key, found, text = override.partition("=")
         if not found:
-            raise ConfigError(f"--set {override}: write KEY=VALUE, e.g. --set codec=int8")
-        with contextlib.suppress(json.JSONDecodeError):  # a bare word is a string
-            value = json.loads(value)
-        config.setdefault("pikv", {})[key] = value
-    from pikv_ds.config import PiKVConfig
-
+            raise ConfigError(f"--set {checks.named(override)}: write KEY=VALUE, e.g. --set codec=int8")
+        settings[key] = text  # a bare word
+        with contextlib.suppress(ValueError):
+            settings[key] = checks.parse_json(text)
     try:
-        PiKVConfig.from_dict(config.get("pikv", {}))
+        PiKVConfig.from_dict(settings)
     except ConfigError as error:
         raise ConfigError(f"{args.config}: {error}") from None
-    return config
+    check_folders(*(Path(file) for file in (args.state, args.json) if file not in (None, "-")))
+    return {**config, "pikv": settings}
 
 
 def checkpoint(model: str | None, num_experts: int, progress: bool) -> str:
@@ -171,28 +167,45 @@ def checkpoint(model: str | None, num_experts: int, progress: bool) -> str:
         from pikv_ds import reference_model
 
         return str(reference_model.build(num_experts=num_experts, progress=progress))
-    if not (Path(model) / "config.json").is_file():
-        raise FileNotFoundError(f"--model {model}: no config.json there; name the folder of a Hugging Face checkpoint")
+    checkpoints.check_files(model, "--model")
     return model
 
 
 def my_prompts(
-    args: argparse.Namespace, tokenizer: Any, world: launch_env.World
+    args: argparse.Namespace, tokenizer: Any, world: launch_env.World, vocab_size: int
 ) -> tuple[list[list[int]], list[str], list[str]]:
-    """Token ids of this rank's prompts, what is asked in each, and how the answers begin."""
+    """Token ids of this rank's prompts, what is asked in each, and how the answers begin.
+
+    Raises:
+        ValueError: a file that is missing, empty or no text, or a tokenizer of another model.
+    """
     if args.prompt_file:
         everything = []
         for file in args.prompt_file:
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"--prompt-file {file}: no such file")
-            ids = encode(tokenizer, Path(file).read_text(encoding="utf-8"), args.question)
-            everything.append((ids, args.question or Path(file).name, ""))
+            try:
+                text = Path(file).read_text(encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--prompt-file {file}: {error.strerror}; name a text") from None
+            except UnicodeDecodeError:
+                raise ValueError(f"--prompt-file {file}: not a text in UTF-8; convert it") from None
+            if not text.strip():
+                raise ValueError(f"--prompt-file {file}: is empty; write a prompt into it")
+            everything.append((encode(tokenizer, text, args.question), args.question or Path(file).name, ""))
     else:
         lengths = (args.prompt_tokens, args.prompt_tokens // 2)
-        everything = [
-            (prompts.long_prompt(tokenizer, length, question, document, prefix), question, prefix)
-            for (document, question, prefix), length in zip(DEMOS, lengths, strict=True)
-        ]
+        try:
+            everything = [
+                (prompts.long_prompt(tokenizer, length, question, document, prefix), question, prefix)
+                for (document, question, prefix), length in zip(DEMOS, lengths, strict=True)
+            ]
+        except ValueError as error:
+            raise ValueError(f"--prompt-tokens {args.prompt_tokens}, half of it for the second: {error}") from None
+    largest = max(max(ids) for ids, _, _ in everything)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"--model {args.model}: its tokenizer gives token {largest}, the model has {vocab_size}; copy the "
+            "tokenizer that came with the weights"
+        )
     chosen = everything[world.rank :: world.size]
     return [ids for ids, _, _ in chosen], [question for _, question, _ in chosen], [prefix for *_, prefix in chosen]
 
@@ -210,41 +223,40 @@ def pad_token(tokenizer: Any) -> int:
     return int(next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None))
 
 
-class State:
-    """The tokens that a rank had generated when it was asked to stop: one file per rank."""
+class Stream:
+    """Shows an answer as it grows, where there is one only: several cannot be streamed to one terminal.
 
-    def __init__(self, path: str | None, world: launch_env.World) -> None:
-        self.path = None if path is None else Path(f"{path}.rank{world.rank}")
+    Args:
+        questions, prefixes: what is asked, and how the answers begin.
+    """
 
-    def read(self, prompts: list[list[int]], world: launch_env.World) -> list[list[int]]:
-        """Tokens after each prompt, none where nothing was noted.
+    def __init__(self, console: Console, tokenizer: Any, questions: list[str], prefixes: list[str]) -> None:
+        self.console, self.tokenizer, self.questions, self.prefixes = console, tokenizer, questions, prefixes
+        self.shown: str | None = None
 
-        Raises:
-            ValueError: the file is of another job.
-        """
-        if self.path is None or not self.path.exists():
-            return [[] for _ in prompts]
-        try:
-            answers = json.loads(self.path.read_text())["answers"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--state: {self.path} holds no tokens ({error}); remove it to begin anew") from None
-        if len(answers) != len(prompts):
-            raise ValueError(
-                f"--state: {self.path} is of {len(answers)} prompts, this rank of {world.size} has {len(prompts)}; go "
-                "on with the same prompts and ranks, or remove it to begin anew"
-            )
-        return answers
+    def show(self, ids: Sequence[int]) -> None:
+        """Takes all tokens of the answer so far."""
+        if len(self.questions) != 1:
+            return
+        if self.shown is None:
+            self.shown = ""
+            self.console.print(f"\n[bold]{escape(self.questions[0])}[/]")
+            self.console.print(self.prefixes[0], end="", highlight=False, markup=False)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        self.console.print(text[len(self.shown) :], end="", highlight=False, markup=False)
+        self.shown = text
 
-    def write(self, answers: list[list[int]]) -> None:
-        if self.path is not None:
-            partial = self.path.with_suffix(self.path.suffix + ".part")
-            partial.write_text(json.dumps({"answers": answers}) + "\n")
-            partial.replace(self.path)
+    def close(self) -> None:
+        """Ends the line, also where something has broken off: an error begins a line of its own."""
+        if self.shown is not None:
+            self.console.print()
+            self.shown = None
 
-    def remove(self) -> None:
-        """The job is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+
+def end_tokens(model: Any) -> list[int]:
+    """The tokens at which a Hugging Face model's answers end."""
+    found = model.generation_config.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def stop_when(request: launch_env.StopRequest) -> Callable[..., Any]:
@@ -298,7 +310,7 @@ def report(
     for r in everyone:
         if r["rank"] or len(r["questions"]) > 1:
             for question, answer in zip(r["questions"], r["answers"], strict=True):
-                console.print(f"\n[bold]{question}[/] [dim](rank {r['rank']})[/]")
+                console.print(f"\n[bold]{escape(question)}[/] [dim](rank {r['rank']})[/]")
                 console.print(answer, highlight=False, markup=False)
     console.print()
     tables.show(metrics.table(figures), console)

@@ -11,16 +11,19 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples import generation
-from pikv_ds import launch_env
+from examples.state import State, fingerprint, is_done, until_end
+from pikv_ds import checkpoints, launch_env
 
 EXAMPLES = """examples:
   torchrun --nproc-per-node 2 examples/megatron_generate.py --config launch/ds_inference.json --verify
@@ -48,7 +51,6 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     config = generation.read_config(args)
     warnings.filterwarnings("ignore", category=UserWarning)  # what Megatron misses on this machine
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import megatron_patch
     from megatron_patch import convert, engine, models
@@ -56,7 +58,9 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
 
     generation.quiet_transformers()
     folder = generation.checkpoint(args.model, 6 if world.size in (3, 6) else 8, progress=world.rank == 0)
-    console.print(f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {Path(folder).name}, Megatron-Core")
+    console.print(
+        f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {escape(Path(folder).name)}, Megatron-Core"
+    )
     started = time.perf_counter()
     engine.initialize()
     hf = models.load_config(folder)
@@ -67,9 +71,14 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     share = loaded.read_bytes / loaded.checkpoint_bytes
     console.print(f"{share:.0%} of the weights loaded by this rank in {time.perf_counter() - started:.1f} s")
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = checkpoints.load_tokenizer(folder, "--model")
     eos = None if args.ignore_eos else tokenizer.eos_token_id
-    mine, questions, prefixes = generation.my_prompts(args, tokenizer, world)
+    ends = [] if eos is None else [eos]
+    mine, questions, prefixes = generation.my_prompts(args, tokenizer, world, model.vocab_size)
+    job = fingerprint(args, config, folder, mine, "megatron") if args.state else {}
+    state = State(args.state, world, job)
+    answers = [until_end(ids, ends, args.max_new_tokens) for ids in state.read(len(mine), model.vocab_size)]
+    going = [i for i, ids in enumerate(answers) if not is_done(ids, ends, args.max_new_tokens)]
     served = engine.dynamic_engine(
         model,
         HFTokenizer.load(folder, model.vocab_size),
@@ -81,9 +90,20 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     megatron_patch.patch_context(model, served.context)
     attachment = megatron_patch.attachment_of(model)
     attachment.store.forget_peaks()
-    watch = Watch(model, sum(map(len, mine)), tokenizer, console, questions, prefixes)
-    with watch:
-        answers = generate(served, mine, engine.greedy(args.max_new_tokens, eos), watch)
+    stream = generation.Stream(console, tokenizer, questions, prefixes)
+    todo = [[*mine[i], *answers[i]] for i in going]
+    watch = Watch(model, sum(map(len, todo)), console, stream, answers[0] if mine else [])
+    params = [engine.greedy(args.max_new_tokens - len(answers[i]), eos) for i in going]
+    with watch, launch_env.stop_on_signals() as request:
+        new, stopped = generate(served, todo, params, watch, request)
+    for i, ids in zip(going, new, strict=True):
+        answers[i] = until_end([*answers[i], *ids], ends, args.max_new_tokens)
+    if stopped:
+        state.write(answers)
+        where = f"its tokens are in {state.path}" if state.path else "give --state FILE to go on from here"
+        print(f"rank {world.rank}: stopped after {max(map(len, answers), default=0)} tokens; {where}", flush=True)
+    else:
+        state.remove()
     figures = megatron_patch.stats(model)
     own = {
         "rank": world.rank,
@@ -91,14 +111,16 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
         "answers": [p + tokenizer.decode(a, skip_special_tokens=True) for p, a in zip(prefixes, answers, strict=True)],
         "prompt_tokens": [len(p) for p in mine],
         "new_tokens": sum(len(a) for a in answers),
+        "answer_ids": answers,
+        "stopped_by": (request.signals or ["another rank"])[0] if stopped else None,
         **watch.times(),
     }
     megatron_patch.unpatch_model(model)
-    del served, model, attachment, watch
+    del served, model, attachment, watch, stream
     launch_env.return_freed_memory()
-    if args.verify and mine:
+    if args.verify and mine and not stopped:
         console.print("comparing with the unsharded model …")
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(launch_env.device())
+        plain = checkpoints.load_model(folder, dtype, "--model").to(launch_env.device())
         own["verified_tokens"] = own["equal_tokens"] = 0
         for prompt, answer in zip(mine, answers, strict=True):
             ids = torch.tensor([prompt], device=plain.device)
@@ -115,44 +137,58 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     generation.raise_if_different(everyone)
 
 
-def generate(served: Any, mine: list[list[int]], params: Any, watch: Watch) -> list[list[int]]:
-    """New tokens of each of this rank's prompts. A rank that is done serves its shard until all are, by the
-    dummy passes that Megatron's coordinator would have it make."""
+def generate(
+    served: Any, mine: list[list[int]], params: Sequence[Any], watch: Watch, request: Sized = ()
+) -> tuple[list[list[int]], bool]:
+    """New tokens of each of this rank's prompts, and whether it was stopped before all ranks were done.
+
+    A rank that is done serves its shard until all are, by the dummy passes that Megatron's coordinator would have it
+    make.
+
+    Args:
+        params: of the sampling, for each prompt.
+        request: all ranks stop after the step at which this is no longer empty on one of them.
+    """
     import torch
     import torch.distributed as dist
 
     for i, prompt in enumerate(mine):
-        served.add_request(i, prompt, params)
+        served.add_request(i, prompt, params[i])
     answers: dict[int, list[int]] = {}
+
+    def so_far() -> list[list[int]]:
+        return [answers[i] if i in answers else list(served.get_request(i).generated_tokens) for i in range(len(mine))]
+
     while True:
         mine_left = served.context.get_active_request_count() + len(served.waiting_request_ids)
-        left = torch.tensor([mine_left], device=launch_env.device())
-        dist.all_reduce(left, op=dist.ReduceOp.MAX)
-        if not int(left):
-            return [answers[i] for i in range(len(mine))]
+        everyone = torch.tensor([mine_left, len(request)], device=launch_env.device())
+        dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+        left, asked = everyone.tolist()
+        if not left or asked:
+            return so_far(), bool(left)
         if not mine_left:
             served.controller.dummy_forward()
             continue
         for record in served.step_modern()["finished_request_records"]:
-            request = record.merge()
-            answers[request.request_id] = list(request.generated_tokens)
-        watch.step([answers.get(i) or list(served.get_request(i).generated_tokens) for i in range(len(mine))])
+            done = record.merge()
+            answers[done.request_id] = list(done.generated_tokens)
+        watch.step(so_far())
 
 
 class Watch:
     """Shows the prefill's progress layer by layer, then the answer as it comes; takes the times."""
 
     def __init__(
-        self, model: Any, tokens: int, tokenizer: Any, console: Console, questions: list[str], prefixes: list[str]
+        self, model: Any, tokens: int, console: Console, stream: generation.Stream, before: list[int]
     ) -> None:
-        self.console, self.tokenizer, self.questions, self.prefixes = console, tokenizer, questions, prefixes
-        self.start, self.first, self.last, self.steps, self.shown = 0.0, 0.0, 0.0, 0, ""
+        self.stream, self.before = stream, before
+        self.start, self.first, self.last, self.steps = 0.0, 0.0, 0.0, 0
         layers = model.decoder.layers
         columns = (
             TextColumn("prefill"), BarColumn(), TextColumn("{task.percentage:3.0f} % of {task.description}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        self.progress = Progress(*columns, console=console, disable=not questions)
+        self.progress = Progress(*columns, console=console, disable=not stream.questions)
         self.task = self.progress.add_task(f"{tokens:,} tokens", total=max(1, tokens) * len(layers))
         self.hooks = [layer.register_forward_hook(self.layer_done) for layer in layers]
 
@@ -163,6 +199,7 @@ class Watch:
 
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
+        self.stream.close()
         for hook in self.hooks:
             hook.remove()
 
@@ -175,19 +212,13 @@ class Watch:
         if not all(answers):  # a prompt is still under way
             return
         self.last, self.steps = time.perf_counter(), self.steps + 1
-        one = len(self.questions) == 1  # several cannot be streamed to one terminal
         if not self.first:
             self.first = self.last
             self.progress.stop()
-            if one:
-                self.console.print(f"\n[bold]{self.questions[0]}[/]\n{self.prefixes[0]}", end="", highlight=False)
-        if one:
-            text = self.tokenizer.decode(answers[0], skip_special_tokens=True)
-            self.console.print(text[len(self.shown) :], end="", highlight=False, markup=False)
-            self.shown = text
+        if answers:
+            self.stream.show([*self.before, *answers[0]])
 
     def times(self) -> dict[str, float]:
-        self.console.print()
         return {
             "prefill_s": self.first - self.start if self.first else 0.0,
             "decode_s": self.last - self.first,

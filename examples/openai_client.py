@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import openai
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from examples import prompts
+from pikv_ds.command_line import Parser, guarded, real, whole
 
 EXAMPLES = """examples:
   python examples/openai_client.py --url http://localhost:8000
@@ -35,26 +37,35 @@ FIGURES = ("own_tokens", "tokens", "pages", "kv_bytes")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
     parser.add_argument(
         "--prompt-file", metavar="FILE", help="text file (default: the beginning of Alice in Wonderland)"
     )
     parser.add_argument("--question", default=QUESTION, help="asked after the document (default: %(default)s)")
     parser.add_argument(
-        "--words", type=int, default=2000, metavar="N", help="most words of the document (default: 2000)"
+        "--words", type=whole(), default=2000, metavar="N", help="most words of the document (default: 2000)"
     )
-    parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="of the answer (default: %(default)s)")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="SECONDS", help="wait so long for the server to be up"
+        "--max-tokens", type=whole(), default=16, metavar="N", help="of the answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wait",
+        type=real(0, 86400, "use seconds, at most 86400"),
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long for the server to be up",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
+    return guarded("error", lambda: ask(args))
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Asks the server; returns the exit code."""
     console = Console()
     if not console.is_terminal:
         console.width = 100
@@ -74,11 +85,10 @@ def main(argv: list[str]) -> int:
                 max_tokens=args.max_tokens,
                 temperature=0,
             )
-    except (OSError, openai.OpenAIError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except openai.OpenAIError as error:
+        raise OSError(f"{args.url}: {error}") from None
     usage = answer.usage
-    console.print(f"[bold]{args.question}[/]")
+    console.print(f"[bold]{escape(args.question)}[/]")
     console.print(prefix + answer.choices[0].text.rstrip(), highlight=False, markup=False)
     if usage is not None:
         seconds = time.perf_counter() - started

@@ -7,7 +7,6 @@ slices of them where tensor parallelism splits them, so that no rank ever holds 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import resource
@@ -18,12 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_patch import models
+from pikv_ds import checkpoints
+from pikv_ds.checkpoints import CheckpointError
 
-class CheckpointError(ValueError):
-    """The files are not the weights of this model; the message names the file or the tensor."""
+
+class MissingTensorError(CheckpointError):
+    """Tensors that a parameter is made of are not there."""
+
+    def __init__(self, directory: Path, names: list[str]) -> None:
+        super().__init__(f"{directory}: no tensor {', '.join(names)} there; is it a checkpoint of this model?")
+        self.names = names
+
+
+class ShapeError(CheckpointError):
+    """A tensor or a parameter is of another shape than config.json says."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,10 @@ class Checkpoint:
         self.read_bytes = 0
         self.nbytes = 0
         """Bytes of all tensors."""
+        self.requested: set[str] = set()
+        """Names that somebody has asked for, there or not."""
+        self.shapes: dict[str, list[int]] = {}
+        """Of all tensors."""
         self._paths: dict[str, Path] = {}  # the file of each tensor
         self._file: tuple[Path, Any] | None = None  # the open one
         self._mapped_bytes = 0
@@ -69,13 +83,20 @@ class Checkpoint:
                 part = file.get_slice(name)
                 self.nbytes += math.prod(part.get_shape()) * STORED.get(part.get_dtype(), 1)
                 self._paths[name] = path
+                self.shapes[name] = list(part.get_shape())
 
     def __contains__(self, name: str) -> bool:
         return name in self._paths
 
-    def shape(self, name: str) -> list[int]:
-        """Of the whole tensor."""
-        return list(self._open(self._path(name)).get_slice(name).get_shape())
+    def need(self, *names: str) -> None:
+        """Notes that these are asked for.
+
+        Raises:
+            MissingTensorError: some are not there.
+        """
+        self.requested.update(names)
+        if missing := [name for name in names if name not in self]:
+            raise MissingTensorError(self.directory, missing)
 
     def read(self, name: str, *index: slice | int) -> Tensor:
         """A tensor, or a part of it; what is not asked for is not read.
@@ -83,7 +104,8 @@ class Checkpoint:
         Raises:
             CheckpointError: it is not there, or it is quantised.
         """
-        path = self._path(name)
+        self.need(name)
+        path = self._paths[name]
         file = self._open(path)
         dtype = file.get_slice(name).get_dtype()
         if dtype not in STORED:
@@ -96,32 +118,18 @@ class Checkpoint:
         self._mapped_bytes += tensor.nbytes
         return tensor
 
-    def _path(self, name: str) -> Path:
-        if name not in self._paths:
-            raise CheckpointError(f"{self.directory}: no tensor {name!r} there; is it a checkpoint of this model?")
-        return self._paths[name]
-
     def _files(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
-        single = self.directory / "model.safetensors"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: no table of tensors and files in it ({error!r})") from error
-            return [self.directory / name for name in names]
-        if single.is_file():
-            return [single]
-        raise CheckpointError(
-            f"{self.directory}: neither {single.name} nor {index.name} there; PiKV loads safetensors only"
-        )
+        files = checkpoints.safetensors_files(self.directory)
+        if not files:
+            raise CheckpointError(
+                f"{self.directory}: neither model.safetensors nor {checkpoints.INDEX} there; "
+                "PiKV loads safetensors only"
+            )
+        return files
 
     def _open(self, path: Path) -> Any:
         if self._file is None or self._file[0] != path or self._mapped_bytes >= MAPPED_BYTES:
-            try:
-                self._file = (path, safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: {error}; the checkpoint is incomplete or damaged") from error
+            self._file = (path, checkpoints.open_safetensors(path))
             self._mapped_bytes = 0
         return self._file[1]
 
@@ -144,6 +152,10 @@ class Part:
     def name(self, template: str) -> str:
         return self.prefix + template.format(e=self.expert)
 
+    def need(self, *templates: str) -> None:
+        """Raises MissingTensorError with all of these that are not there."""
+        self.checkpoint.need(*map(self.name, templates))
+
     def whole(self, template: str, *index: slice | int) -> Tensor:
         return self.checkpoint.read(self.name(template), *index)
 
@@ -161,12 +173,10 @@ class Part:
 
     def _share(self, template: str, dim: int, num: int) -> slice:
         name = self.name(template)
-        shape = self.checkpoint.shape(name)
+        self.checkpoint.need(name)
+        shape = self.checkpoint.shapes[name]
         if len(shape) <= dim or shape[dim] != num:
-            raise CheckpointError(
-                f"{self.checkpoint.directory}: {name} has shape {shape}, but dimension {dim} is {num} according to "
-                "config.json, which does not describe these weights"
-            )
+            raise ShapeError(f"{name} has shape {shape}, but dimension {dim} is {num} according to config.json")
         size = num // self.tp
         return slice(self.tp_rank * size, (self.tp_rank + 1) * size)
 
@@ -175,6 +185,7 @@ def _query_key_value(part: Part, q: str, k: str, v: str) -> Tensor:
     """Query heads, key and value of one group after the other: ``[groups * (H/K + 2) * D, hidden]``."""
     c = part.config
     heads, groups, dim = c.num_attention_heads, c.num_query_groups, c.kv_channels
+    part.need(q, k, v)
     by_group = [
         part.rows(name, n * dim).unflatten(0, (groups // part.tp, -1))
         for name, n in ((q, heads), (k, groups), (v, groups))
@@ -184,6 +195,7 @@ def _query_key_value(part: Part, q: str, k: str, v: str) -> Tensor:
 
 def _gate_up(part: Part, size: int, gate: str, up: str) -> Tensor:
     """The gate's rows, then the up projection's."""
+    part.need(gate, up)
     return torch.cat([part.rows(gate, size), part.rows(up, size)])
 
 
@@ -198,6 +210,7 @@ def _expert_fc1(part: Part) -> Tensor:
         ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
         ("block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"),
     )
+    part.need(gate, up)
     return torch.cat([part.whole(gate), part.whole(up)])
 
 
@@ -333,8 +346,9 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
         progress: wraps the loop over the parameters (`tqdm`, say).
 
     Raises:
-        CheckpointError: a missing or damaged file, a tensor that is missing, quantised or of another shape,
-            or a model that is cut into pipeline stages.
+        CheckpointError: a missing or damaged file; tensors that are missing (those of other ranks' experts, too, so
+            that all ranks say the same), of another shape, or not the model's, by name; a quantised one; a model that
+            is cut into pipeline stages.
     """
     from megatron.core import parallel_state
 
@@ -353,24 +367,85 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if not name.endswith(("_extra_state", "local_tokens_per_expert")) and "rotary" not in name
     }
+    missing: set[str] = set()
+    mismatched: list[str] = []
     for name, target in progress(targets.items()):
         layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-        if layer is None:
-            part = Part(checkpoint, config, tp_rank, tp, "", target.shape[0])
-            tensor = _rule(OUTER_RULES, name)(part, model.vocab_size)
-        else:
-            number = re.search(r"(?:local_experts\.|weight)(\d+)", layer[2])
-            expert = None if number is None else first_expert + int(number[1])
-            part = Part(checkpoint, config, tp_rank, tp, f"model.layers.{layer[1]}.", target.shape[0], expert)
-            tensor = _rule(LAYER_RULES, layer[2])(part)
+        try:
+            if layer is None:
+                part = Part(checkpoint, config, tp_rank, tp, "", target.shape[0])
+                tensor = _rule(OUTER_RULES, name)(part, model.vocab_size)
+            else:
+                number = re.search(r"(?:local_experts\.|weight)(\d+)", layer[2])
+                expert = None if number is None else first_expert + int(number[1])
+                part = Part(checkpoint, config, tp_rank, tp, f"model.layers.{layer[1]}.", target.shape[0], expert)
+                tensor = _rule(LAYER_RULES, layer[2])(part)
+        except MissingTensorError as error:
+            missing.update(error.names)
+            continue
+        except ShapeError as error:
+            mismatched.append(str(error))
+            continue
         if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"{directory}: {name} has shape {list(target.shape)} in the model, {list(tensor.shape)} in the "
-                "checkpoint; its config.json does not describe these weights"
-            )
+            shapes = f"shape {list(target.shape)} in the model, {list(tensor.shape)} in the checkpoint"
+            mismatched.append(f"{name} has {shapes}")
+            continue
         with torch.no_grad():
             target.copy_(tensor)
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
+    if tied and "lm_head.weight" in checkpoint:
+        _check_tied(Part(checkpoint, config, tp_rank, tp, "", 0), model.vocab_size)
+    wanted = checkpoint.requested | _of_all_experts(checkpoint.requested, config.num_moe_experts or 0)
+    missing |= {name for name in wanted if name not in checkpoint}
+    mismatched += _odd_experts(checkpoint, wanted)
+    unexpected = checkpoint.shapes.keys() - wanted
+    if unexpected:
+        dispensable = "|".join(_dispensable(directory))
+        unexpected = {name for name in unexpected if not re.search(dispensable, name)}
+    checkpoints.refuse_unfitting(directory, missing, unexpected, mismatched)
     return Report(len(targets), checkpoint.read_bytes, checkpoint.nbytes, _peak_host_bytes())
+
+
+EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..*)")
+"""A tensor of one expert."""
+
+
+def _of_all_experts(names: Iterable[str], num_experts: int) -> set[str]:
+    """The names that the tensors of a rank's experts have for all experts of the model."""
+    kinds = {(match[1], match[3]) for name in names if (match := EXPERT.fullmatch(name))}
+    return {f"{before}{expert}{after}" for before, after in kinds for expert in range(num_experts)}
+
+
+def _odd_experts(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Experts whose tensors are of another shape than their neighbours', on whichever rank they are."""
+    shapes: dict[tuple[str, str], list[int]] = {}
+    out = []
+    for name in sorted(names):
+        match = EXPERT.fullmatch(name)
+        if match is not None and name in checkpoint:
+            shape = checkpoint.shapes[name]
+            usual = shapes.setdefault((match[1], match[3]), shape)
+            if shape != usual:
+                out.append(f"{name} has shape {shape}, other experts {usual}")
+    return out
+
+
+def _check_tied(part: Part, vocab_size: int) -> None:
+    """Where config.json ties the output layer to the embeddings, one in the checkpoint must be the same."""
+    embeddings, output = (part.rows(name, vocab_size) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not torch.equal(embeddings, output):
+        raise CheckpointError(
+            f"{part.checkpoint.directory}: tie_word_embeddings is true in config.json, but lm_head.weight differs "
+            "from model.embed_tokens.weight; set it to false"
+        )
+
+
+def _dispensable(directory: str | Path) -> list[str]:
+    """Patterns of tensors that transformers leaves out, too: what it computes itself, and layers it does not run."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(models.load_config(directory))]
+    return [r"rotary_emb\.inv_freq", *(kind._keys_to_ignore_on_load_unexpected or [])]
 
 
 LATEST = "latest_checkpointed_iteration.txt"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_patch import compat, cpu
+from pikv_ds import checks
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -31,9 +32,9 @@ def load_config(directory: str | Path) -> Any:
     if not (path / "config.json").is_file():
         raise UnsupportedCheckpointError(f"{path}: no config.json there; pass the folder of a Hugging Face checkpoint")
     try:
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, OSError) as error:
-        raise UnsupportedCheckpointError(f"{path / 'config.json'}: {error}") from error
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a file that somebody else has written makes transformers raise anything
+        raise UnsupportedCheckpointError(f"{path / 'config.json'}: {checks.one_line(error)}") from error
 
 
 def transformer_config(

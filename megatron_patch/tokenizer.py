@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pikv_ds.checkpoints import load_tokenizer
+
 
 class HFTokenizer:
     """The tokenizer of a checkpoint, with the names that Megatron calls.
@@ -32,10 +34,12 @@ class HFTokenizer:
 
     @classmethod
     def load(cls, directory: str, vocab_size: int | None = None) -> HFTokenizer:
-        """Of a checkpoint folder."""
-        from transformers import AutoTokenizer
+        """Of a checkpoint folder.
 
-        return cls(AutoTokenizer.from_pretrained(directory, local_files_only=True), vocab_size)
+        Raises:
+            CheckpointError: there is none, or its files cannot be read.
+        """
+        return cls(load_tokenizer(directory), vocab_size)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer itself adds."""

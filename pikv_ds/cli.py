@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from rich.console import Console
 
 from pikv_ds import tables, trace_command
+from pikv_ds.command_line import GIB, THREADS, Parser, device, guarded, real, tokens, whole
 from pikv_ds.eval import calibrate_command, command, tune_command
+from pikv_ds.ops import BACKENDS
 from pikv_ds.plan import command as plan_command
-from pikv_ds.plan.command import tokens
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="pikv",
         description="Looks at and measures PiKV-DS on this machine.",
         epilog=EXAMPLES,
@@ -64,18 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report.add_argument("--json", action="store_true", help="as JSON")
     report.set_defaults(run=_report)
-    args = parser.parse_args(argv)
     try:
-        return args.run(args)
-    except BrokenPipeError:  # `pikv ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
-        return 141
-    except KeyboardInterrupt:
-        print(f"pikv {args.command}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"pikv {args.command}: {error}", file=sys.stderr)
-        return 2
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # --help, --version, or a line about the arguments
+        return stop.code if isinstance(stop.code, int) else 2
+    return guarded(f"pikv {args.command}", lambda: args.run(args))
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -98,17 +91,22 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="CODEC",
         help="int4, int3/int2 (keys/values), int3+clip+scales8, ...; default: none int8 int4",
     )
-    bench.add_argument("--budget", type=float, default=0.125, help="of --op lookup, a share; default: 0.125")
-    bench.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="CPU threads; default: 1")
-    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="timings per contender; default: 15")
-    bench.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="of the ops; default: auto")
-    bench.add_argument("--heads", type=int, default=32, metavar="H", help="query heads; default: 32")
-    bench.add_argument("--kv-heads", type=int, default=8, metavar="K", help="default: 8")
-    bench.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: 128")
-    bench.add_argument("--page-size", type=int, default=32, metavar="S", help="tokens per page; default: 32")
+    share = real(0, 1, "use a share of the pages, above 0 and at most 1", above=True)
+    bench.add_argument("--budget", type=share, default=0.125, help="of --op lookup, a share; default: 0.125")
+    bench.add_argument(
+        "--threads", nargs="+", type=whole(most=THREADS), default=[1], metavar="N", help="CPU threads; default: 1"
+    )
+    bench.add_argument("--rounds", type=whole(), default=15, metavar="N", help="timings per contender; default: 15")
+    bench.add_argument("--backends", nargs="+", choices=BACKENDS, default=["auto"], help="of the ops; default: auto")
+    bench.add_argument("--heads", type=whole(), default=32, metavar="H", help="query heads; default: 32")
+    bench.add_argument("--kv-heads", type=whole(), default=8, metavar="K", help="default: 8")
+    bench.add_argument("--head-dim", type=whole(), default=128, metavar="D", help="default: 128")
+    bench.add_argument("--page-size", type=whole(), default=32, metavar="S", help="tokens per page; default: 32")
     bench.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    bench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda or cpu")
-    bench.add_argument("--gib", type=float, default=1.0, help="working set of each contender; default: 1")
+    usual = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench.add_argument("--device", type=device, default=usual, help="default: cuda or cpu")
+    size = real(0, GIB, f"use a size above 0 and at most {GIB}", above=True)
+    bench.add_argument("--gib", type=size, default=1.0, help="working set of each contender; default: 1")
     bench.add_argument("--json", type=Path, metavar="FILE", help="writes the figures")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draws them as a PNG")
     bench.set_defaults(run=_bench)
@@ -117,15 +115,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _bench(args: argparse.Namespace) -> int:
     from pikv_ds.bench import attention, ggml, show
 
-    for name in ("rounds", "heads", "kv_heads", "head_dim"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}: use a whole number of at least 1")
     if args.heads % args.kv_heads:
         raise ValueError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
     for codec in args.codecs:
         attention.codec_of(codec)
-    if not 0 < args.budget <= 1:
-        raise ValueError(f"--budget = {args.budget}: use a share of the pages, above 0 and at most 1")
     if args.plot and args.op == "seal":
         raise ValueError("--plot: draws figures against context, which --op seal has not; use --json")
     for context in args.context:
@@ -135,7 +128,7 @@ def _bench(args: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     dtype = getattr(torch, args.dtype)
     shape = args.heads, args.kv_heads, args.head_dim, args.page_size
-    setting = attention.Setting(*shape, dtype, torch.device(args.device), int(args.gib * 2**30))
+    setting = attention.Setting(*shape, dtype, args.device, int(args.gib * 2**30))
     console = Console(stderr=True)
     timings, baseline = _measure(args, setting, console)
     rate = args.op == "seal"

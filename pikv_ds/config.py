@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pikv_ds import checks
 from pikv_ds.ops import BACKENDS
 from pikv_ds.policies.budgets import BUDGETS, Budget, UniformBudget
 from pikv_ds.policies.codecs import CODECS, Codec, CodecPolicy, parse_codec
@@ -24,6 +24,17 @@ from pikv_ds.policies.retention import RETENTIONS, Retention
 
 PAGE_SIZES = (1, 8, 16, 32, 64, 128, 256)
 PARTIAL_DTYPES = ("float32", "bfloat16")
+MOST_SLAB_PAGES = 2**16
+"""A slab is allocated in one piece."""
+
+POLICIES: dict[str, tuple[Any, Mapping[str, Any]]] = {
+    "codec": (CodecPolicy, CODECS),
+    "placement": (Placement, PLACEMENTS),
+    "lookup": (Lookup, LOOKUPS),
+    "budget": (Budget, BUDGETS),
+    "retention": (Retention, RETENTIONS),
+}
+"""The settings that are policies: their kind, and what there is of it by name."""
 
 
 class ConfigError(ValueError):
@@ -98,89 +109,63 @@ class PiKVConfig:
     """Check every invariant after every step and poison unused memory. Slow."""
 
     def __post_init__(self) -> None:
-        if type(self.page_size) is not int or self.page_size not in PAGE_SIZES:
-            _fail("page_size", self.page_size, f"choose one of {', '.join(map(str, PAGE_SIZES))}")
-        if self.capacity_tokens is not None:
-            _whole("capacity_tokens", self.capacity_tokens, at_least=self.page_size, because="one page")
-        _whole("slab_pages", self.slab_pages, at_least=1)
-        if self.group_size is not None:
-            _whole("group_size", self.group_size, at_least=1)
-        if self.prefill_chunk_tokens is not None:
-            _whole(
-                "prefill_chunk_tokens",
-                self.prefill_chunk_tokens,
-                at_least=self.page_size,
-                because="one page",
-            )
-        _real("watermark", self.watermark, 0.0, 0.5)
-        _real("timeout_s", self.timeout_s, 1.0, 86400.0)
-        if self.partial_dtype not in PARTIAL_DTYPES:
-            _fail("partial_dtype", self.partial_dtype, _choices(self.partial_dtype, PARTIAL_DTYPES))
-        if self.backend not in BACKENDS:
-            _fail("backend", self.backend, _choices(self.backend, BACKENDS))
-        if self.trace is not None and (not isinstance(self.trace, str) or not self.trace):
-            _fail("trace", self.trace, "name a folder, or leave it out for no trace")
-        if not isinstance(self.debug, bool):
-            _fail("debug", self.debug, "use true or false")
-        kinds = {
-            "codec": CodecPolicy,
-            "placement": Placement,
-            "lookup": Lookup,
-            "budget": Budget,
-            "retention": Retention,
-        }
+        try:
+            self._check()
+        except ValueError as error:
+            raise ConfigError(f"pikv.{error}") from None
+
+    def _check(self) -> None:
+        checks.choice(self, "page_size", PAGE_SIZES, f"choose one of {', '.join(map(str, PAGE_SIZES))}")
+        for key in ("capacity_tokens", "prefill_chunk_tokens"):
+            checks.whole(self, key, least=self.page_size, because="one page", optional=True)
+        checks.whole(self, "slab_pages", most=MOST_SLAB_PAGES)
+        checks.whole(self, "group_size", optional=True)
+        for key, low, high in (("watermark", 0.0, 0.5), ("timeout_s", 1.0, 86400.0)):
+            checks.real(self, key, low, high, f"use a number between {low:g} and {high:g}")
+        for key, allowed in (("partial_dtype", PARTIAL_DTYPES), ("backend", BACKENDS)):
+            checks.choice(self, key, allowed, _choices(getattr(self, key), allowed))
+        checks.path(self, "trace", "name a folder, or leave it out for no trace", optional=True)
+        checks.flag(self, "debug")
+        kinds: dict[str, Any] = {"demote": Codec, **{key: kind for key, (kind, _) in POLICIES.items()}}
         for key, kind in kinds.items():
-            if key == "retention" and self.retention is None:
+            value = getattr(self, key)
+            if key in ("demote", "retention") and value is None:
                 continue
-            if not isinstance(getattr(self, key), kind) or isinstance(getattr(self, key), type):
-                _fail(
-                    key,
-                    getattr(self, key),
-                    "pass a policy, or build the configuration with from_dict",
-                )
+            if not isinstance(value, kind) or isinstance(value, type):
+                checks.refuse(key, value, "pass a policy, or build the configuration with from_dict")
 
         if self.retention is None and self.budget != UniformBudget():
-            _fail("retention", None, f"a budget needs to know who goes first; {_choices('', RETENTIONS)}")
-        if self.demote is not None and not isinstance(self.demote, Codec):
-            _fail("demote", self.demote, "pass a codec, or build the configuration with from_dict")
+            checks.refuse("retention", None, f"a budget needs to know who goes first; {_choices('', RETENTIONS)}")
         if self.demote is not None and self.retention is None:
             remedy = 'names the codec of what is over the budget; add a "retention" and a "budget"'
-            _fail("demote", self.demote.name, remedy)
+            checks.refuse("demote", self.demote.name, remedy)
         if self.demote is not None and self.demote in self.codec.codecs:
-            _fail("demote", self.demote.name, "is what pages have already; name a codec of fewer bits")
+            checks.refuse("demote", self.demote.name, "is what pages have already; name a codec of fewer bits")
         if self.retention is not None and self.budget == UniformBudget():
             remedy = 'keeps everything without a budget; add e.g. "budget": {"name": "uniform", "prompt": 0.5}'
-            _fail("retention", self.retention.name, remedy)
+            checks.refuse("retention", self.retention.name, remedy)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PiKVConfig:
         """Builds a configuration from plain JSON values. Unknown keys are errors."""
         if not isinstance(settings, Mapping):
-            raise ConfigError(f"pikv: expected an object with settings, got {settings!r}")
+            raise ConfigError(f"pikv: expected an object with settings, got {checks.shown(settings)}")
         known = [f.name for f in dataclasses.fields(cls)]
-        values: dict[str, Any] = {}
-        for key, value in settings.items():
-            if key not in known:
-                _fail(key, value, f"unknown setting; {_choices(key, known)}")
-            values[key] = value
-        tables: dict[str, Mapping[str, Any]] = {
-            "codec": CODECS,
-            "placement": PLACEMENTS,
-            "lookup": LOOKUPS,
-            "budget": BUDGETS,
-            "retention": RETENTIONS,
-        }
-        for key, table in tables.items():
-            if values.get(key) is None:
-                continue
-            if key == "retention" and isinstance(values[key], str) and values[key].startswith("kvpress:"):
-                values[key] = {"name": "kvpress", "press": values[key].partition(":")[2]}
-            values[key] = _policy(key, values[key], table)
-        if values.get("demote") is not None:
-            try:
-                values["demote"] = parse_codec(values["demote"], "pikv.demote")
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+        values = dict(settings)
+        try:
+            for key, value in values.items():
+                if key not in known:
+                    checks.refuse(key, value, f"unknown setting; {_choices(key, known)}")
+            press = values.get("retention")
+            if isinstance(press, str) and press.startswith("kvpress:"):
+                values["retention"] = {"name": "kvpress", "press": press.partition(":")[2]}
+            for key, (_, table) in POLICIES.items():
+                if values.get(key) is not None:
+                    values[key] = _policy(key, values[key], table)
+            if values.get("demote") is not None:
+                values["demote"] = parse_codec(values["demote"], "demote")
+        except ValueError as error:
+            raise ConfigError(f"pikv.{error}") from None
         return cls(**values)
 
     def files(self) -> list[str]:
@@ -205,16 +190,24 @@ class PiKVConfig:
 def load_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file, or a `ConfigError` that names the file, the line and the cause."""
     try:
-        settings = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; pass the path of a JSON configuration") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {error.lineno}: {error.msg}; the file must be JSON") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; pass the path of a JSON configuration") from None
+        settings = checks.read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; name a configuration, which must be JSON") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def section(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """A copy of the ``"pikv"`` section of a DeepSpeed configuration, empty where there is none.
+
+    Args:
+        source: where the configuration is from, for the error.
+    """
+    found = settings.get("pikv", {})
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{source}: pikv: expected an object with settings, got {checks.shown(found)}")
+    return dict(found)
 
 
 def name_or_json(option: str, text: str) -> Any:
@@ -224,9 +217,25 @@ def name_or_json(option: str, text: str) -> Any:
         ValueError: naming the option.
     """
     try:
-        return json.loads(text) if text.lstrip().startswith("{") else text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--{option} {text}: {error.msg}; write a name or a JSON object") from None
+        return checks.parse_json(text) if text.lstrip().startswith("{") else text
+    except ValueError as error:
+        raise ValueError(f"--{option} {checks.named(text)}: {error}; write a name or a JSON object") from None
+
+
+def settings_of(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Settings as they are written on a command line, ``NAME={"codec": "int4"}`` or without the name.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    name, body = ("", text) if text.lstrip().startswith("{") else text.partition("=")[::2]
+    try:
+        settings = checks.parse_json(body)
+    except ValueError as error:
+        raise ValueError(f"--{option} {checks.named(text)}: {error}; write a JSON object") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--{option} {checks.named(text)}: write a JSON object, or NAME=JSON object")
+    return name, settings
 
 
 def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
@@ -238,41 +247,26 @@ def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
     elif not isinstance(value, str):
         return value
     if not isinstance(name, str) or name not in table:
-        _fail(f"{key}.name" if isinstance(value, Mapping) else key, name, _choices(name, table))
+        checks.refuse(f"{key}.name" if isinstance(value, Mapping) else key, name, _choices(name, table))
     kind = table[name]
     if not isinstance(kind, type):  # a codec: named by its element
         kind, options = type(kind), {"name": name, **options}
-    allowed = [f.name for f in dataclasses.fields(kind) if f.init]
+    fields = [f for f in dataclasses.fields(kind) if f.init]
     for option, setting in options.items():
-        if option not in allowed:
-            takes = _choices(option, allowed) if allowed else f'"{name}" takes no options'
-            _fail(f"{key}.{option}", setting, takes)
+        if option not in [f.name for f in fields]:
+            takes = _choices(option, [f.name for f in fields]) if fields else f'"{name}" takes no options'
+            raise ValueError(f"{key}.{checks.named(option)} = {checks.shown(setting)}: {takes}")
+    for f in fields:
+        if f.name not in options and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f'{key}.{f.name}: missing; "{name}" needs it')
     try:
         return kind(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"pikv.{key}.{error}") from None
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
 
 
-def _choices(value: Any, allowed: Any) -> str:
+def _choices(value: Any, allowed: Iterable[Any]) -> str:
     names = [str(a) for a in allowed]
-    close = difflib.get_close_matches(str(value), names, n=1)
+    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) and len(value) <= 40 else []
     hint = f'did you mean "{close[0]}"? ' if close else ""
     return f"{hint}choose one of {', '.join(names)}"
-
-
-def _fail(key: str, value: Any, remedy: str) -> None:
-    raise ConfigError(f"pikv.{key} = {value!r}: {remedy}")
-
-
-def _whole(key: str, value: Any, at_least: int, because: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        _fail(
-            key,
-            value,
-            f"use a whole number of at least {at_least}" + (f" ({because})" if because else ""),
-        )
-
-
-def _real(key: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        _fail(key, value, f"use a number between {low:g} and {high:g}")

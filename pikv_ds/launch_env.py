@@ -295,8 +295,8 @@ class StopRequest:
 
     signals: list[str] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
-        return bool(self.signals)
+    def __len__(self) -> int:
+        return len(self.signals)
 
 
 @contextlib.contextmanager

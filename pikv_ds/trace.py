@@ -26,10 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from pikv_ds import checks
+
 VERSION = 1
 TOP_VOTES = 8
 """Experts of a page whose votes are written."""
 FLUSH_S = 1.0
+FACTS = {"rank", "ranks", "codecs"}
+"""Of the cache, that a trace's first line must have."""
 
 
 class PageTrace:
@@ -188,19 +192,19 @@ def read_rank(path: Path) -> RankTrace:
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for number, line in enumerate(file, 1):
             try:
-                facts = json.loads(line)
-            except ValueError:
+                facts = checks.parse_json(line)
+                event = facts.pop("event", None)
+                if trace is not None:
+                    _take(trace, event, facts, last_visit)
+                    continue
+            except (ValueError, AttributeError, KeyError, TypeError, IndexError):  # no JSON, or none of ours
                 if trace is not None and not line.endswith("\n"):
                     trace.cut_off = True
                     break
                 raise ValueError(f"{path}:{number}: not a line of a trace: {line[:60]!r}") from None
-            event = facts.pop("event", None)
-            if trace is None:
-                if event != "start" or facts.get("version") != VERSION:
-                    raise ValueError(f"{path}:{number}: not the beginning of a trace of version {VERSION}")
-                trace = RankTrace(facts)
-                continue
-            _take(trace, event, facts, last_visit)
+            if event != "start" or facts.get("version") != VERSION or not facts.keys() >= FACTS:
+                raise ValueError(f"{path}:{number}: not the beginning of a trace of version {VERSION}")
+            trace = RankTrace(facts)
     if trace is None:
         raise ValueError(f"{path}: empty; was the rank killed as it began?")
     return trace

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from pikv_ds import tables
+from pikv_ds.command_line import check_folders
 from pikv_ds.reuse import DISTANCES, WINDOW
 from pikv_ds.trace import RankTrace, read
 
@@ -53,8 +54,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     out = args.out or args.folder / "trace.png"
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    check_folders(out)
     traces = read(args.folder)
     plot(out, traces, str(args.folder))
     for line in notes(traces):

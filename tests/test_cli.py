@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +19,8 @@ from pikv_ds import report
 from pikv_ds.bench.attention import Setting, paged, torch_baselines
 from pikv_ds.bench.timing import Contender, measure
 from pikv_ds.cli import main
+from pikv_ds.command_line import guarded, real, tokens, whole
+from pikv_ds.errors import PoolFullError
 from pikv_ds.ops import OPS
 
 
@@ -87,8 +94,8 @@ def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.Captur
         (["--heads", "7", "--kv-heads", "2"], "--heads = 7: must be a multiple of --kv-heads = 2"),
         (["--context", "1000"], "--context = 1000: use a multiple of --page-size = 32"),
         (["--op", "seal", "--plot", "x.png"], "--plot: draws figures against context"),
-        (["--budget", "0"], "--budget = 0.0: use a share of the pages"),
-        (["--rounds", "0"], "--rounds = 0: use a whole number"),
+        (["--budget", "0"], "--budget: 0: use a share of the pages"),
+        (["--rounds", "0"], "--rounds: 0: use a whole number"),
         (["--codecs", "int4", "int3/int9"], "codec 'int3/int9': 'int9' is none of none, fp8, int8"),
         (["--codecs", "int3+clipped"], "codec 'int3+clipped': 'clipped' is none of"),
         (["--codecs", "none+clip"], "clip = True: is of integers"),
@@ -114,3 +121,118 @@ def test_contenders_take_turns_and_walk_through_their_copies() -> None:
     assert [t.name for t in timings] == [c.name for c in contenders]
     pages = contenders[-1]
     assert pages.num_copies * pages.num_bytes >= setting.working_set
+
+
+# -- arguments and errors of all commands ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--model", "mixtral-8x7b", "--gib", "nan"], "--gib: nan: use a size above 0"),
+        (["plan", "--model", "mixtral-8x7b", "--gib", "1e999"], "--gib: 1e999: use a size above 0"),
+        (["plan", "--model", "mixtral-8x7b", "--context", "9" * 400], "is no number of tokens up to"),
+        (["plan", "--model", "mixtral-8x7b", "--batch", "9" * 5000], "use a whole number of at least 1"),
+        (
+            ["plan", "--model", "mixtral-8x7b", "--ranks", "1000000000"],
+            "--ranks: 1000000000: use a whole number of at",
+        ),
+        (["plan", "--model", "mixtral-8x7b", "--assume", "{"], "--assume {: is of --simulate TRACE"),
+        (["plan", "--model", "mixtral-8x7b", "--assume", "{", "--simulate", "x"], "--assume {: line 1, column 2"),
+        (["plan", "--model", "mixtral-8x7b", "--pikv", "[1]"], "--pikv [1]: line 1"),
+        (["plan", "--model", "mixtral-8x7b", "--pikv", "x=[1]"], "write a JSON object, or NAME=JSON object"),
+        (["plan", "--model", "mixtral-8x7b", "--pikv", "{" * 99999], "nested too deeply|line 1, column 2"),
+        (["bench", "--threads", "0"], "--threads: 0: use a whole number of at least 1"),
+        (["bench", "--device", "abacus"], "--device: abacus: "),
+        (["bench", "--page-size", "0"], "--page-size: 0: use a whole number of at least 1"),
+        (["bench", "--gib", "inf"], "--gib: inf: use a size above 0 and at most"),
+        (["codecs", "--page-size", "0"], "--page-size: 0: use a whole number of at least 1"),
+        (["codecs", "--codec", "{"], "--codec {: line 1, column 2"),
+        (["eval", "--seed", "-1"], "--seed: -1: use a whole number of at least 0"),
+        (["eval", "--pikv", "x={"], "--pikv x={: line 1, column 2"),
+        (["tune", "--out", "x.json", "--objective", "9**9**9*latency"], "it has no value at"),
+        (["heads", "--out", "x.json", "--share", "nan"], "--share: nan: use a share of the heads"),
+        (["nothing"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_of_any_command_are_a_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pikv")
+    assert re.search(words if "|" in words else re.escape(words), line)
+    assert len(line) < 1200
+
+
+def test_every_number_on_the_command_line_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No option is a bare `int` or `float`, which take 0, nan and numbers of any length."""
+    found: dict[str, argparse.Action] = {}
+    add = argparse.ArgumentParser.add_argument
+
+    def watch(self: argparse.ArgumentParser, *names: str, **settings: Any) -> argparse.Action:
+        action = add(self, *names, **settings)
+        found[f"{self.prog} {names[0]}"] = action
+        return action
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", watch)
+    assert main(["--version"]) == 0
+    assert {name.split()[1] for name in found} >= {"bench", "plan", "eval", "codecs", "calibrate", "tune", "heads"}
+    assert len([a for a in found.values() if a.type is not None]) > 30
+    assert not [name for name, action in found.items() if action.type in (int, float)]
+
+
+@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-1", "1e3", "9" * 5000, "\u00b2", "\u0663", "1\n2", "0x10"])
+def test_types_of_options_refuse_what_is_no_number(text: str) -> None:
+    for kind in (whole(), real(0, 1, "use a share"), tokens):
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            kind(text)
+        assert str(error.value).isprintable()
+        assert len(str(error.value)) < 300
+
+
+def test_types_of_options_take_their_bounds() -> None:
+    assert [whole(0, 5)(x) for x in ("0", "5")] == [0, 5]
+    assert [real(0, 1, "")(x) for x in ("0", "1", "0.5")] == [0.0, 1.0, 0.5]
+    assert [tokens(x) for x in ("1", "4k", "4K", "4096")] == [1, 4096, 4096, 4096]
+    with pytest.raises(argparse.ArgumentTypeError, match="at most 5"):
+        whole(0, 5)("6")
+    with pytest.raises(argparse.ArgumentTypeError, match="above 0"):
+        real(0, 1, "use a share above 0", above=True)("0")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("--x 1:\n  use 2\n"), "cmd: --x 1: use 2"),
+        (PoolFullError("no room"), "cmd: no room"),
+        (OSError(28, "No space left on device"), "cmd: [Errno 28] No space left on device"),
+        (MemoryError(), "cmd: MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "cmd: DefaultCPUAllocator: can't"),
+        (ValueError("x" * 10**6), "cmd: xxx"),
+    ],
+)
+def test_known_errors_are_a_line(error: Exception, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise error
+
+    assert guarded("cmd", work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(words)
+    assert len(line) < 1200
+
+
+def test_our_own_mistakes_are_not_hidden() -> None:
+    for error in (RuntimeError("shapes differ"), AssertionError(), KeyError("x"), TypeError()):
+        with pytest.raises(type(error)):
+            guarded("cmd", lambda error=error: (_ for _ in ()).throw(error))
+
+
+@pytest.mark.parametrize(("closed", "words"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left")])
+def test_a_closed_or_full_output_is_a_line(closed: str, words: str) -> None:
+    command = f"{sys.executable} -m pikv_ds.cli plan --model mixtral-8x7b {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "WARNING" not in line]
+    assert line.startswith("pikv plan: ")
+    assert words in line

@@ -255,7 +255,7 @@ def test_the_command_that_simulates(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--pikv", "x=1"], "--pikv x=1: write a JSON object"),
         (["--pikv", "x={"], "--pikv x={: "),
         (["--pikv", '{"page_size": 16}', "--pikv", '{"page_size": 32}'], "one page_size for all"),
-        (["--spread", "-1"], "--spread -1.0: use a number"),
+        (["--spread", "-1"], "--spread: -1: use a number"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,14 +215,31 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
     assert cli.main(["eval", "--show", "--json", f"{checkpoint}/out.json"]) == 0
     assert capsys.readouterr().out == shown
     assert cli.main([*arguments, "--seed", "1"]) == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "holds results of other settings (seed: 0 there, 1 here)" in capsys.readouterr().err
+    renamed = [argument.replace("int4", "int8") for argument in arguments]
+    assert cli.main(renamed) == 2
+    assert "other settings (methods: {'four bits'" in capsys.readouterr().err
+    (checkpoint / "prose.txt").write_text(PROSE + PROSE)
+    assert cli.main(arguments) == 2
+    assert "other settings (sha256: " in capsys.readouterr().err
+    (checkpoint / "prose.txt").write_text(PROSE)
+    weights = checkpoint / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"@")  # another model in the same folder
+    assert cli.main(arguments) == 2
+    assert "other settings (sha256: " in capsys.readouterr().err
+
+
+def test_an_empty_text_is_named(tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert cli.main(["eval", "--model", "nowhere", "--text", f"{tmp_path}/empty.txt"]) == 2
+    assert f"--text {tmp_path}/empty.txt: is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tasks", "nedle"], "--tasks nedle: choose of needle"),
-        (["--cases", "0"], "--cases 0: use whole numbers"),
+        (["--cases", "0"], "--cases: 0: use a whole number"),
         (["--resume"], "--resume: name the file"),
         (["--show", "--json", "nowhere.json"], "--json nowhere.json: no results"),
         (["--json", "nowhere/x.json"], "there is no folder nowhere"),

@@ -16,6 +16,7 @@ ROOT = Path(pikv_ds.__file__).parent
 CSRC = ROOT.parent / "csrc"
 
 FOUNDATION = {
+    "checks",
     "ops",
     "config",
     "layout",
@@ -133,7 +134,7 @@ def test_only_the_front_door_imports_integrations() -> None:
     [
         (
             "transformers",
-            {"bench.attention", "hf", "hf_cache", "hf_generate", "reference_model"}
+            {"bench.attention", "checkpoints", "hf", "hf_cache", "hf_generate", "reference_model"}
             | {f"eval.{name}" for name in ("command", "methods", "run", "snapshot")},
         ),
         ("deepspeed", {"deepspeed_moe"}),

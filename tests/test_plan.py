@@ -133,6 +133,16 @@ def test_shapes_come_from_a_config_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match="names no num_attention_heads"):
         planner.shape_of(str(tmp_path), torch.float32)
+    whole = {"num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 64, "num_local_experts": 4}
+    for key in whole:
+        for wrong in (-1, "8", [8], 1.5, True, 10**30):
+            (tmp_path / "config.json").write_text(json.dumps(whole | {key: wrong}))
+            with pytest.raises(ValueError, match=f"{key} = .*: use a whole number from 1"):
+                planner.shape_of(str(tmp_path), torch.float32)
+    for content in ("5", "[]", "[" * 10**5, '{"text_config": 5}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json (has no JSON object in it|cannot be read)"):
+            planner.shape_of(str(tmp_path), torch.float32)
 
 
 def test_baselines_count_copies() -> None:
@@ -171,11 +181,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("arguments", "message"),
     [
         (["--model", "mixtral"], "--model mixtral: no preset (mixtral-8x7b"),
-        (["--model", "mixtral-8x7b", "--ranks", "0"], "--ranks 0: use a whole number"),
+        (["--model", "mixtral-8x7b", "--ranks", "0"], "--ranks: 0: use a whole number"),
         (["--model", "mixtral-8x7b", "--ranks", "3"], "8 experts cannot be spread evenly over 3"),
         (["--model", "mixtral-8x7b", "--codec", "int5"], "pikv.codec = 'int5'"),
         (["--model", "mixtral-8x7b", "--codec", "{"], "write a name or a JSON object"),
-        (["--model", "mixtral-8x7b", "--gib", "-1"], "--gib -1.0: use a size above 0"),
+        (["--model", "mixtral-8x7b", "--gib", "-1"], "--gib: -1: use a size above 0"),
         (["--model", "mixtral-8x7b", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (
             ["--model", "mixtral-8x7b", "--codec", '{"name": "per_layer", "layers": {"40": "int8"}}'],

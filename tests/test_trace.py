@@ -111,6 +111,9 @@ def test_a_trace_of_a_killed_rank_is_read(tmp_path: Path, rng: torch.Generator) 
     assert len(told.pages) == len(whole.pages) - 1
 
 
+START = json.dumps({"event": "start", "version": 1, "rank": 0, "ranks": 1, "codecs": [{"codec": "none"}]}) + "\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -118,7 +121,13 @@ def test_a_trace_of_a_killed_rank_is_read(tmp_path: Path, rng: torch.Generator) 
         ("", "empty; was the rank killed"),
         ("what\n", ":1: not a line of a trace: 'what"),
         ("{}\n", ":1: not the beginning of a trace of version 1"),
-        (json.dumps({"event": "start", "version": 1, "rank": 0, "ranks": 1}) + "\n{]\n", ":2: not a line of a trace"),
+        (START + "{]\n", ":2: not a line of a trace"),
+        ("5\n", ":1: not a line of a trace"),
+        ("[" * 10**5 + "\n", ":1: not a line of a trace"),
+        (START + "5\n", ":2: not a line of a trace"),
+        (START + '{"event": "seal"}\n', ":2: not a line of a trace"),
+        (START + '{"event": "store", "codec": 7, "slot": 0}\n', ":2: not a line of a trace"),
+        ('{"event": "start", "version": 1}\n', ":1: not the beginning of a trace"),
     ],
 )
 def test_mistakes_are_one_line(

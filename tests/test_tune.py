@@ -23,13 +23,17 @@ def point(name: str, latency: float, memory: float, fidelity: float) -> Point:
 def test_an_objective_is_arithmetic() -> None:
     at = point("a", 2.0, 0.5, 0.9)
     assert Objective("latency + 0.2*memory - 5*fidelity").of(at) == pytest.approx(2 + 0.1 - 4.5)
+    assert Objective("1 / (1 - latency)").of(point("exact", 1.0, 1.0, 1.0)) == float("inf")  # never the least
     assert Objective("-fidelity**2 / memory").of(at) == pytest.approx(-0.81 / 0.5)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [("latency +", "write sums"), ("speed", "no 'speed'"), ("__import__('os')", "no Call"), ("3", "names none"),
-     ("latency if memory else 1", "no IfExp"), ("latency.real", "no Attribute"), ("'a' + latency", "no 'a'")],
+     ("latency if memory else 1", "no IfExp"), ("latency.real", "no Attribute"), ("'a' + latency", "no 'a'"),
+     ("9**9**9*latency", "has no value at"), ("1/(latency-latency)", "has no value at"), ("True*latency", "no True"),
+     ("-" * 10**5 + "latency", "at most 500 characters"), ("1e999*latency", "no number as large"),
+     ("9" * 450 + "*latency", "no number as large"), ("latency\0", "null bytes|source code")],
 )  # fmt: skip
 def test_anything_else_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -101,4 +105,4 @@ def test_heads_of_a_checkpoint_become_a_budget(checkpoint: Path, capsys) -> None
     config = PiKVConfig.from_dict({"retention": "streaming", "budget": {"name": "duo", "heads": str(out)}})
     assert config.files() == [str(out)]
     assert cli.main([*arguments, "--share", "0"]) == 2
-    assert "--share 0" in capsys.readouterr().err
+    assert "--share: 0" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from pikv_ds import tables
+from pikv_ds.command_line import THREADS, check_folders, whole
 from pikv_ds.eval.command import example_texts, load
 
 
@@ -29,12 +30,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         parser.add_argument("--model", default="reference-dense", metavar="DIR", help="or reference, reference-dense")
         parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
         parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="default: the examples'")
-        parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the text; default: 4096")
-        parser.add_argument("--page-size", type=int, default=32, metavar="S")
-        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+        parser.add_argument("--tokens", type=whole(), default=4096, metavar="N", help="of the text; default: 4096")
+        parser.add_argument("--page-size", type=whole(), default=32, metavar="S")
+        parser.add_argument("--threads", type=whole(most=THREADS), default=torch.get_num_threads(), metavar="N")
         if name == "calibrate":
             parser.add_argument("--method", default="distilled", metavar="NAME", help="lowrank, distilled or lora")
-            parser.add_argument("--rank", type=int, default=32, metavar="R", help="default: 32")
+            parser.add_argument("--rank", type=whole(), default=32, metavar="R", help="default: 32")
             parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file")
         parser.add_argument("--codec", action="append", default=[], metavar="NAME or JSON",
                             help="how coefficients are stored" if name == "calibrate" else "repeatable")  # fmt: skip
@@ -51,13 +52,9 @@ CODECS = """examples:
 
 
 def _codec(text: str) -> Any:
-    from pikv_ds.config import PiKVConfig
+    from pikv_ds.config import PiKVConfig, name_or_json
 
-    try:
-        value = json.loads(text) if text.lstrip().startswith("{") else text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--codec {text}: {error.msg}; write a name or a JSON object") from None
-    return PiKVConfig.from_dict({"codec": value}).codec
+    return PiKVConfig.from_dict({"codec": name_or_json("codec", text)}).codec
 
 
 def _snapshots(args: argparse.Namespace, shares: Sequence[float]) -> list[Any]:
@@ -89,8 +86,7 @@ def calibrate(args: argparse.Namespace) -> int:
     codec = _codec(args.codec[0] if args.codec else "none")
     if args.method not in calibration.METHODS:
         raise ValueError(f"--method {args.method}: choose of {', '.join(calibration.METHODS)}")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+    check_folders(args.out)
     seen, unseen = _snapshots(args, (0.75, 0.25))
     bases = calibration.fit(seen, args.method, args.rank, codec, args.page_size)
     facts = {"method": args.method, "rank": str(args.rank), "model": args.model, "codec": json.dumps(codec.settings())}

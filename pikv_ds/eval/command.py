@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pikv_ds import tables
+from pikv_ds.command_line import THREADS, check_folders, whole
 
 EXAMPLES = """examples:
   pikv eval --cases 6 --lengths 1000                       a first look, a few minutes
@@ -42,17 +43,21 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--tasks", nargs="+", default=["needle"], metavar="TASK",
                         help="of needle, multikey, tracking, common, text; default: needle")  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1000, 2000, 3500, 6000], metavar="N",
+    parser.add_argument("--lengths", nargs="+", type=whole(), default=[1000, 2000, 3500, 6000], metavar="N",
                         help="tokens before the question; default: 1000 2000 3500 6000")  # fmt: skip
-    parser.add_argument("--cases", type=int, default=60, metavar="N", help="per task, over all lengths; default: 60")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cases", type=whole(), default=60, metavar="N", help="per task, over all lengths; default: 60"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--suite", choices=("standard", "pikv", "peers", "none"),
                         help="methods; default: pikv, or none where methods are named")  # fmt: skip
     parser.add_argument("--pikv", action="append", default=[], metavar="[NAME=]JSON",
                         help="a configuration, and its name in the tables (repeatable)")  # fmt: skip
     parser.add_argument("--presses", nargs="+", default=[], metavar="NAME:RATIO", help="of kvpress, e.g. SnapKV:0.5")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="prose to hide needles in")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--threads", type=whole(most=THREADS), default=torch.get_num_threads(), metavar="N", help="CPU threads"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all outcomes, after every case")
     parser.add_argument("--resume", action="store_true", help="goes on with what --json FILE has")
     parser.add_argument("--show", action="store_true", help="shows what --json FILE has, and runs nothing")
@@ -64,6 +69,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
     from pikv_ds.eval import run, tasks
+    from pikv_ds.eval.methods import PiKV
     from pikv_ds.eval.text import read
 
     check(args)
@@ -76,8 +82,13 @@ def main(args: argparse.Namespace) -> int:
         "model": args.model, "dtype": args.dtype, "tasks": args.tasks, "lengths": args.lengths, "cases": args.cases,
         "seed": args.seed, "text": [str(p) for p in args.text],
     }  # fmt: skip
-    done = run.load(args.json, settings) if args.resume else {}
     texts = read(args.text or example_texts())
+    settings["sha256"] = {
+        "model": identity(args.model),
+        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    settings["methods"] = {m.name: m.config for m in methods if isinstance(m, PiKV)}
+    done, settings = run.load(args.json, settings) if args.resume else ({}, settings)
     torch.set_num_threads(args.threads)
     console = Console(stderr=True)
     model, tokenizer = load(args.model, args.dtype, console)
@@ -135,20 +146,15 @@ def check(args: argparse.Namespace) -> None:
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks {task}: choose of {', '.join(TASKS)}")
-    for name, values in (("cases", [args.cases]), ("lengths", args.lengths), ("threads", [args.threads])):
-        if min(values) < 1:
-            raise ValueError(f"--{name} {min(values)}: use whole numbers of at least 1")
     for option in ("resume", "show"):
         if getattr(args, option) and not args.json:
             raise ValueError(f"--{option}: name the file with --json")
-    for path in filter(None, (args.json, args.markdown, args.plot)):
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
+    check_folders(args.json, args.markdown, args.plot)
 
 
 def methods_of(args: argparse.Namespace) -> Sequence[Any]:
     """The methods that the options name."""
-    from pikv_ds.config import PiKVConfig
+    from pikv_ds.config import PiKVConfig, settings_of
     from pikv_ds.eval import methods
 
     suite = args.suite or ("none" if args.pikv or args.presses else "pikv")
@@ -157,11 +163,7 @@ def methods_of(args: argparse.Namespace) -> Sequence[Any]:
     if suite != "none":
         out += [m for m in every if suite == "standard" or (m.family == "pikv") == (suite == "pikv")]
     for text in args.pikv:
-        name, settings = ("", text) if text.startswith("{") else text.partition("=")[::2]
-        try:
-            config = json.loads(settings)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--pikv {text}: {error.msg}; write a JSON object") from None
+        name, config = settings_of("pikv", text)
         PiKVConfig.from_dict(config)
         out.append(methods.PiKV(name or text, config))
     return [*out, *(methods.parse_press(text) for text in args.presses)]
@@ -169,10 +171,9 @@ def methods_of(args: argparse.Namespace) -> Sequence[Any]:
 
 def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
     """Model and tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    from pikv_ds import reference_model
+    from pikv_ds import checkpoints, reference_model
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -183,16 +184,19 @@ def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
             model, tokenizer = reference_model.load_dense(kind)
             return model.eval(), tokenizer
         folder = str(reference_model.build(progress=True)) if name == "reference" else name
-        if not Path(folder).is_dir():
-            raise ValueError(f"--model {name}: no such folder; name a checkpoint's, or reference, reference-dense")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval(), tokenizer
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"--model {name}: {first}; name a checkpoint's folder, reference or reference-dense"
-            ) from None
+        checkpoints.check_files(folder, "--model")
+        tokenizer = checkpoints.load_tokenizer(folder, "--model")
+        return checkpoints.load_model(folder, kind, "--model"), tokenizer
+
+
+def identity(name: str) -> str:
+    """What tells a model from others of the same name: of a folder, what is in it."""
+    from pikv_ds import checkpoints
+
+    if name in ("reference", "reference-dense"):
+        return name
+    checkpoints.check_files(name, "--model")
+    return checkpoints.identity(name)
 
 
 def example_texts() -> list[Path]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pikv_ds import checks
 from pikv_ds.eval import tasks
 from pikv_ds.eval.methods import Full, Method, Prepared
 from pikv_ds.eval.snapshot import Snapshot, take
@@ -164,26 +165,37 @@ def read(path: Path) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
         ValueError: the file is none of `pikv eval`'s.
     """
     try:
-        content = json.loads(path.read_text())
-        return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, content["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json {path}: no results of `pikv eval` ({error}); name another file") from None
+        content = checks.read_json(path)
+        return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, dict(content["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--json {path}: no results of `pikv eval` ({checks.one_line(error)}); name another file"
+        ) from None
 
 
-def load(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Outcome]:
-    """Outcomes of an earlier run with the same settings.
+def load(path: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
+    """Outcomes of an earlier run with the same settings, and the settings of both: more methods may join.
+
+    Args:
+        settings: all that decides over the outcomes; ``methods`` has the configurations by name.
 
     Raises:
         ValueError: the file is of another run.
     """
     if not path.exists():
-        return {}
+        return {}, settings
     done, theirs = read(path)
-    if theirs != settings:
-        raise ValueError(
-            f"--json {path}: holds results of other settings {theirs}; name another file, or leave out --resume"
-        )
-    return done
+    old = theirs.get("methods", {})
+    methods = {**old, **settings["methods"]}
+    there, here = {**theirs, "methods": {**methods, **old}}, {**settings, "methods": methods}
+    for key in sorted({*there, *here}):
+        if there.get(key) != here.get(key):
+            values = f"{checks.shown(there.get(key))} there, {checks.shown(here.get(key))} here"
+            raise ValueError(
+                f"--json {path}: holds results of other settings ({key}: {values}); name another file, or leave out "
+                "--resume"
+            )
+    return done, here
 
 
 def dump(path: Path, settings: dict[str, Any], done: dict[tuple[str, str], Outcome], extra: dict[str, Any]) -> None:

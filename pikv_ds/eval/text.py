@@ -53,5 +53,7 @@ def read(paths: Sequence[Path]) -> list[str]:
         try:
             out.append(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text {path}: {error}") from None
+            raise ValueError(f"--text {path}: {error}; name a text in UTF-8") from None
+        if not out[-1].strip():
+            raise ValueError(f"--text {path}: is empty; name a text in UTF-8")
     return out

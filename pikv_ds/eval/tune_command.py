@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pikv_ds import tables
+from pikv_ds.command_line import THREADS, check_folders, real, whole
 from pikv_ds.eval.command import example_texts, load, machine, progress_bar
 
 TUNE = """examples:
@@ -37,32 +38,26 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     tuning.add_argument("--objective", default="latency + 0.2*memory - 5*fidelity", metavar="EXPR")
     tuning.add_argument("--codecs", nargs="+", default=CODECS, metavar="NAME or JSON")
     tuning.add_argument("--lookups", nargs="+", default=LOOKUPS, metavar="NAME or JSON")
-    tuning.add_argument("--page-sizes", nargs="+", type=int, default=[32], metavar="S")
+    tuning.add_argument("--page-sizes", nargs="+", type=whole(), default=[32], metavar="S")
     tuning.add_argument("--out", type=Path, required=True, metavar="FILE", help="the configuration to write")
     tuning.set_defaults(run=tune)
     heads = commands.add_parser("heads", help="finds the retrieval heads of a model, for the budget \"duo\"",
                                 epilog=HEADS, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    heads.add_argument("--share", type=float, default=0.5, help="of all KV heads that keep everything; default: 0.5")
+    share = real(0, 1, "use a share of the heads, above 0 and at most 1", above=True)
+    heads.add_argument("--share", type=share, default=0.5, help="of all KV heads that keep everything; default: 0.5")
     heads.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     heads.set_defaults(run=find_heads)
     for parser, cases, lengths in ((tuning, 2, [1500]), (heads, 12, [1000, 2000])):
         parser.add_argument("--model", default="reference-dense", metavar="DIR", help="or reference, reference-dense")
         parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
         parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="default: the examples'")
-        parser.add_argument("--cases", type=int, default=cases, metavar="N", help=f"default: {cases}")
-        parser.add_argument("--lengths", nargs="+", type=int, default=lengths, metavar="N", help=f"default: {lengths}")
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+        parser.add_argument("--cases", type=whole(), default=cases, metavar="N", help=f"default: {cases}")
+        parser.add_argument(
+            "--lengths", nargs="+", type=whole(), default=lengths, metavar="N", help=f"default: {lengths}"
+        )
+        parser.add_argument("--seed", type=whole(0), default=0)
+        parser.add_argument("--threads", type=whole(most=THREADS), default=torch.get_num_threads(), metavar="N")
         parser.add_argument("--plot", type=Path, metavar="FILE", help="draws the result as a PNG")
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, values in (("cases", [args.cases]), ("lengths", args.lengths), ("threads", [args.threads])):
-        if min(values) < 1:
-            raise ValueError(f"--{name} {min(values)}: use whole numbers of at least 1")
-    for path in filter(None, (args.out, args.plot)):
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
 
 
 def _cases(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> list[Any]:
@@ -75,14 +70,14 @@ def _cases(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> list[A
 
 def tune(args: argparse.Namespace) -> int:
     """Measures the grid and writes the best configuration."""
-    from pikv_ds.config import PiKVConfig, load_json, name_or_json
+    from pikv_ds.config import PiKVConfig, load_json, name_or_json, section
     from pikv_ds.eval import methods, run
     from pikv_ds.eval import tune as controller
 
-    _check(args)
+    check_folders(args.out, args.plot)
     objective = controller.Objective(args.objective)
     base = load_json(args.config) if args.config else {}
-    start = dict(base.get("pikv", {}))
+    start = section(base, args.config)
     configs: dict[str, dict[str, Any]] = {}
     for codec, lookup, size in itertools.product(args.codecs, args.lookups, args.page_sizes):
         values = {"codec": name_or_json("codecs", codec), "lookup": name_or_json("lookups", lookup), "page_size": size}
@@ -135,9 +130,7 @@ def find_heads(args: argparse.Namespace) -> int:
     """Probes a model and writes the classes of its heads."""
     from pikv_ds.eval import heads
 
-    _check(args)
-    if not 0 < args.share <= 1:
-        raise ValueError(f"--share {args.share}: use a share of the heads, above 0 and at most 1")
+    check_folders(args.out, args.plot)
     torch.set_num_threads(args.threads)
     console = Console(stderr=True)
     model, tokenizer = load(args.model, args.dtype, console)

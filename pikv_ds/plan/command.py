@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 
 from pikv_ds import launch_env, tables
+from pikv_ds.checks import named
+from pikv_ds.command_line import GIB, RANKS, check_folders, real, tokens, whole
 
 if TYPE_CHECKING:
     from pikv_ds.config import PiKVConfig
@@ -38,14 +40,6 @@ without the model's own work; it is there once --measure has run for this shape 
 --simulate draws ranks by the dozen from assumed figures of a cluster (--assume) and a trace's routing."""
 
 
-def tokens(text: str) -> int:
-    """``4096``, ``4k``."""
-    number = text.lower().removesuffix("k")
-    if not number.isdigit() or int(number) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; write 4096 or 4k")
-    return int(number) * (1024 if text.lower().endswith("k") else 1)
-
-
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to `pikv`."""
     from pikv_ds.plan.planner import PRESETS
@@ -61,29 +55,32 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--model", required=True, metavar="NAME",
                         help=f"{', '.join(PRESETS)}; or a Hugging Face folder or config.json")  # fmt: skip
     parser.add_argument("--context", type=tokens, default=32768, metavar="N", help="tokens per sequence; default: 32k")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of all ranks; default: 8")
-    parser.add_argument("--ranks", type=int, default=8, metavar="G", help="default: 8; of --simulate, the most")
+    parser.add_argument("--batch", type=whole(), default=8, metavar="N", help="sequences of all ranks; default: 8")
+    parser.add_argument(
+        "--ranks", type=whole(most=RANKS), default=8, metavar="G", help="default: 8; of --simulate, the most"
+    )
     parser.add_argument("--codec", nargs="+", metavar="NAME or JSON", help="default: none int8 int4")
     parser.add_argument("--pikv", action="append", default=[], metavar="[NAME=]JSON",
                         help="settings of a cache, instead of --codec; may be repeated")  # fmt: skip
-    parser.add_argument("--page-size", type=int, default=32, metavar="S", help="default: 32")
+    parser.add_argument("--page-size", type=whole(), default=32, metavar="S", help="default: 32")
     parser.add_argument("--lookup", default="exact", metavar="NAME or JSON", help="default: exact")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--gib", type=float, metavar="M", help="memory for KV per rank: what fits into it")
-    parser.add_argument("--measure", nargs="*", type=int, metavar="G",
+    size = real(0, GIB, f"use a size above 0 and at most {GIB}", above=True)
+    parser.add_argument("--gib", type=size, metavar="M", help="memory for KV per rank: what fits into it")
+    parser.add_argument("--measure", nargs="*", type=whole(most=RANKS), metavar="G",
                         help="fit step times to real passes of so many local ranks (default: 2), or, under a "
                         "launcher, of the job's; takes a minute or two for each")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of --measure; default: 3")
+    parser.add_argument("--rounds", type=whole(), default=3, metavar="N", help="of --measure; default: 3")
     parser.add_argument("--costs", type=Path, metavar="FILE",
                         help="where --measure keeps what it has found; default: costs.json in PIKV_CACHE")  # fmt: skip
     parser.add_argument("--simulate", type=Path, metavar="TRACE",
                         help="8, 16, … RANKS ranks, routed as in a trace's folder (see pikv trace)")  # fmt: skip
-    parser.add_argument("--per-rank", type=int, default=4, metavar="N",
+    parser.add_argument("--per-rank", type=whole(), default=4, metavar="N",
                         help="of --simulate: sequences of each rank; default: 4")  # fmt: skip
-    parser.add_argument("--spread", type=float, default=0.5, metavar="X",
+    parser.add_argument("--spread", type=real(0, 3, "use a number between 0 and 3"), default=0.5, metavar="X",
                         help="of --simulate: how unlike the sequences' lengths are (log-normal; 0: alike); "
                         "default: 0.5")  # fmt: skip
-    parser.add_argument("--assume", default="{}", metavar="JSON",
+    parser.add_argument("--assume", metavar="JSON",
                         help="of --simulate: other figures of the cluster, or a file with them")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draws them as a PNG")
@@ -94,18 +91,11 @@ def main(args: argparse.Namespace) -> int:
     """Runs it; returns the exit status."""
     from pikv_ds.plan import planner
 
-    for name in ("batch", "ranks", "rounds", "per_rank"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: use a whole number of at least 1")
-    if args.gib is not None and args.gib <= 0:
-        raise ValueError(f"--gib {args.gib}: use a size above 0")
-    if not 0 <= args.spread <= 3:
-        raise ValueError(f"--spread {args.spread}: use a number between 0 and 3")
     if args.measure is not None and args.simulate is not None:
         raise ValueError("--measure and --simulate: one after the other")
-    for path in filter(None, (args.json, args.plot)):
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
+    if args.assume is not None and args.simulate is None:
+        raise ValueError(f"--assume {named(args.assume)}: is of --simulate TRACE; name a trace, or leave it out")
+    check_folders(args.json, args.plot)
     shape = planner.shape_of(args.model, getattr(torch, args.dtype))
     configs = _configs(args)
     args.costs = args.costs or launch_env.cache_dir() / "costs.json"
@@ -118,21 +108,15 @@ def main(args: argparse.Namespace) -> int:
 
 def _configs(args: argparse.Namespace) -> dict[str, PiKVConfig]:
     """Ways to keep the KV by name."""
-    from pikv_ds.config import PiKVConfig, name_or_json
+    from pikv_ds.config import PiKVConfig, name_or_json, settings_of
 
     settings = {"page_size": args.page_size, "lookup": name_or_json("lookup", args.lookup)}
     out: dict[str, PiKVConfig] = {}
     for codec in args.codec or ([] if args.pikv else ["none", "int8", "int4"]):
         out[f"PiKV {codec}"] = PiKVConfig.from_dict({**settings, "codec": name_or_json("codec", codec)})
     for text in args.pikv:
-        name, body = ("", text) if text.startswith("{") else text.partition("=")[::2]
-        try:
-            changes = json.loads(body)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--pikv {text}: {error.msg}; write a JSON object") from None
-        if not isinstance(changes, dict):
-            raise ValueError(f"--pikv {text}: write a JSON object, or NAME and a JSON object")
-        out[f"PiKV {name or body}"] = PiKVConfig.from_dict({**settings, **changes})
+        name, changes = settings_of("pikv", text)
+        out[f"PiKV {name or text}"] = PiKVConfig.from_dict({**settings, **changes})
     if len({config.page_size for config in out.values()}) > 1:
         raise ValueError("--pikv: one page_size for all, or they cannot be compared")
     return out
@@ -226,7 +210,7 @@ def _measure(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, 
             raise ValueError(f"--measure {' '.join(map(str, args.measure))}: the launcher started {world.size} ranks")
         sizes = [world.size]
     for ranks in sizes:
-        if ranks < 1 or shape.num_experts % ranks:
+        if shape.num_experts % ranks:
             raise ValueError(f"--measure {ranks}: {shape.num_experts} experts cannot be spread over so many ranks")
     results: dict[str, Any] = {}
     for ranks in sizes:
@@ -254,7 +238,7 @@ def _simulate(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str,
 
     if any(config.lookup.summary is not None for config in configs.values()):
         raise ValueError("--simulate: knows exact lookups only; leave --lookup out")
-    cluster = simulate.Cluster.of(simulate.read_assumptions(args.assume))
+    cluster = simulate.Cluster.of(simulate.read_assumptions(args.assume or "{}"))
     if args.ranks < cluster.ranks_per_node:
         raise ValueError(f"--ranks {args.ranks}: begin with a node, {cluster.ranks_per_node} ranks")
     console = Console(stderr=True)

@@ -15,6 +15,7 @@ of the attention, since ranks on one machine share its memory bandwidth.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from pikv_ds import checks
 from pikv_ds.shape import ModelShape
 
 
@@ -136,9 +138,25 @@ def load(path: Path) -> dict[str, Costs]:
     if not path.exists():
         return {}
     try:
-        return {key: Costs(**entry) for key, entry in json.loads(path.read_text()).items()}
-    except (OSError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of costs ({error}); remove it and run pikv plan --measure") from None
+        return {key: _entry(**entry) for key, entry in checks.read_json(path).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not a file of costs ({checks.one_line(error)}); remove it and run pikv plan --measure"
+        ) from None
+
+
+def _entry(**values: Any) -> Costs:
+    """An entry of the file, its numbers checked.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    entry = Costs(**values)
+    numbers = [entry.alpha, entry.beta, entry.step, entry.layer, entry.row, *entry.byte.values()]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+            raise ValueError(f"{checks.shown(number)} is no cost")
+    return entry
 
 
 def save(path: Path, costs: Mapping[str, Costs]) -> None:

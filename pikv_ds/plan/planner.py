@@ -7,7 +7,6 @@ compare it with what a real cache allocates. Sizes are bytes per rank unless the
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pikv_ds import checks
 from pikv_ds.cache import Announcement
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
 from pikv_ds.formats import make_formats, num_streams
@@ -24,6 +24,8 @@ from pikv_ds.plan.costs import Costs, Work
 from pikv_ds.policies.budgets import page_limits, prompt_pages
 from pikv_ds.shape import ModelShape
 
+MOST_SIZE = 2**20
+"""Of what a config.json says of a model's shape: layers, heads, experts, channels."""
 HOST_BYTES_PER_PAGE = 128
 """Of the page table on the host: a tuple of two numbers and its place in a list. An estimate."""
 
@@ -57,26 +59,33 @@ def shape_of(model: str, dtype: torch.dtype) -> ModelShape:
     if not path.is_file():
         raise ValueError(f"--model {model}: no preset ({', '.join(PRESETS)}), and no folder with a config.json")
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = checks.read_json(path)
+    except ValueError as error:
         raise ValueError(f"--model {model}: {path} cannot be read ({error})") from None
-    config = config.get("text_config", config)
+    config = config.get("text_config", config) if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        raise ValueError(f"--model {model}: {path} has no JSON object in it")
 
-    def need(*names: str) -> int:
-        for name in names:
-            if isinstance(config.get(name), int):
-                return int(config[name])
-        raise ValueError(f"--model {model}: {path} names no {names[0]}")
+    def size(name: str, otherwise: int | None = None) -> int:
+        value = config.get(name)
+        if value is None and otherwise is not None:
+            return otherwise
+        if value is None:
+            raise ValueError(f"--model {model}: {path} names no {name}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SIZE:
+            raise ValueError(
+                f"--model {model}: {path}: {name} = {checks.shown(value)}: use a whole number from 1 to {MOST_SIZE}"
+            )
+        return value
 
-    heads = need("num_attention_heads")
-    experts = next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), 1)
-    layers = need("num_hidden_layers")
+    heads, layers = size("num_attention_heads"), size("num_hidden_layers")
+    named = [k for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)]
+    experts = size(named[0]) if named else 1
     if config.get("kv_lora_rank"):
-        latent = need("kv_lora_rank")
-        return ModelShape(layers, heads, 1, latent + need("qk_rope_head_dim"), int(experts), dtype, latent)
-    head_dim = config.get("head_dim") or need("hidden_size") // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    return ModelShape(layers, heads, int(kv_heads), int(head_dim), int(experts), dtype)
+        latent = size("kv_lora_rank")
+        return ModelShape(layers, heads, 1, latent + size("qk_rope_head_dim"), experts, dtype, latent)
+    head_dim = size("head_dim", otherwise=0) or max(1, size("hidden_size") // heads)
+    return ModelShape(layers, heads, size("num_key_value_heads", otherwise=heads), head_dim, experts, dtype)
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,14 @@ large group are many: that is simulated beside it.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pikv_ds import checks
 from pikv_ds.config import PiKVConfig
 from pikv_ds.placement import Topology, page_limits
 from pikv_ds.plan import planner
@@ -34,6 +32,8 @@ from pikv_ds.trace import RankTrace
 
 PLACEMENTS = ("interleave", "expert", "eplb")
 """What is simulated; `interleave` is p mod c."""
+MOST = 1e9
+"""Of an assumed figure."""
 LAYERS = 4
 """Layers of the trace that stand for all."""
 
@@ -96,13 +96,15 @@ def _changed(value: Any, changes: Any, path: str) -> Any:
     known = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     for key, change in changes.items():
         if key not in known:
-            raise ValueError(f"--assume {path}{key}: unknown; choose one of {', '.join(known)}")
+            raise ValueError(f"--assume {path}{checks.named(key)}: unknown; choose one of {', '.join(known)}")
         if dataclasses.is_dataclass(known[key]):
             known[key] = _changed(known[key], change, f"{path}{key}.")
-        elif isinstance(change, bool) or not isinstance(change, (int, float)) or not 0 <= change < math.inf:
-            raise ValueError(f"--assume {path}{key} = {change!r}: use a number of at least 0")
-        elif key in ("gb_per_s", "read_gb_per_s", "ranks_per_node") and change <= 0:
-            raise ValueError(f"--assume {path}{key} = {change!r}: use a number above 0")
+        elif isinstance(change, bool) or not isinstance(change, (int, float)) or not 0 <= change <= MOST:
+            raise ValueError(f"--assume {path}{key} = {checks.shown(change)}: use a number from 0 to {MOST:g}")
+        elif key in ("gb_per_s", "read_gb_per_s") and change <= 0:
+            raise ValueError(f"--assume {path}{key} = {checks.shown(change)}: use a number above 0")
+        elif key == "ranks_per_node" and change not in range(1, int(MOST)):
+            raise ValueError(f"--assume {path}{key} = {checks.shown(change)}: use a whole number above 0")
         else:
             known[key] = int(change) if key == "ranks_per_node" else float(change)
     return type(value)(**known)
@@ -336,7 +338,9 @@ def read_assumptions(text: str) -> Mapping[str, Any]:
         ValueError: it is neither.
     """
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--assume {text}: {error}; write a JSON object, or name a file with one") from None
+        found = checks.parse_json(text) if text.lstrip().startswith("{") else checks.read_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--assume {checks.named(text)}: {error}; write a JSON object, or name a file with one"
+        ) from None
     return found

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pikv_ds.policies.heads import check_heads, read_heads
+from pikv_ds import checks
+from pikv_ds.policies.heads import HEADS_REMEDY, check_heads, read_heads
 
 
 @runtime_checkable
@@ -55,11 +56,9 @@ class Budget(Protocol):
         ...
 
 
-def _check(prompt: float, tokens: int | None) -> None:
-    if isinstance(prompt, bool) or not isinstance(prompt, (int, float)) or not 0 < prompt <= 1:
-        raise ValueError(f"prompt = {prompt!r}: use the share of a prompt that is kept, above 0 and at most 1")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
-        raise ValueError(f"tokens = {tokens!r}: use a whole number of at least 1, or leave it out for no limit")
+def _check(budget: Any) -> None:
+    checks.real(budget, "prompt", 0, 1, "use the share of a prompt that is kept, above 0 and at most 1", above=True)
+    checks.whole(budget, "tokens", because="without it there is no limit", optional=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class UniformBudget:
     pooled = False
 
     def __post_init__(self) -> None:
-        _check(self.prompt, self.tokens)
+        _check(self)
 
     def split(self, mean: float, layer: int, num_layers: int, num_heads: int, scores: Tensor | None) -> list[float]:
         return [mean] * num_heads
@@ -95,9 +94,8 @@ class PyramidBudget:
     pooled = False
 
     def __post_init__(self) -> None:
-        _check(self.prompt, self.tokens)
-        if isinstance(self.slope, bool) or not isinstance(self.slope, (int, float)) or not 0 <= self.slope <= 1:
-            raise ValueError(f"slope = {self.slope!r}: use a number between 0 (uniform) and 1")
+        _check(self)
+        checks.real(self, "slope", 0, 1, "use a number between 0 (uniform) and 1")
 
     def split(self, mean: float, layer: int, num_layers: int, num_heads: int, scores: Tensor | None) -> list[float]:
         if num_layers == 1 or math.isinf(mean):
@@ -119,10 +117,8 @@ class AdaBudget:
     pooled = True
 
     def __post_init__(self) -> None:
-        _check(self.prompt, self.tokens)
-        share = self.safeguard
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f"safeguard = {share!r}: use a share of the budget between 0 and 1")
+        _check(self)
+        checks.real(self, "safeguard", 0, 1, "use a share of the budget between 0 and 1")
 
     def split(self, mean: float, layer: int, num_layers: int, num_heads: int, scores: Tensor | None) -> list[float]:
         if scores is None or math.isinf(mean):
@@ -157,10 +153,8 @@ class DuoBudget:
     tokens = None
 
     def __post_init__(self) -> None:
-        for key in ("sink", "recent"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} = {value!r}: use a whole number of at least 1")
+        checks.whole(self, "sink", "recent")
+        checks.path(self, "heads", HEADS_REMEDY)
         _ = self.retrieval
 
     @cached_property

@@ -16,6 +16,7 @@ Before that, keys and values may be rotated (`rotate`) or projected onto calibra
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,12 +24,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from pikv_ds import checks
 from pikv_ds.layout import BITS, PLAIN, PageLayout
 from pikv_ds.ops.projections import Projections, hadamard
-from pikv_ds.policies.heads import check_heads, read_heads
+from pikv_ds.policies.heads import HEADS_REMEDY, check_heads, read_heads
 
 ELEMENTS = ("none", "fp8", "int8", "int4", "int3", "int2", "int1")
 """What an element can be stored as; none: the model's own type."""
+MOST_NUMBER = 2**16 - 1
+"""Of a layer or an expert: no model has so many."""
 
 
 @runtime_checkable
@@ -85,13 +89,11 @@ class Codec:
     """Path of calibrated bases (``pikv calibrate``), instead of a rotation."""
 
     def __post_init__(self) -> None:
-        if self.values is not None and self.values not in ELEMENTS:
-            raise ValueError(f"values = {self.values!r}: choose one of {', '.join(ELEMENTS)}")
-        for key in ("rotate", "clip"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key} = {getattr(self, key)!r}: use true or false")
-        if self.scales not in (8, 16):
-            raise ValueError(f"scales = {self.scales!r}: use 16, or 8 with integers")
+        checks.choice(self, "name", ELEMENTS, f"choose one of {', '.join(ELEMENTS)}")
+        checks.choice(self, "values", (None, *ELEMENTS), f"choose one of {', '.join(ELEMENTS)}")
+        checks.flag(self, "rotate", "clip")
+        checks.choice(self, "scales", (8, 16), "use 16, or 8 with integers")
+        checks.path(self, "projections", "name the file that `pikv calibrate` has written", optional=True)
         elements = [self.name, self.values or self.name]
         for key, unset in (("clip", False), ("scales", 16)):
             if getattr(self, key) != unset and not any(e.startswith("int") for e in elements):
@@ -99,7 +101,9 @@ class Codec:
         if self.scales == 8 and "fp8" in elements:
             raise ValueError("scales = 8: fp8 has float16 scales; leave it out")
         if self.rotate and self.projections is not None:
-            raise ValueError(f"rotate = True: projections = {self.projections!r} take its place; leave one out")
+            raise ValueError(
+                f"rotate = True: projections = {checks.shown(self.projections)} take its place; leave one out"
+            )
 
     def layout(
         self,
@@ -223,32 +227,44 @@ def parse_codec(setting: Any, key: str) -> Codec:
     options = {"name": setting} if isinstance(setting, str) else setting
     known = [f.name for f in dataclasses.fields(Codec)]
     if not isinstance(options, Mapping) or options.get("name") not in ELEMENTS:
-        raise ValueError(f"{key} = {setting!r}: name a codec, one of {', '.join(ELEMENTS)}")
-    for option in options:
+        raise ValueError(f"{key} = {checks.shown(setting)}: name a codec, one of {', '.join(ELEMENTS)}")
+    for option, value in options.items():
         if option not in known:
-            raise ValueError(f"{key}.{option} = {options[option]!r}: choose one of {', '.join(known)}")
+            raise ValueError(f"{key}.{checks.named(option)} = {checks.shown(value)}: choose one of {', '.join(known)}")
     try:
         return Codec(**options)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{key}.{error}") from None
 
 
 def _parse_ranges(table: Any, key: str) -> dict[int, Codec]:
     """``{"0-2": "int8", "7": "int4"}`` by number."""
     if not isinstance(table, Mapping) or not table:
-        raise ValueError(f'{key} = {table!r}: write e.g. {{"0-2": "int8", "7": "int4"}}')
+        raise ValueError(f'{key} = {checks.shown(table)}: write e.g. {{"0-2": "int8", "7": "int4"}}')
     out: dict[int, Codec] = {}
     for numbers, setting in table.items():
-        first, _, last = str(numbers).partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or "-" not in str(numbers))):
-            raise ValueError(f'{key}: {numbers!r} is no number and no range; write e.g. "3" or "0-2"')
-        for number in range(int(first), int(last or first) + 1):
+        first, last = _range(numbers, key)
+        codec = parse_codec(setting, f"{key}.{numbers}")
+        for number in range(first, last + 1):
             if number in out:
                 raise ValueError(f"{key}: {number} is named twice")
-            out[number] = parse_codec(setting, f"{key}.{numbers}")
-        if int(last or first) < int(first):
-            raise ValueError(f"{key}: {numbers!r} has no numbers; write the smaller one first")
+            out[number] = codec
     return out
+
+
+def _range(numbers: Any, key: str) -> tuple[int, int]:
+    """The first and the last number of ``"0-2"`` or ``"7"``."""
+    text = str(numbers) if type(numbers) is int and 0 <= numbers <= MOST_NUMBER else numbers
+    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f'{key}: {checks.shown(numbers)} is no number and no range; write e.g. "3" or "0-2"')
+    ends = [end.lstrip("0") or "0" for end in (match[1], match[2] or match[1])]
+    if any(len(end) > 9 or int(end) > MOST_NUMBER for end in ends):
+        raise ValueError(f"{key}: {checks.shown(numbers)}: use numbers of at most {MOST_NUMBER}")
+    first, last = map(int, ends)
+    if last < first:
+        raise ValueError(f"{key}: {checks.shown(numbers)} has no numbers; write the smaller one first")
+    return first, last
 
 
 def _distinct(codecs: list[Codec]) -> tuple[Codec, ...]:
@@ -265,6 +281,8 @@ class RangesCodec:
 
     def __post_init__(self) -> None:
         _ = self.codecs
+        key, ranges = self._ranges
+        _make_plain(self, **{key: ranges}, default=self.default)
 
     @property
     def _ranges(self) -> tuple[str, Mapping[str, Any]]:
@@ -280,7 +298,7 @@ class RangesCodec:
     def _default(self) -> Codec:
         return parse_codec(self.default, "default")
 
-    @property
+    @cached_property
     def codecs(self) -> tuple[Codec, ...]:
         return _distinct([self._default, *self._table.values()])
 
@@ -294,7 +312,7 @@ class RangesCodec:
 
     def settings(self) -> Any:
         key, ranges = self._ranges
-        return {"name": self.name, key: _plain(ranges), "default": _plain(self.default)}  # type: ignore[attr-defined]
+        return {"name": self.name, key: ranges, "default": self.default}  # type: ignore[attr-defined]
 
     def files(self) -> list[str]:
         return [path for codec in self.codecs for path in codec.files()]
@@ -358,13 +376,15 @@ class PerHeadCodec:
     per_head = True
 
     def __post_init__(self) -> None:
+        checks.path(self, "heads", HEADS_REMEDY)
         _ = self._table, self.codecs
+        _make_plain(self, retrieval=self.retrieval, default=self.default)
 
     @cached_property
     def _table(self) -> list[list[bool]]:
         return read_heads(self.heads)
 
-    @property
+    @cached_property
     def codecs(self) -> tuple[Codec, ...]:
         return _distinct([parse_codec(self.default, "default"), parse_codec(self.retrieval, "retrieval")])
 
@@ -375,8 +395,7 @@ class PerHeadCodec:
         check_heads(self._table, self.heads, num_layers, num_kv_heads, "pikv.codec.heads")
 
     def settings(self) -> Any:
-        retrieval, default = _plain(self.retrieval), _plain(self.default)
-        return {"name": self.name, "heads": self.heads, "retrieval": retrieval, "default": default}
+        return {"name": self.name, "heads": self.heads, "retrieval": self.retrieval, "default": self.default}
 
     def files(self) -> list[str]:
         return [self.heads, *(path for codec in self.codecs for path in codec.files())]
@@ -386,7 +405,14 @@ def _plain(value: Any) -> Any:
     """Codecs as they stand in a configuration."""
     if isinstance(value, Codec):
         return value.settings()
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    return {str(k): _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _make_plain(policy: Any, **values: Any) -> None:
+    """Keeps settings that were checked as a configuration has them: equal ones compare equal, and nobody changes
+    them afterwards."""
+    for key, value in values.items():
+        object.__setattr__(policy, key, _plain(value))
 
 
 CODECS: dict[str, Any] = {

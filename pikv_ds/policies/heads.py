@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from pikv_ds import checks
+
+HEADS_REMEDY = "name the file that `pikv heads` has written"
 
 
 def read_heads(path: str) -> list[list[bool]]:
@@ -15,13 +16,15 @@ def read_heads(path: str) -> list[list[bool]]:
     Raises:
         ValueError: there is no such file, or it is another one.
     """
-    if not path:
-        raise ValueError("heads = '': name the file that `pikv heads` has written")
     try:
-        table = json.loads(Path(path).read_text())["retrieval"]
-        return [[bool(x) for x in row] for row in table]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"heads = {path!r}: {error}; name a file that `pikv heads` has written") from None
+        content = checks.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"heads = {checks.shown(path)}: {error}; {HEADS_REMEDY}") from None
+    table = content.get("retrieval") if isinstance(content, dict) else None
+    rows = table if isinstance(table, list) else []
+    if not rows or not all(isinstance(row, list) and row and all(isinstance(x, bool) for x in row) for row in rows):
+        raise ValueError(f'heads = {checks.shown(path)}: has no table "retrieval" of true and false; {HEADS_REMEDY}')
+    return rows
 
 
 def check_heads(table: list[list[bool]], path: str, num_layers: int, num_heads: int, key: str = "heads") -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pikv_ds import checks
 from pikv_ds.layout import PageLayout
 from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
 from pikv_ds.slabs import Slabs
@@ -112,7 +113,7 @@ class SparseLookup:
     """Where an audit finds less than this on average, the budget grows by a quarter."""
 
     def __post_init__(self) -> None:
-        _whole(self, "sink_pages", "local_pages", "audit_every")
+        checks.whole(self, "sink_pages", "local_pages", "audit_every", least=0)
         _share(self, "floor", "a share of the attention mass")
 
 
@@ -151,7 +152,7 @@ class TopkLookup(SparseLookup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _whole(self, "pages", at_least=1)
+        checks.whole(self, "pages")
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
         return _select(ops, pages, _bounds(ops, query, pages), pages.at_most(self.pages), self)
@@ -180,9 +181,7 @@ class TwoStageLookup(SparseLookup):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "budget")
-        value = self.shortlist
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 100:
-            raise ValueError(f"shortlist = {value!r}: use a factor of at least 1")
+        checks.real(self, "shortlist", 1, 100, "use a factor of at least 1 and at most 100")
         _ = self.summary
 
     @property
@@ -223,7 +222,7 @@ class AdaptiveLookup(TwoStageLookup):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "mass", "a share of the attention mass")
-        _whole(self, "min_pages", at_least=1)
+        checks.whole(self, "min_pages")
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
         shares, _ = self.shares(ops, query, pages)
@@ -255,9 +254,7 @@ class CacheAwareLookup(TwoStageLookup):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "recall", "a share of the attention mass")
-        value = self.penalty
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"penalty = {value!r}: use a number between 0 and 1")
+        checks.real(self, "penalty", 0, 1, "use a number between 0 and 1")
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
         shares, shortlist = self.shares(ops, query, pages)
@@ -306,16 +303,7 @@ def _smallest_set(shares: Tensor, mass: float) -> Tensor:
 
 
 def _share(policy: Any, key: str, of: str = "a share of the pages") -> None:
-    value = getattr(policy, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{key} = {value!r}: use {of}, above 0 and at most 1")
-
-
-def _whole(policy: Any, *keys: str, at_least: int = 0) -> None:
-    for key in keys:
-        value = getattr(policy, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ValueError(f"{key} = {value!r}: use a whole number of at least {at_least}")
+    checks.real(policy, key, 0, 1, f"use {of}, above 0 and at most 1", above=True)
 
 
 LOOKUPS: dict[str, type[Lookup]] = {

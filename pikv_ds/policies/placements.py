@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from pikv_ds import checks
 from pikv_ds.placement import Topology
 
 
@@ -73,8 +74,7 @@ class HashPlacement:
     name = "hash"
 
     def __post_init__(self) -> None:
-        if isinstance(self.period, bool) or not isinstance(self.period, int) or self.period < 1:
-            raise ValueError(f"period = {self.period!r}: use a whole number of at least 1")
+        checks.whole(self, "period")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -98,9 +98,7 @@ class BalancedPlacement:
     name = "balanced"
 
     def __post_init__(self) -> None:
-        value = self.alpha
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-            raise ValueError(f"alpha = {value!r}: use a number between 0 (votes alone) and 100")
+        checks.real(self, "alpha", 0, 100, "use a number between 0 (votes alone) and 100")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -126,9 +124,7 @@ class HierarchicalPlacement:
     name = "hierarchical"
 
     def __post_init__(self) -> None:
-        value = self.ranks_per_node
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"ranks_per_node = {value!r}: use a whole number of at least 1")
+        checks.whole(self, "ranks_per_node")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -162,13 +158,9 @@ class EplbPlacement(ExpertPlacement):
     name = "eplb"
 
     def __post_init__(self) -> None:
-        for key, least in (("every", 1), ("moves", 1), ("redundant", 0)):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{key} = {value!r}: use a whole number of at least {least}")
-        value = self.slack
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 100:
-            raise ValueError(f"slack = {value!r}: use a factor of at least 1")
+        checks.whole(self, "every", "moves")
+        checks.whole(self, "redundant", least=0)
+        checks.real(self, "slack", 1, 100, "use a factor of at least 1 and at most 100")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()

@@ -20,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv_ds import checks
+
 SUM = 1 - 2**-20
 """A decay so slow that the moving average is a sum, times ``1 - SUM``."""
+MOST_KERNEL = 1023
+"""Tokens over which scores are smoothed."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,6 @@ class Retention(Protocol):
         ...
 
 
-def _whole(policy: Any, *keys: str) -> None:
-    for key in keys:
-        value = getattr(policy, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} = {value!r}: use a whole number of at least 1")
-
-
 def _recency(prompt: Prompt) -> Tensor:
     """Positions, ``[K, n]``: the latest is worth the most."""
     at = torch.arange(prompt.length, dtype=torch.float32, device=prompt.key.device)
@@ -124,9 +121,7 @@ class LruPlusRetention:
     whole_pages = False
 
     def __post_init__(self) -> None:
-        value = self.frequency
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
-            raise ValueError(f"frequency = {value!r}: use a weight between 0 and 100")
+        checks.real(self, "frequency", 0, 100, "use a weight between 0 and 100")
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -149,7 +144,7 @@ class StreamingRetention:
     whole_pages = False
 
     def __post_init__(self) -> None:
-        _whole(self, "sink")
+        checks.whole(self, "sink")
 
     def scores(self, prompt: Prompt) -> Tensor:
         scores = _recency(prompt)
@@ -229,9 +224,10 @@ class SnapRetention(MassRetention):
     name = "snap"
 
     def __post_init__(self) -> None:
-        _whole(self, "window", "kernel")
+        checks.whole(self, "window")
+        checks.whole(self, "kernel", most=MOST_KERNEL)
         if self.kernel % 2 == 0:
-            raise ValueError(f"kernel = {self.kernel!r}: use an odd number, so that it has a middle")
+            checks.refuse("kernel", self.kernel, "use an odd number, so that it has a middle")
 
     def scores(self, prompt: Prompt) -> Tensor:
         window = min(self.window, prompt.length)
@@ -254,7 +250,7 @@ class ChunkRetention(MassRetention):
     whole_pages = True
 
     def __post_init__(self) -> None:
-        _whole(self, "window")
+        checks.whole(self, "window")
 
     def scores(self, prompt: Prompt) -> Tensor:
         return prompt.attention(self.window).mean((1, 2))
@@ -274,7 +270,7 @@ class ExpectedRetention(MassRetention):
     name = "expected"
 
     def __post_init__(self) -> None:
-        _whole(self, "window", "sink")
+        checks.whole(self, "window", "sink")
 
     def scores(self, prompt: Prompt) -> Tensor:
         heads = prompt.key.shape[0]
@@ -302,6 +298,8 @@ class KvpressRetention(MassRetention):
     name = "kvpress"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.press, str) or not self.press:
+            checks.refuse("press", self.press, 'name a press of kvpress, e.g. "knorm"')
         self.build()
 
     def build(self) -> Any:
@@ -319,7 +317,7 @@ class KvpressRetention(MassRetention):
         }
         kind = presses.get(self.press.lower().replace("_", "").removesuffix("press"))
         if kind is None:
-            raise ValueError(f"press = {self.press!r}: choose one of {', '.join(sorted(presses))}")
+            raise ValueError(f"press = {checks.shown(self.press)}: choose one of {', '.join(sorted(presses))}")
         return kind()
 
     def scores(self, prompt: Prompt) -> Tensor:

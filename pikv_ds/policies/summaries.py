@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pikv_ds import checks
 from pikv_ds.layout import PageLayout
 
 
@@ -45,10 +46,8 @@ class SubPages:
     """4 or 8."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.grain, bool) or not isinstance(self.grain, int) or self.grain not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"grain = {self.grain!r}: use 1, 2, 4, 8, 16 or 32 tokens")
-        if self.bits not in (4, 8):
-            raise ValueError(f"summary_bits = {self.bits!r}: use 4 or 8")
+        checks.choice(self, "grain", (1, 2, 4, 8, 16, 32), "use 1, 2, 4, 8, 16 or 32 tokens")
+        checks.choice(self, "bits", (4, 8), "use 4 or 8", name="summary_bits")
 
     def count(self, layout: PageLayout) -> int:
         """Sub-pages of a page."""

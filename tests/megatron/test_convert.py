@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -451,11 +451,77 @@ def test_an_incomplete_or_damaged_checkpoint_names_the_file_or_tensor(tmp_path: 
     last.unlink()
     table["weight_map"] = {k: v for k, v in table["weight_map"].items() if v != last.name}
     index.write_text(json.dumps(table))
-    with pytest.raises(convert.CheckpointError, match=r"no tensor 'model\."):
+    with pytest.raises(convert.CheckpointError, match=r"the checkpoint lacks (lm_head|model)\."):
         megatron_logits(folder, 1, 1)
     index.write_text("{}")
     with pytest.raises(convert.CheckpointError, match=r"index\.json: no table of tensors and files"):
         megatron_logits(folder, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "qwen3_moe",
+            {"num_hidden_layers": LAYERS + 1},
+            rf"the checkpoint lacks model\.layers\.{LAYERS}\.input_layernorm\.weight, .* and \d+ more\. Use",
+        ),
+        # Megatron would run a model without its last layer
+        ("mixtral", {"num_hidden_layers": 1}, r"the model has no place for model\.layers\.1\..* and \d+ more\. Use"),
+        ("mixtral", {"num_local_experts": EXPERTS - 2}, rf"no place for model\.layers\.0\..*experts\.{EXPERTS - 2}\."),
+        ("mixtral", {"num_local_experts": EXPERTS + 2}, rf"lacks model\.layers\.0\..*experts\.{EXPERTS}\."),
+        ("mixtral", {"tie_word_embeddings": True}, r"tie_word_embeddings is true .* lm_head\.weight differs"),
+    ],
+)
+def test_a_configuration_with_more_or_less_than_the_weights(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path, family)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(convert.CheckpointError, match=message) as error:
+        megatron_logits(folder, 1, 1)
+    assert str(folder) in str(error.value)
+
+
+def rewrite(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """Changes or drops tensors of a checkpoint, and forgets its index."""
+    (folder / "model.safetensors.index.json").unlink()
+    for path in folder.glob("*.safetensors"):
+        changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        save_file({name: x.contiguous() for name, x in changed.items() if x is not None}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.extra"])
+def test_tensors_that_a_model_does_without(extra: str, tmp_path: Path) -> None:
+    """What transformers computes itself, and a copy of tied embeddings; anything else is named."""
+    folder = save(tmp_path, "mixtral-tied")
+    expected = hf_logits(folder)
+    embeddings = convert.Checkpoint(folder).read("model.embed_tokens.weight")
+    rewrite(folder, lambda name, tensor: tensor)
+    save_file({extra: embeddings}, folder / "more.safetensors")
+    if extra == "model.extra":
+        with pytest.raises(convert.CheckpointError, match=r"the model has no place for model\.extra\. Use"):
+            megatron_logits(folder, 1, 1)
+    else:
+        torch.testing.assert_close(megatron_logits(folder, 1, 1)[0], expected, atol=1e-4, rtol=0)
+
+
+def refusal_case(rank: int, folder: str) -> str:
+    with pytest.raises(convert.CheckpointError) as error:
+        megatron_logits(Path(folder), 1, 2)
+    return str(error.value)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("damage", ["missing", "narrow"])
+def test_an_expert_that_one_rank_lacks_is_refused_by_all(damage: str, two: Ranks, tmp_path: Path) -> None:
+    folder = save(tmp_path, "mixtral")
+    broken = f"model.layers.1.block_sparse_moe.experts.{EXPERTS - 1}.w2.weight"
+    rewrite(folder, lambda name, x: x if name != broken else None if damage == "missing" else x[:, :-8])
+    first, second = two.run(refusal_case, folder=str(folder))
+    assert broken in first
+    assert broken in second
 
 
 def test_quantised_tensors_are_no_weights(tmp_path: Path) -> None:

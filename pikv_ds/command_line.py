@@ -1,0 +1,115 @@
+"""What the commands and the examples have in common: bad arguments and known errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from pikv_ds.checks import MOST, named, one_line, shown
+from pikv_ds.errors import PiKVError
+
+KNOWN = (ValueError, OSError, PiKVError, MemoryError, torch.OutOfMemoryError)
+"""What somebody at the command line can set right; anything else is our fault and shows where it happened."""
+
+
+THREADS, RANKS, GIB = 2**12, 2**16, 2**20
+"""Most of each that an option takes."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, without the usage of forty options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
+
+
+def guarded(name: str, work: Callable[[], int]) -> int:
+    """Does the work of a command and returns its exit code; what is known to go wrong becomes a line.
+
+    Args:
+        name: what the line begins with.
+    """
+    try:
+        if sys.stdout is None:  # closed by the shell: `pikv plan >&-`
+            raise OSError("standard output is closed; send it to a file, or to /dev/null")
+        status = work()
+        sys.stdout.flush()  # a full disk shows here, not at Python's exit
+        return status
+    except BrokenPipeError:  # `pikv ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        return 141
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except (*KNOWN, RuntimeError) as error:
+        if not isinstance(error, KNOWN) and "allocate memory" not in str(error):  # torch's, on a CPU
+            raise
+        print(f"{name}: {one_line(error)}", file=sys.stderr, flush=True)
+        return 2
+
+
+def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option: a whole number."""
+
+    def parse(text: str) -> int:
+        digits = text.removeprefix("-")
+        number = int(text) if digits.isdecimal() and digits.isascii() and len(digits) <= 18 else None
+        if number is None or number < least:
+            raise argparse.ArgumentTypeError(f"{named(text)}: use a whole number of at least {least}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{named(text)}: use a whole number of at most {most}")
+        return number
+
+    return parse
+
+
+def real(low: float, high: float, remedy: str, above: bool = False) -> Callable[[str], float]:
+    """The type of an option: a number from `low` to `high`.
+
+    Args:
+        remedy: what to write, for the error.
+        above: `low` itself is too low.
+    """
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high or (above and number == low):
+            raise argparse.ArgumentTypeError(f"{named(text)}: {remedy}")
+        return number
+
+    return parse
+
+
+def device(text: str) -> torch.device:
+    """The type of an option: a device of torch's that is there."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # "Torch not compiled with CUDA enabled" is an assertion
+        raise argparse.ArgumentTypeError(f"{named(text)}: {one_line(error)[:200]}; use cpu, cuda or cuda:1") from None
+
+
+def tokens(text: str) -> int:
+    """The type of an option: ``4096`` or ``4k``."""
+    digits = text.lower().removesuffix("k")
+    number = int(digits) if digits.isdecimal() and digits.isascii() and len(digits) <= 18 else 0
+    number *= 1024 if text.lower().endswith("k") else 1
+    if not 0 < number <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no number of tokens up to {MOST}; write 4096 or 4k")
+    return number
+
+
+def check_folders(*files: Path | None) -> None:
+    """Raises ValueError where a file that is to be written has no folder: before the work, not after it."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{file}: there is no folder {file.parent}")
