@@ -32,7 +32,8 @@ def test_the_hugging_face_tests() -> None:
         pytest.skip(f"no {FOLDER}: `make test` makes it, or pip install --no-deps --target {FOLDER} -r {CONSTRAINTS}")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT)]), "PYTHONWARNINGS": "ignore"}
     code = "import transformers, tokenizers; print(transformers.__version__, tokenizers.__version__)"
-    versions = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    python = [sys.executable, "-c", code]
+    versions = subprocess.run(python, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     assert versions.stdout.split() == [wanted["transformers"], wanted["tokenizers"]]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *FILES]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
