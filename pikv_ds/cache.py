@@ -408,6 +408,8 @@ class ExpertShardedKVCache:
         self.table.check_integrity(self.pool)
         size = self.config.page_size
         for batch in self._batches:
+            if batch.in_step:  # a pass of it was broken off, so its counts are neither old nor new
+                continue
             for row in range(len(batch)):
                 if not batch.alive[row]:
                     continue

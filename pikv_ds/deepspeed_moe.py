@@ -52,7 +52,7 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     settings.setdefault("zero_optimization", {"stage": 0})
     dtype = _take_dtype(settings)
     if dtype is not None:
-        model.to(dtype)
+        _cast(model, dtype)
     parallel = settings.get("expert_parallel")
     if parallel is not None and parallel.get("enabled", False):
         settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
@@ -104,11 +104,30 @@ def _take_dtype(settings: dict[str, Any]) -> torch.dtype | None:
         section = settings.pop(name, None)
         if section is not None and not isinstance(section, Mapping):
             raise ConfigError(f'{name} = {section!r}: use {{"enabled": true}}, or leave it out')
-        if section and section.get("enabled", False) is True:
+        enabled = (section or {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise ConfigError(f"{name}.enabled = {enabled!r}: use true or false")
+        if enabled:
             wanted[name] = dtype
     if len(set(wanted.values())) > 1:
         raise ConfigError(f"{' and '.join(wanted)} are both enabled: a model has one dtype; leave one out")
     return next(iter(wanted.values()), None)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the weights as transformers does where it loads them in this dtype.
+
+    Not by `Module.to`: it would round what is in no checkpoint, too, such as the frequencies of rotary embeddings, and
+    weights that a model keeps in float32.
+    """
+    keep = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+    if dtype == torch.float16:
+        keep += getattr(model, "_keep_in_fp32_modules", None) or []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(part in name for part in keep):
+            tensor.data = tensor.data.to(dtype)
+    if hasattr(model, "config"):
+        model.config.dtype = dtype
 
 
 def _expert_parallel(model: nn.Module, parallel: dict[str, Any], world: int) -> dict[str, Any]:

@@ -57,8 +57,10 @@ class Attachment:
         unrouted = tuple(index for index, (_, choice) in enumerate(pairs) if choice is None)
         self.store = make_store(model_shape(model, [a for a, _ in pairs], num_experts, unrouted))
         self.layers: dict[int, LayerTap] = {}
-        self.attached, self.implementation = True, ATTENTION
-        self.turn = threading.RLock()  # held by the `generate` call under way; others wait
+        self.attached = True
+        self.generate_lock = threading.RLock()  # held by the call under way; others wait
+        self._pass_lock = threading.Lock()
+        self._passing: int | None = None  # the thread whose pass with a cache is under way
         self._hooks: list[Any] = []
         for index, (attention, choice) in enumerate(pairs):
             layer = LayerTap(index, attention, choice is not None)
@@ -72,6 +74,7 @@ class Attachment:
                 self._hooks.append(choice.watch(functools.partial(_routed, layer)))
             if self.store.evictor.wants_source:
                 attention.__dict__["rotary_emb"] = model.base_model.rotary_emb  # where kvpress looks for it
+        self._hooks.append(model.base_model.register_forward_hook(self._pass_ended, always_call=True))
         self._previous = model.config._attn_implementation
         AttentionInterface.register(ATTENTION, pikv_attention)
         AttentionMaskInterface.register(ATTENTION, _padding_mask)
@@ -90,23 +93,36 @@ class Attachment:
         if not self.attached:
             return f"PiKV was detached from {name} after this cache was made; make a new one: pikv_ds.new_cache(model)"
         layer = self.layers.get(layer_idx)
-        if layer is None or layer.thread is None:
+        if layer is None or not layer.entered:
             return (
-                f"this cache is of the {name} that PiKV was attached to, and another model was given it; "
-                "a cache serves the model that it was made for: pikv_ds.new_cache(model)"
+                f"another model was given a cache of the {name} that PiKV was attached to (no pass of that one is "
+                "under way); a cache serves the model that it was made for: pikv_ds.new_cache(model)"
             )
-        if layer.thread != threading.get_ident():
-            return (
-                f"two threads make forward passes of one {name} at a time; calls of generate wait for each other, "
-                "around forward passes of your own put a lock"
-            )
-        implementation = layer.module.config._attn_implementation  # type: ignore[union-attr]
-        if implementation != ATTENTION:
-            return (
-                f'set_attn_implementation("{implementation}") has taken PiKV out of the attention of {name}: '
-                f'set "{ATTENTION}" again, or call pikv_ds.detach and leave this cache out'
-            )
-        return None
+        return self.other_attention(layer.module)
+
+    def other_attention(self, module: nn.Module) -> str | None:
+        """What to say where a module's attention is not PiKV's any more."""
+        implementation = module.config._attn_implementation  # type: ignore[union-attr]
+        if implementation == ATTENTION:
+            return None
+        return (
+            f'set_attn_implementation("{implementation}") has taken PiKV out of the attention of '
+            f'{type(self.model).__name__}: set "{ATTENTION}" again, or call pikv_ds.detach and leave its caches out'
+        )
+
+    def take_turn(self) -> bool:
+        """Makes this thread the one whose pass with a cache is under way; False: another's is."""
+        with self._pass_lock:
+            if self._passing is None:
+                self._passing = threading.get_ident()
+            return self._passing == threading.get_ident()
+
+    @torch.compiler.disable
+    def _pass_ended(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the whole model, also after a pass that failed."""
+        with self._pass_lock:
+            if self._passing == threading.get_ident():
+                self._passing = None
 
     def detach(self) -> None:
         """Takes PiKV out of the model again."""
@@ -184,7 +200,7 @@ def pair_routers(
             continue
         elif module in choices:
             pairs[-1] = (pairs[-1][0], choices[module])
-        elif routers.is_expert_set(module):
+        elif routers.has_experts(module):
             silent.append(len(pairs) - 1)
     unread = sorted({index for index in silent if pairs[index][1] is None})
     if unread:
@@ -268,7 +284,7 @@ def _attention_begins(
     layer: LayerTap, keep_inputs: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Forward hook before an attention: who calls, and what retentions that look at its inputs need."""
-    layer.thread = threading.get_ident()
+    layer.entered = True
     if keep_inputs:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         layer.inputs = (hidden, kwargs["position_embeddings"])
@@ -277,7 +293,7 @@ def _attention_begins(
 @torch.compiler.disable
 def _attention_ended(layer: LayerTap, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook after an attention, also after one that failed (then there is no output)."""
-    layer.thread = None
+    layer.entered = False
     cache, layer.pending = layer.pending, None
     if cache is not None and output is not None:
         cache.refuse(

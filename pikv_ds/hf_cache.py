@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -23,21 +23,26 @@ class UnsupportedModelError(ValueError):
     """The model does something with its keys and values that this cache would get wrong."""
 
 
-@dataclass(eq=False)
-class LayerTap:
-    """What ties one attention module to the cache."""
+class LayerTap(threading.local):
+    """What ties one attention module to the cache. What is under way is each thread's own.
 
-    index: int
-    module: nn.Module
-    has_router: bool
-    thread: int | None = None
-    """The thread that is in the module's forward pass; None between passes."""
-    pending: PiKVCache | None = None
-    """The cache through which the module has just handed over its keys; taken by the attention."""
-    running: tuple[PiKVCache, tuple[int, int]] | None = None
-    """Cache, rows and columns of the pass, between the attention and the router."""
-    inputs: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-    """Hidden states ``[B, T, hidden]`` and rotary embeddings of the pass, where a retention wants them."""
+    Attributes:
+        entered: whether this thread is in the module's forward pass.
+        pending: the cache through which the module has just handed over its keys; taken by the attention.
+        running: cache, rows and columns of the pass, between the attention and the router.
+        inputs: hidden states ``[B, T, hidden]`` and rotary embeddings of the pass, where a retention wants them.
+    """
+
+    def __init__(self, index: int, module: nn.Module, has_router: bool) -> None:
+        self.index, self.module, self.has_router = index, module, has_router
+        self.entered = False
+        self.pending: PiKVCache | None = None
+        self.running: tuple[PiKVCache, tuple[int, int]] | None = None
+        self.inputs: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Of `copy.deepcopy` and `pickle`, mostly of the module."""
+        raise NotImplementedError("layers are not copied or pickled while PiKV is attached: call pikv_ds.detach first")
 
 
 class Owner(Protocol):
@@ -49,6 +54,10 @@ class Owner(Protocol):
 
     def obstacle(self, layer_idx: int) -> str | None:
         """Why whoever now hands keys and values of a layer to the cache must not; None: nothing."""
+        ...
+
+    def take_turn(self) -> bool:
+        """Makes this thread the one whose pass with a cache is under way; False: another's is."""
         ...
 
 
@@ -86,6 +95,11 @@ class PiKVCache(Cache):
         problem = self.attachment.obstacle(layer_idx)
         if problem is not None:
             self.refuse(problem, first=layer_idx == 0)
+        if not self.attachment.take_turn():  # the other ranks are in that thread's pass, and are told nothing
+            raise PiKVError(
+                "another thread makes a forward pass of this model; calls of generate wait for each other, around "
+                "forward passes of your own put a lock"
+            )
         self.attachment.layers[layer_idx].pending = self
         return key_states, value_states
 

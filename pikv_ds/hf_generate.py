@@ -36,7 +36,7 @@ def generate(
     batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
     of ``prefill_chunk_tokens``; calls from several threads wait for each other.
     """
-    with attachment.turn:
+    with attachment.generate_lock:
         return _generate(attachment, inputs, generation_config, kwargs)
 
 
@@ -158,18 +158,17 @@ def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwarg
         raise ValueError(
             f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
         )
-    name = type(attachment.model).__name__
     if own is not None and own.attachment is not attachment:
         raise ValueError(
-            f"generate: past_key_values is not a cache of this {name}, or one from before PiKV was detached from it; "
-            "make a new one: pikv_ds.new_cache(model)"
+            f"generate: past_key_values is not a cache of this {type(attachment.model).__name__}, or one from before "
+            "PiKV was detached from it; make a new one: pikv_ds.new_cache(model)"
         )
-    implementation = attachment.model.config._attn_implementation
-    if implementation != attachment.implementation:
-        raise ValueError(
-            f'generate: set_attn_implementation("{implementation}") has taken PiKV out of the attention of {name}: '
-            f'set "{attachment.implementation}" again, or call pikv_ds.detach'
-        )
+    problem = attachment.other_attention(attachment.model)
+    if problem is not None:
+        raise ValueError(f"generate: {problem}")
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() > 2:
+        raise ValueError(f"generate: position_ids must be [batch, tokens], got {list(positions.shape)}")
     vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
     if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
         raise ValueError(

@@ -62,33 +62,30 @@ def find_choices(model: nn.Module) -> dict[nn.Module, ExpertChoice]:
     for block in model.modules():
         experts = getattr(block, "experts", None)
         if isinstance(experts, nn.Module) and _num_arguments(experts) >= 3:
-            found[experts] = ExpertChoice(experts, count_experts(experts), _second_argument, of_arguments=True)
+            count = count_experts(experts)
+            if count is not None:
+                found[experts] = ExpertChoice(experts, count, _second_argument, of_arguments=True)
             continue
         for gate in filter(_is_gate, block.children()):
             found[gate] = ExpertChoice(gate, int(gate.num_experts), _TopOfLogits(int(gate.top_k)))  # type: ignore[arg-type]
     return found
 
 
-def is_expert_set(module: nn.Module) -> bool:
-    """Whether a module is called a set of experts, and has weights."""
-    return "experts" in type(module).__name__.lower() and next(module.parameters(), None) is not None
+def has_experts(module: nn.Module) -> bool:
+    """Whether a module has experts or is a set of them, to judge by what it is called."""
+    named = isinstance(getattr(module, "experts", None), nn.Module) or "experts" in type(module).__name__.lower()
+    return named and next(module.parameters(), None) is not None
 
 
-def count_experts(experts: nn.Module) -> int:
-    """How many experts a module holds.
-
-    Raises:
-        UnknownRouterError: it does not tell.
-    """
+def count_experts(experts: nn.Module) -> int | None:
+    """How many experts a module holds; None: it does not tell."""
     for key in ("num_experts", "num_local_experts"):
         if isinstance(getattr(experts, key, None), int):
             return int(getattr(experts, key))
     if isinstance(experts, (nn.ModuleList, nn.ModuleDict)) and len(experts):
         return len(experts)
     stacked = {p.shape[0] for p in experts.parameters() if p.dim() >= 3}
-    if len(stacked) != 1:
-        raise UnknownRouterError(f"{type(experts).__name__} does not tell how many experts it holds")
-    return stacked.pop()
+    return stacked.pop() if len(stacked) == 1 else None
 
 
 def same_number(choices: Iterable[ExpertChoice]) -> int | None:

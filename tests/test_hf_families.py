@@ -78,19 +78,33 @@ def _spoil(model: nn.Module, shows_choice: nn.Module, expert: int) -> None:
             parameter.view(families.EXPERTS, -1)[expert] *= 1.5
 
 
-def test_a_layer_whose_choice_cannot_be_read_is_named() -> None:
-    class HiddenExperts(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
+class HiddenExperts(nn.Module):
+    """Takes nothing by name, so nobody can tell what the second argument is."""
 
-        def forward(self, *args: Any) -> Any:
-            return self.inner(*args)
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
 
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+class ManyBlocks(HiddenExperts):
+    """Takes the choice, but does not say of how many experts."""
+
+    def forward(self, hidden: Any, indices: Any, weights: Any) -> Any:
+        return self.inner(hidden, indices, weights)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter(p.flatten() for p in super().parameters(recurse))
+
+
+@pytest.mark.parametrize("kind", [HiddenExperts, ManyBlocks])
+def test_a_layer_whose_choice_cannot_be_read_is_named(kind: type[HiddenExperts]) -> None:
     model, ids = tiny.mixtral(num_layers=3), prompt()
     for layer in (0, 2):
         block = model.model.layers[layer].mlp
-        block.experts = HiddenExperts(block.experts)
+        block.experts = kind(block.experts)
     with pytest.warns(UserWarning, match="MixtralForCausalLM: layers 0, 2 have experts, but PiKV cannot read"):
         pikv_ds.attach(model, SETTINGS)
     figures = pikv_ds.stats(model)

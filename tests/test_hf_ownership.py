@@ -70,8 +70,8 @@ def with_other_attention(owner: PreTrainedModel) -> PreTrainedModel:
 
 
 MISUSES: dict[Callable[[PreTrainedModel], PreTrainedModel], str] = {
-    unattached: "another model was given it",
-    attached_elsewhere: "another model was given it",
+    unattached: "another model was given a cache of the MixtralForCausalLM",
+    attached_elsewhere: "another model was given a cache of the MixtralForCausalLM",
     attached_anew: "PiKV was detached from MixtralForCausalLM after this cache was made",
     detached: "PiKV was detached from MixtralForCausalLM after this cache was made",
     with_other_attention: r'set_attn_implementation\("sdpa"\) has taken PiKV out',
@@ -143,7 +143,7 @@ def test_an_attention_that_does_not_take_what_was_announced() -> None:
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, pickle.dumps])
-@pytest.mark.parametrize("what", ["cache", "model", "output"])
+@pytest.mark.parametrize("what", ["cache", "model", "layer", "output"])
 def test_copies_are_refused(what: str, how: Callable[[Any], Any]) -> None:
     model = attached()
     if what == "output":
@@ -151,9 +151,9 @@ def test_copies_are_refused(what: str, how: Callable[[Any], Any]) -> None:
             pytest.skip("shares the cache, which is no copy of it")
         thing: Any = model.generate(prompt(1, 20), return_dict_in_generate=True, **GREEDY)
     else:
-        thing = used_cache(model) if what == "cache" else model
-    if what == "model" and how is copy.copy:
-        pytest.skip("shares the attachment with the model, whose modules it has")
+        thing = {"cache": used_cache(model), "model": model, "layer": model.model.layers[0]}[what]
+    if what in ("model", "layer") and how is copy.copy:
+        pytest.skip("has the same modules")
     with pytest.raises(NotImplementedError, match=r"does not copy or save caches|call pikv_ds\.detach first"):
         how(thing)
 
@@ -270,38 +270,87 @@ def test_calls_of_generate_from_several_threads_wait_for_each_other() -> None:
         assert torch.equal(ours[i], alone.generate(ids, **GREEDY))
 
 
-def test_forward_passes_of_two_threads_at_a_time_are_refused() -> None:
-    model, ids = attached(), prompt(1, 20)
+PAUSES = ["before its keys are announced", "between announcement and attention", "between two layers"]
+
+
+@pytest.mark.parametrize("pause", PAUSES)
+@pytest.mark.parametrize("other", ["with a cache", "without a cache"])
+def test_forward_passes_of_two_threads_at_a_time(other: str, pause: str) -> None:
+    """The first keeps its tokens; another with a cache is refused, and one without a cache is not concerned."""
+    model, ids = attached(), prompt(2, 30)
     within, go_on = threading.Event(), threading.Event()
 
-    def hold(*args: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+    def wait(*args: Any) -> None:
+        if threading.current_thread() is thread:
             within.set()
-            go_on.wait(60)
+            assert go_on.wait(60)
 
-    projection = model.model.layers[0].self_attn.k_proj
-    hook = projection.register_forward_hook(hold)
-    errors: list[Exception] = []
+    layers = model.model.layers
+    where = {PAUSES[0]: layers[0].self_attn.k_proj, PAUSES[2]: layers[0].mlp}
+    cache = pikv_ds.new_cache(model)
+    if pause in where:
+        where[pause].register_forward_pre_hook(wait)
+    else:
+        update = cache.update
 
-    def other() -> None:
+        def announce(key: torch.Tensor, value: torch.Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+            out = update(key, value, layer, *args, **kwargs)
+            if layer == 1:
+                wait()
+            return out
+
+        cache.update = announce  # type: ignore[method-assign]
+    outcome: list[Any] = []
+
+    def run() -> None:
         try:
             with torch.no_grad():
-                model(ids, past_key_values=pikv_ds.new_cache(model))
+                outcome.append(model(ids, past_key_values=cache).logits)
         except Exception as error:
-            errors.append(error)
+            outcome.append(error)
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=run)
     thread.start()
     assert within.wait(60)
     with torch.no_grad():
-        ours = model(ids, past_key_values=pikv_ds.new_cache(model)).logits
         theirs = tiny.mixtral()(ids).logits
-    go_on.set()
+        started = pause != PAUSES[0]
+        if other == "with a cache" and started:
+            with pytest.raises(pikv_ds.PiKVError, match="another thread makes a forward pass"):
+                model(ids, past_key_values=pikv_ds.new_cache(model))
+        else:
+            ours = model(ids, past_key_values=pikv_ds.new_cache(model) if other == "with a cache" else None).logits
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        go_on.set()
+        thread.join()
+        assert isinstance(outcome[0], torch.Tensor), outcome[0]
+        assert (outcome[0] - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        again = model(ids, past_key_values=pikv_ds.new_cache(model)).logits  # nobody's turn is left over
+    assert (again - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_pass_that_fails_in_another_thread_gives_its_turn_back() -> None:
+    model, ids = attached(), prompt(1, 30)
+
+    def failing(*args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise KeyError("out of luck")
+
+    model.model.layers[1].mlp.register_forward_pre_hook(failing)
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                model(ids, past_key_values=pikv_ds.new_cache(model))
+        except KeyError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
     thread.join()
-    hook.remove()
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert len(errors) == 1
-    assert isinstance(errors[0], pikv_ds.PiKVError)
+    assert torch.equal(model.generate(ids, **GREEDY), tiny.mixtral().generate(ids, **GREEDY))
 
 
 # -- torch.compile ------------------------------------------------------------------------------
@@ -360,6 +409,7 @@ def test_position_ids_of_repeated_prompts(chunk: int | None) -> None:
     [
         ({"inputs_embeds": torch.zeros(1, 20, 64)}, "inputs_embeds are not supported; pass input_ids"),
         ({"attention_mask": torch.ones(1, 1, 20, 20)}, r"attention_mask must be \[1, tokens\], got \[1, 1, 20, 20\]"),
+        ({"position_ids": torch.zeros(3, 1, 20)}, r"position_ids must be \[batch, tokens\], got \[3, 1, 20\]"),
         ({"attention_mask": torch.ones(2, 20)}, r"attention_mask must be \[1, tokens\], got \[2, 20\]"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 from cases import Raised, Work, catching
 from harness import Ranks, ranks_fixture
+from transformers import AutoModelForCausalLM
 
 import pikv_ds
-from pikv_ds.deepspeed_moe import _take_dtype
+from pikv_ds.deepspeed_moe import _cast, _take_dtype
 
 pytestmark = pytest.mark.distributed
 ranks = ranks_fixture(2)
@@ -59,22 +61,37 @@ def test_families_whose_experts_are_on_every_rank(ranks: Ranks, family: str) -> 
     cases.assert_parity(ranks.run(attached_family, family=family))
 
 
-def dtype_by_configuration(rank: int, section: str, dtype: str) -> dict[str, Any]:
-    ids = tiny.prompt(2, 30, rank).clamp(min=1)
+def dtype_by_configuration(rank: int, folder: str, section: str, dtype: str) -> dict[str, Any]:
+    """A float32 model cast by the configuration, beside one that transformers has loaded in the dtype."""
+    ids = tiny.prompt(2, 300, rank).clamp(min=1)
     out = []
-    for model, extra in (
-        (tiny.mixtral(), {section: {"enabled": True}}),
-        (tiny.mixtral().to(getattr(torch, dtype)), {}),
-    ):
+    for loaded, extra in (("float32", {section: {"enabled": True}}), (dtype, {})):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, loaded))
         engine = pikv_ds.initialize(model, {**cases.settings({}), **extra})
         out.append(engine.module.generate(ids, **cases.options(max_new_tokens=8)))
     return {"dtype": str(model.dtype), "same": torch.equal(torch.stack(out[0].logits), torch.stack(out[1].logits))}
 
 
 @pytest.mark.parametrize(("section", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
-def test_dtypes_of_deepspeeds_configuration(ranks: Ranks, section: str, dtype: str) -> None:
-    for result in ranks.run(dtype_by_configuration, section=section, dtype=dtype):
+def test_dtypes_of_deepspeeds_configuration(ranks: Ranks, tmp_path: Path, section: str, dtype: str) -> None:
+    tiny.mixtral(initializer_range=0.02).save_pretrained(tmp_path)
+    for result in ranks.run(dtype_by_configuration, folder=str(tmp_path), section=section, dtype=dtype):
         assert result == {"dtype": f"torch.{dtype}", "same": True}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "minimax_m2", "ernie4_5_moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_is_as_transformers_loads_it(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    families.build(family).save_pretrained(tmp_path)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    _cast(ours, dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for kind in ("named_parameters", "named_buffers"):
+        wanted = dict(getattr(theirs, kind)())
+        for name, tensor in getattr(ours, kind)():
+            assert tensor.dtype == wanted[name].dtype, name
+            assert torch.equal(tensor, wanted[name]), name
+    assert ours.config.dtype == theirs.config.dtype
 
 
 def test_dtype_sections() -> None:
@@ -84,6 +101,8 @@ def test_dtype_sections() -> None:
     assert _take_dtype({"bf16": {}}) is None
     with pytest.raises(pikv_ds.ConfigError, match="bf16 and fp16 are both enabled"):
         _take_dtype({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
+    with pytest.raises(pikv_ds.ConfigError, match=r"bf16\.enabled = 'auto': use true or false"):
+        _take_dtype({"bf16": {"enabled": "auto"}})
     with pytest.raises(pikv_ds.ConfigError, match="bf16 = True: use"):
         _take_dtype({"bf16": True})
 
@@ -111,7 +130,10 @@ def foreign_cache(rank: int, who: tuple[int, ...], how: str) -> dict[str, Any]:
 @pytest.mark.parametrize("how", ["forward", "generate"])
 @pytest.mark.parametrize("who", [(0, 1), (1,)])
 def test_another_models_cache_is_an_error_of_all_ranks(ranks: Ranks, who: tuple[int, ...], how: str) -> None:
-    words = {"forward": "another model was given it", "generate": "not a cache of this MixtralForCausalLM"}
+    words = {
+        "forward": "another model was given a cache of the Mixtral",
+        "generate": "not a cache of this MixtralForCausalLM",
+    }
     for result in ranks.run(foreign_cache, who=who, how=how):
         assert words[how] in result["raised"].message
         assert result["after"].kind == ""
