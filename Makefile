@@ -1,7 +1,8 @@
 # `make` lists the targets. Everything is installed into .venv and nothing outside this folder.
 #
-# Variables: WORKERS (processes of `make test`), RANKS (ranks of the demos), PORT (of server-demo), ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use that environment as it is,
-# instead of .venv), PYTHON3 (the Python that makes .venv), VENV (its folder).
+# Variables: RANKS (ranks of the demos), PORT (of server-demo), WORKERS (files that `make test` runs at a time),
+# ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use that environment as it is, instead of .venv), PYTHON3 (the
+# Python that makes .venv), VENV (its folder).
 
 PYTHON3 ?= python3
 VENV ?= .venv
