@@ -196,6 +196,18 @@ def test_a_step_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> N
     assert "ValueError: no such shape" in summary.markdown(Results(tmp_path), ["fails", "fine"])
 
 
+def test_a_step_that_dies_is_named_by_its_signal_or_exit_code(tmp_path: Path) -> None:
+    """What it printed last says nothing of it."""
+
+    def die(worker: Worker) -> None:
+        print("all is well so far", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run(tmp_path, Step("dies", "", die, 30), Step("leaves", "", lambda w: sys.exit(9), 30))
+    reasons = [step["reason"] for step in Results(tmp_path).steps().values()]
+    assert reasons == ["the process ended with SIGKILL", "the process ended with exit code 9"]
+
+
 def test_a_case_that_raises_hangs_or_dies_costs_no_other_one(tmp_path: Path) -> None:
     def hang() -> dict:
         time.sleep(300)

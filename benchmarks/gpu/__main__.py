@@ -29,7 +29,7 @@ from pikv_ds.command_line import Parser, guarded, real
 MOST_MINUTES = 24 * 60
 MEANINGS = {
     runner.ALL_WELL: "all that ran is well",
-    runner.SOMETHING_FAILED: "something failed",
+    runner.SOMETHING_FAILED: "something failed: log.txt has the details",
     2: "wrong arguments, or no GPU",
     runner.NOT_FINISHED: "time over: call again",
     runner.NOTHING_RAN: "nothing ran: every step was left out",

@@ -48,15 +48,14 @@ def digest(paths: Iterable[Path], root: Path = ROOT) -> str:
     return sha.hexdigest()
 
 
-def built_from(root: Path = ROOT) -> str:
-    """Digest of what the extension is made of."""
-    return digest([root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file())], root)
+def built_from(root: Path = ROOT, *more: Path) -> str:
+    """Digest of what the extension is made of, and of more files."""
+    return digest([root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file()), *more], root)
 
 
 def measured(root: Path = ROOT) -> str:
     """Digest of all code that the run measures, or measures with."""
-    python = [p for folder in ("pikv_ds", "benchmarks/gpu") for p in (root / folder).rglob("*.py")]
-    return digest([root / "setup.py", *python, *(p for p in (root / "csrc").rglob("*") if p.is_file())], root)
+    return built_from(root, *(p for folder in ("pikv_ds", "benchmarks/gpu") for p in (root / folder).rglob("*.py")))
 
 
 def fault(folder: Path, root: Path = ROOT) -> str | None:
@@ -167,8 +166,7 @@ def architecture_list(text: str) -> str:
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = "--architectures"
-    parser.add_argument(option, type=architecture_list, default="9.0a", help="of GPUs, as 8.0;10.0+PTX; default: 9.0a")
+    parser.add_argument("--architectures", type=architecture_list, default="9.0a", help="of GPUs; default: 9.0a")
     args = parser.parse_args()
 
     def work() -> int:

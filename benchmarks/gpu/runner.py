@@ -223,7 +223,8 @@ def _perform(results: Results, step: Step, call: int, dry_run: bool, deadline: f
         if code == 0:
             return "done", "; ".join(results.failures(step.name))
         if case is None and code != CASE_FAILED:
-            return "failed", _last_line(results.folder / "log.txt")
+            said = _last_line(results.folder / "log.txt") if code == 1 else ""  # an exception's
+            return "failed", said or f"the process ended with {ending(code)}"
 
 
 def _in_process(work: Callable[[Worker], None], worker: Worker) -> int | None:
