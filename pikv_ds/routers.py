@@ -33,19 +33,19 @@ class ExpertChoice:
 
     def watch(self, tell: Callable[[Tensor], None]) -> RemovableHandle:
         """Calls `tell` with every choice, before the experts compute where it is an argument."""
+        # Not compiled; said here and not at the functions, as it imports the compiler, and Triton with it.
+        alone = torch.compiler.disable
         if self.of_arguments:
-            return self.module.register_forward_pre_hook(functools.partial(_before, self.read, tell))
-        return self.module.register_forward_hook(functools.partial(_after, self.read, tell))
+            return self.module.register_forward_pre_hook(functools.partial(alone(_before), self.read, tell))
+        return self.module.register_forward_hook(functools.partial(alone(_after), self.read, tell))
 
 
-@torch.compiler.disable
 def _before(
     read: Callable[[Any], Tensor], tell: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...]
 ) -> None:
     tell(read(args))
 
 
-@torch.compiler.disable
 def _after(
     read: Callable[[Any], Tensor], tell: Callable[[Tensor], None], module: nn.Module, args: Any, output: Any
 ) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import extension, timings
 from pikv_ds import report
 from pikv_ds.bench.attention import Setting, paged, torch_baselines
 from pikv_ds.bench.timing import Contender, measure
@@ -177,6 +179,11 @@ def test_every_number_on_the_command_line_has_bounds(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(argparse.ArgumentParser, "add_argument", watch)
     assert main(["--version"]) == 0
+    for script in (gpu.main, extension.main, timings.main):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+        with pytest.raises(SystemExit):
+            script()
+    assert {"benchmarks/gpu.sh --minutes", "benchmarks --architectures", "benchmarks --tokens"} <= set(found)
     assert {name.split()[1] for name in found} >= {"bench", "plan", "eval", "codecs", "calibrate", "tune", "heads"}
     assert len([a for a in found.values() if a.type is not None]) > 30
     assert not [name for name, action in found.items() if action.type in (int, float)]

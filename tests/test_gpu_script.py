@@ -20,7 +20,7 @@ import torch
 from benchmarks.gpu import cases, extension, runner, summary, timings
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.runner import ALL_WELL, NOT_FINISHED, SOMETHING_FAILED, Step, Worker
+from benchmarks.gpu.runner import ALL_WELL, NOT_FINISHED, NOTHING_RAN, SOMETHING_FAILED, Step, Worker
 from benchmarks.gpu.steps import STEPS
 from pikv_ds.bench.timing import Contender, measure
 from pikv_ds.ops import Ops, why_missing
@@ -88,8 +88,11 @@ def test_a_dry_run_makes_every_step_and_a_second_one_none(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--out", "x", "--only", "decoding"], "--only decoding: there is no such step; choose among prepare, bandw"),
-        (["--out", "x", "--minutes", "0"], "--minutes 0.0: use a number above 0"),
+        (["--out", "x", "--only", "decoding"], "--only: invalid choice: 'decoding' (choose from"),
+        *(
+            (["--out", "x", f"--minutes={minutes}"], "use a number of minutes above 0 and at most 1440")
+            for minutes in ("0", "-1", "inf", "nan", "nine", "1441", "9" * 400)
+        ),
         (["--show", "x"], "--show x: there is no results.jsonl in it"),
         (["--out", "x", "--show", "x"], "not allowed with"),
     ],
@@ -97,7 +100,40 @@ def test_a_dry_run_makes_every_step_and_a_second_one_none(
 def test_wrong_arguments_are_named(args: list[str], message: str, monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *args) == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmarks/gpu.sh: ")
+    assert message in line
+    assert len(line) < 1200
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_a_line(monkeypatch, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert call(monkeypatch, "--out", str(tmp_path / "file"), "--dry-run") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File exists" in line
+
+
+@pytest.mark.parametrize("architectures", ["", "x", "9", "90", "9.0a;", "9.0;-1.0", "9.0+ptx", "9" * 400])
+def test_wrong_architectures_are_a_line(architectures: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(extension, "build", lambda *_: pytest.fail("it builds"))
+    monkeypatch.setattr(sys, "argv", ["extension", "--architectures", architectures])
+    with pytest.raises(SystemExit) as stop:
+        extension.main()
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "write architectures as 9.0a, or 8.0;10.0+PTX" in line
+
+
+@pytest.mark.parametrize("architectures", ["9.0a", "8.0;9.0a;10.0+PTX", "8.6 12.0f"])
+def test_a_build_that_fails_is_a_line(architectures: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def build(given: str) -> None:
+        raise ValueError(f"no compiler for {given}")
+
+    monkeypatch.setattr(extension, "build", build)
+    monkeypatch.setattr(sys, "argv", ["extension", "--architectures", architectures])
+    assert extension.main() == 2
+    assert capsys.readouterr().err == f"error: no compiler for {architectures}\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -158,6 +194,18 @@ def test_a_step_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> N
     assert states(tmp_path) == {"fails": "failed", "fine": "done"}
     assert Results(tmp_path).steps()["fails"]["reason"] == "ValueError: no such shape"
     assert "ValueError: no such shape" in summary.markdown(Results(tmp_path), ["fails", "fine"])
+
+
+def test_a_step_that_dies_is_named_by_its_signal_or_exit_code(tmp_path: Path) -> None:
+    """What it printed last says nothing of it."""
+
+    def die(worker: Worker) -> None:
+        print("all is well so far", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run(tmp_path, Step("dies", "", die, 30), Step("leaves", "", lambda w: sys.exit(9), 30))
+    reasons = [step["reason"] for step in Results(tmp_path).steps().values()]
+    assert reasons == ["the process ended with SIGKILL", "the process ended with exit code 9"]
 
 
 def test_a_case_that_raises_hangs_or_dies_costs_no_other_one(tmp_path: Path) -> None:
@@ -221,9 +269,54 @@ def test_what_gave_trouble_comes_after_the_rest_in_the_next_call(tmp_path: Path)
     assert [step["step"] for step in Results(tmp_path).records("step")][3:] == ["y", "x", "all the rest"]
 
 
+@pytest.mark.parametrize(
+    ("prepare", "limit", "state", "code"),
+    [
+        (lambda w: sys.exit(9), 30, "failed", SOMETHING_FAILED),
+        (lambda w: w.case("all", raising), 30, "done", SOMETHING_FAILED),  # with a case that failed
+        (lambda w: time.sleep(300), 1, "stopped", SOMETHING_FAILED),
+        (lambda w: sys.exit(NOT_FINISHED), 30, "cut", NOT_FINISHED),
+    ],
+    ids=["fails", "case fails", "hangs", "is cut"],
+)
+def test_nothing_runs_where_what_it_needs_did_not(
+    prepare: Callable[[Worker], None], limit: float, state: str, code: int, tmp_path: Path, capsys
+) -> None:
+    """A step after it would measure an extension of other sources."""
+    rest = [Step("one", "", fine, 30), Step("two", "", fine)]
+    for _ in range(2):  # that it gave trouble before does not put it after the rest
+        assert run(tmp_path, *rest, Step("prepare", "", prepare, limit, always=True)) == code
+        assert states(tmp_path) == {"prepare": state}
+        assert "the run ends here: nothing may be measured without prepare" in capsys.readouterr().out
+    assert run(tmp_path, *rest, Step("prepare", "", fine, 30, always=True)) == ALL_WELL
+    assert [step["step"] for step in Results(tmp_path).records("step")] == ["prepare"] * 3 + ["one", "two"]
+
+
+def test_a_prerequisite_that_cannot_run_has_failed(tmp_path: Path) -> None:
+    prepare = Step("prepare", "", fine, 30, program="no-such-tool", always=True)
+    assert run(tmp_path, prepare, Step("one", "", fine, 30)) == SOMETHING_FAILED
+    assert states(tmp_path) == {"prepare": "failed"}
+
+
+def test_without_time_for_what_it_needs_nothing_runs(tmp_path: Path) -> None:
+    prepare = Step("prepare", "", fine, 30, always=True)
+    assert run(tmp_path, prepare, Step("one", "", fine, 30), seconds=-1) == NOT_FINISHED
+    assert states(tmp_path) == {}
+
+
+def test_that_nothing_ran_is_not_all_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    tool, prepare = Step("tool", "", fine, 30, program="no-such-tool"), Step("prepare", "", fine, 30, always=True)
+    assert run(tmp_path / "tool", tool) == NOTHING_RAN
+    assert run(tmp_path / "prepared", prepare, tool) == NOTHING_RAN
+    assert run(tmp_path / "only", prepare) == ALL_WELL
+    assert run(tmp_path / "some", prepare, tool, Step("fine", "", fine, 30)) == ALL_WELL
+    assert call(monkeypatch, "--out", str(tmp_path / "cli"), "--dry-run", "--only", "flex") == NOTHING_RAN
+    assert "nothing ran: every step was left out (exit code 4)" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     steps = [Step("tool", "", fine, program="no-such-tool"), Step("peer", "", fine, module="no_such_module")]
-    assert run(tmp_path, *steps) == ALL_WELL
+    run(tmp_path, *steps)
     reasons = [step["reason"] for step in Results(tmp_path).steps().values()]
     assert reasons == ["no-such-tool is not on the path", "no_such_module is not installed"]
 
@@ -340,6 +433,9 @@ def test_a_carried_extension_is_used(tree: Path, monkeypatch: pytest.MonkeyPatch
         (lambda t: (t / "csrc/b.h").write_text(""), "built from other sources than csrc/"),
         (lambda t: (t / "build/gpu" / extension.BINARY).write_text("x"), "not the file that _C.json was written for"),
         (lambda t: (t / "build/gpu" / extension.NOTE).unlink(), "no _C.json beside it"),
+        (lambda t: (t / "build/gpu" / extension.NOTE).write_text('{"sour'), "_C.json beside it cannot be read"),
+        (lambda t: (t / "build/gpu" / extension.NOTE).write_text("[]"), "_C.json beside it cannot be read"),
+        (lambda t: (t / "build/gpu" / extension.NOTE).write_text("{}"), "_C.json beside it cannot be read"),
     ],
 )
 def test_a_stale_extension_is_not_used(tree: Path, change, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +456,50 @@ def test_an_extension_that_does_not_run_here_is_not_used(tree: Path, monkeypatch
         extension.prepare("9.0a", tree)
 
 
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("import os, sys; print('a warning', file=sys.stderr, flush=True); os.abort()", "SIGABRT"),
+        ("import os; os._exit(7)", "exit code 7"),
+    ],
+)
+def test_an_extension_that_crashes_is_refused_by_the_signal(
+    probe: str, reason: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        extension, "PROBE", f"import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); {probe}"
+    )
+    assert extension.fault(tree / "build/gpu", tree) == f"it does not run here: {reason}"
+
+
+def test_why_builds_were_refused_is_said_before_another_one_fails(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(extension, "PROBE", "raise RuntimeError('no kernel image')")
+    said = "the extension in build/gpu: it does not run here: RuntimeError: no kernel image"
+
+    def build(*_: object) -> None:
+        assert said in capsys.readouterr().out.splitlines()  # already, should this be killed
+        raise ValueError("no CUDA toolkit")
+
+    monkeypatch.setattr(extension, "build", build)
+    with pytest.raises(ValueError, match="the extension in pikv_ds: there is none; ") as error:
+        extension.prepare("9.0a", tree)
+    assert said in str(error.value)
+    assert str(error.value).endswith("a new one: no CUDA toolkit")
+
+
+def test_an_extension_in_use_is_replaced_and_not_overwritten(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tree / "pikv_ds" / extension.BINARY
+    old.write_text("old")
+    with old.open() as used:  # as a process that has mapped it
+        assert extension.prepare("9.0a", tree)["used"] == "in build/gpu"
+        assert used.read() == "old"
+    assert old.read_text() == "prebuilt"
+    assert sorted(p.name for p in old.parent.iterdir()) == [extension.BINARY, extension.NOTE]
+
+
 def test_a_build_is_noted_with_its_sources(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", "/toolkit")
     (tree / "setup.py").write_text(
@@ -374,8 +514,13 @@ def test_a_build_is_noted_with_its_sources(tree: Path, monkeypatch: pytest.Monke
     assert (extension.PREBUILT / extension.BINARY).read_text() == "/toolkit 8.0 1 1"
     assert extension.fault(extension.PREBUILT, tree) is None
     assert sorted(p.name for p in extension.PREBUILT.iterdir()) == [extension.BINARY, extension.NOTE]
-    (tree / "setup.py").write_text("raise SystemExit(1)")
-    with pytest.raises(subprocess.CalledProcessError):
+    (tree / "setup.py").write_text("raise SystemExit(7)")
+    with pytest.raises(
+        ValueError, match=r"the build for '8\.0' ended with exit code 7; see what the compiler printed"
+    ):
+        extension.build("8.0", tree)
+    (tree / "setup.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(ValueError, match="ended with SIGKILL"):
         extension.build("8.0", tree)
 
 

@@ -24,33 +24,38 @@ import torch
 from benchmarks.gpu import extension, runner, summary
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.steps import STEPS
+from pikv_ds.command_line import Parser, guarded, real
 
-EXIT_CODES = (
-    "exit code: 0 all is well, 1 something failed (see summary.md), 2 wrong arguments, 3 time over: call again"
-)
+MOST_MINUTES = 24 * 60
+MEANINGS = {
+    runner.ALL_WELL: "all that ran is well",
+    runner.SOMETHING_FAILED: "something failed: log.txt has the details",
+    2: "wrong arguments, or no GPU",
+    runner.NOT_FINISHED: "time over: call again",
+    runner.NOTHING_RAN: "nothing ran: every step was left out",
+}
+"""Of exit codes."""
 
 
 def parse() -> argparse.Namespace:
-    width = max(len(step.name) for step in STEPS)
+    names = [step.name for step in STEPS]
+    width = max(map(len, names))
     steps = "\n".join(f"  {step.name:{width}}  {step.what}" for step in STEPS)
-    parser = argparse.ArgumentParser(
+    codes = "\n".join(f"  {code}  {meaning}" for code, meaning in MEANINGS.items())
+    minutes = real(0, MOST_MINUTES, f"use a number of minutes above 0 and at most {MOST_MINUTES}", above=True)
+    parser = Parser(
         prog="benchmarks/gpu.sh",
         description=__doc__,
-        epilog=f"steps, in their order:\n{steps}\n\n{EXIT_CODES}",
+        epilog=f"steps, in their order:\n{steps}\n\nexit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, metavar="FOLDER", help="where everything is written")
     target.add_argument("--show", type=Path, metavar="FOLDER", help="prints the summary of a folder's results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this call, all together; default: 9")
-    parser.add_argument("--only", nargs="+", metavar="STEP", default=[], help="these steps, after prepare")
+    parser.add_argument("--minutes", type=minutes, default=9.0, help="of this call, all together; default: 9")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help="these steps, after prepare")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes")
     args = parser.parse_args()
-    names = [step.name for step in STEPS]
-    if unknown := [name for name in args.only if name not in names]:
-        parser.error(f"--only {unknown[0]}: there is no such step; choose among {', '.join(names)}")
-    if not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes}: use a number above 0")
     if args.show and not (args.show / "results.jsonl").exists():
         parser.error(f"--show {args.show}: there is no results.jsonl in it")
     return args
@@ -58,22 +63,22 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    return guarded("error", lambda: work(args))
+
+
+def work(args: argparse.Namespace) -> int:
+    """What the arguments ask for; returns an exit code."""
     names = [step.name for step in STEPS]
     if args.show:
         print(summary.markdown(Results(args.show), names))
         return 0
     if not args.dry_run and not runner.sees_gpu():
-        print(f"error: torch {torch.__version__} sees no GPU here; on a CPU use --dry-run", file=sys.stderr)
-        return 2
+        raise ValueError(f"torch {torch.__version__} sees no GPU here; on a CPU use --dry-run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step is left running
     steps = [step for step in STEPS if not args.only or step.name in args.only or step.always]
-    try:
-        code = runner.run(args.out, steps, 60 * args.minutes, args.dry_run, extension.measured())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    code = runner.run(args.out, steps, 60 * args.minutes, args.dry_run, extension.measured())
     summary.write(Results(args.out), names)
-    print(f"see {args.out / 'summary.md'}; {EXIT_CODES}")
+    print(f"{MEANINGS[code]} (exit code {code}); see {args.out / 'summary.md'}")
     return code
 
 

@@ -13,11 +13,16 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from benchmarks.gpu.runner import ending
+from pikv_ds.checks import named
+from pikv_ds.command_line import Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[2]
 PREBUILT, INSTALLED = ROOT / "build" / "gpu", ROOT / "pikv_ds"
@@ -43,15 +48,14 @@ def digest(paths: Iterable[Path], root: Path = ROOT) -> str:
     return sha.hexdigest()
 
 
-def built_from(root: Path = ROOT) -> str:
-    """Digest of what the extension is made of."""
-    return digest([root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file())], root)
+def built_from(root: Path = ROOT, *more: Path) -> str:
+    """Digest of what the extension is made of, and of more files."""
+    return digest([root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file()), *more], root)
 
 
 def measured(root: Path = ROOT) -> str:
     """Digest of all code that the run measures, or measures with."""
-    python = [p for folder in ("pikv_ds", "benchmarks/gpu") for p in (root / folder).rglob("*.py")]
-    return digest([root / "setup.py", *python, *(p for p in (root / "csrc").rglob("*") if p.is_file())], root)
+    return built_from(root, *(p for folder in ("pikv_ds", "benchmarks/gpu") for p in (root / folder).rglob("*.py")))
 
 
 def fault(folder: Path, root: Path = ROOT) -> str | None:
@@ -61,13 +65,20 @@ def fault(folder: Path, root: Path = ROOT) -> str | None:
         return "there is none"
     if not note.exists():
         return f"no {NOTE} beside it says which sources it was built from"
-    facts = json.loads(note.read_text())
-    if facts["sources"] != built_from(root):
+    try:
+        facts = json.loads(note.read_text())
+        sources, digested = facts["sources"], facts["binary"]
+    except (ValueError, TypeError, KeyError):  # cut short as it was carried, or of something else
+        return f"{NOTE} beside it cannot be read"
+    if sources != built_from(root):
         return "it was built from other sources than csrc/ and setup.py are now"
-    if facts["binary"] != digest([binary], folder):
+    if digested != digest([binary], folder):
         return f"it is not the file that {NOTE} was written for"
-    done = subprocess.run([sys.executable, "-c", PROBE, str(binary)], capture_output=True, text=True)
-    return None if done.returncode == 0 else f"it does not run here: {done.stderr.strip().splitlines()[-1]}"
+    done = subprocess.run([sys.executable, "-c", PROBE, str(binary)], capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return None
+    said = done.stderr.strip().splitlines() if done.returncode > 0 else []  # what dies of a signal says nothing of it
+    return f"it does not run here: {said[-1] if said else ending(done.returncode)}"
 
 
 def cuda_home() -> str:
@@ -88,7 +99,11 @@ def cuda_home() -> str:
 
 
 def build(architectures: str, root: Path = ROOT) -> None:
-    """Builds into `PREBUILT`; raises `subprocess.CalledProcessError` where the compiler does not like it."""
+    """Builds into `PREBUILT`.
+
+    Raises:
+        ValueError: there is no toolkit, or the compiler does not like it.
+    """
     environment = os.environ | {
         "CUDA_HOME": cuda_home(),
         "TORCH_CUDA_ARCH_LIST": architectures,
@@ -99,7 +114,8 @@ def build(architectures: str, root: Path = ROOT) -> None:
     sources = built_from(root)
     folders = ["--build-lib", str(PREBUILT / "lib"), "--build-temp", str(root / "build" / "gpu-objects")]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
-    subprocess.run(command, cwd=root, env=environment, check=True)
+    if code := subprocess.run(command, cwd=root, env=environment).returncode:
+        raise ValueError(f"the build for {architectures!r} ended with {ending(code)}; see what the compiler printed")
     shutil.move(PREBUILT / "lib" / "pikv_ds" / BINARY, PREBUILT / BINARY)
     shutil.rmtree(PREBUILT / "lib")
     facts = {"sources": sources, "binary": digest([PREBUILT / BINARY], PREBUILT), "architectures": architectures}
@@ -108,36 +124,59 @@ def build(architectures: str, root: Path = ROOT) -> None:
 
 def prepare(architectures: str, root: Path = ROOT) -> dict[str, str]:
     """Sees to it that `pikv_ds._C` is of these sources and runs here: the one that is there, a carried one, or a new
-    one. Returns which it is, and what was the matter with the others.
+    one. Returns which it is, and what was the matter with the others; prints that as soon as it is known.
 
     Raises:
-        ValueError: also a new one does not run.
+        ValueError: none can be built, or also a new one does not run.
     """
     told = {}
     for name, folder in (("in pikv_ds", INSTALLED), ("in build/gpu", PREBUILT), ("built here", PREBUILT)):
         if name == "built here":
-            build(architectures, root)
+            try:
+                build(architectures, root)
+            except ValueError as error:
+                refused = "; ".join(f"the extension {other}: {why}" for other, why in told.items())
+                raise ValueError(f"{refused}; a new one: {error}") from error
         if (why := fault(folder, root)) is None:
             if folder is PREBUILT:
                 for file in (BINARY, NOTE):
-                    shutil.copy2(PREBUILT / file, INSTALLED / file)
+                    replace(PREBUILT / file, INSTALLED / file)
             return {"used": name, **told}
         told[name] = why
+        print(f"the extension {name}: {why}", flush=True)
     raise ValueError(f"the extension was built, but {told['built here']}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architectures", default="9.0a", help="as in TORCH_CUDA_ARCH_LIST; default: 9.0a")
+def replace(source: Path, target: Path) -> None:
+    """Copies a file over another one, which a process that has mapped it keeps as it was."""
+    new = target.with_name(f"new-{os.getpid()}-{target.name}")
     try:
-        build(parser.parse_args().architectures)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"error: the build failed with exit code {error.returncode}; the compiler's words are above")
-    size = (PREBUILT / BINARY).stat().st_size / 2**20
-    print(f"{PREBUILT.relative_to(ROOT) / BINARY} ({size:.0f} MiB): carry build/gpu with the tree")
+        shutil.copy2(source, new)
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def architecture_list(text: str) -> str:
+    """The type of an option: architectures of GPUs, such as ``8.0;9.0a;10.0+PTX``."""
+    if not re.fullmatch(r"\d{1,2}\.\d[af]?(\+PTX)?([; ]\d{1,2}\.\d[af]?(\+PTX)?)*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{named(text)}: write architectures as 9.0a, or 8.0;10.0+PTX")
+    return text
+
+
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=architecture_list, default="9.0a", help="of GPUs; default: 9.0a")
+    args = parser.parse_args()
+
+    def work() -> int:
+        build(args.architectures)
+        size = (PREBUILT / BINARY).stat().st_size / 2**20
+        print(f"{PREBUILT.relative_to(ROOT) / BINARY} ({size:.0f} MiB): carry build/gpu with the tree")
+        return 0
+
+    return guarded("error", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,9 +23,9 @@ import torch  # once for all: steps run in forks of this process, which itself n
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
 
-ALL_WELL, SOMETHING_FAILED, NOT_FINISHED = 0, 1, 3
-"""Exit codes; 2 is argparse's. A step's process ends with the last one, too, where its time is over."""
-CASE_FAILED = 4
+ALL_WELL, SOMETHING_FAILED, NOT_FINISHED, NOTHING_RAN = 0, 1, 3, 4
+"""Exit codes; 2 is argparse's. A step's process ends with `NOT_FINISHED`, too, where its time is over."""
+CASE_FAILED = 5
 """Exit code of a step's process whose case failed: another one goes on with the next case, as a GPU's context is
 often beyond use then."""
 CASE_SECONDS = 60
@@ -111,7 +111,7 @@ class Step:
     gpu: bool = False
     """Makes no sense on a CPU."""
     always: bool = False
-    """Also in a call that goes on with a folder: it prepares the machine."""
+    """It prepares the machine: first in every call, also in one that goes on with a folder, and needed by the rest."""
 
     def absent(self, dry_run: bool) -> str | None:
         """What is missing to make it, None if nothing is."""
@@ -157,15 +157,18 @@ def run(folder: Path, steps: Sequence[Step], seconds: float, dry_run: bool, sour
     results.append("call", number=call, date=date, sources=sources, dry_run=dry_run)
     before = results.steps()
 
-    def turn(step: Step) -> tuple[bool, bool]:
-        """What has given trouble before comes after the rest."""
-        return step.seconds == math.inf, before.get(step.name, {}).get("state") in ("failed", "stopped")
+    def order(step: Step) -> tuple[bool, bool, bool]:
+        """What has given trouble before comes after the rest, but for what the rest needs."""
+        troubled = before.get(step.name, {}).get("state") in ("failed", "stopped")
+        return not step.always, step.seconds == math.inf, troubled
 
-    for step in sorted(steps, key=turn):
+    for step in sorted(steps, key=order):
+        well = False
         if not step.always and _finished(results, step):
             print(f"{step.name:15} done before", flush=True)
         elif reason := step.absent(dry_run):
-            results.append("step", step=step.name, call=call, state="absent", reason=reason)
+            state = "failed" if step.always else "absent"
+            results.append("step", step=step.name, call=call, state=state, reason=reason)
             print(f"{step.name:15} left out: {reason}", flush=True)
         elif deadline - time.monotonic() < min(LEAST_SECONDS, seconds / 10):
             print(f"{step.name:15} no time left", flush=True)
@@ -176,6 +179,10 @@ def run(folder: Path, steps: Sequence[Step], seconds: float, dry_run: bool, sour
             took = round(time.monotonic() - began, 1)
             results.append("step", step=step.name, call=call, state=state, reason=reason, seconds=took)
             print(f"{'':15} {state} after {took} s{': ' * bool(reason)}{reason}", flush=True)
+            well = state == "done" and not reason
+        if step.always and not well:
+            print(f"the run ends here: nothing may be measured without {step.name}", flush=True)
+            break
     return _exit_code(results, steps)
 
 
@@ -188,7 +195,10 @@ def _exit_code(results: Results, steps: Sequence[Step]) -> int:
     states = [results.steps().get(step.name, {}).get("state", "cut") for step in steps]
     if {"failed", "stopped"} & set(states) or any(results.failures(step.name) for step in steps):
         return SOMETHING_FAILED
-    return NOT_FINISHED if "cut" in states else ALL_WELL
+    if "cut" in states:
+        return NOT_FINISHED
+    asked = [state for step, state in zip(steps, states, strict=True) if not step.always]
+    return NOTHING_RAN if asked and set(asked) == {"absent"} else ALL_WELL
 
 
 def _perform(results: Results, step: Step, call: int, dry_run: bool, deadline: float) -> tuple[str, str]:
@@ -206,14 +216,15 @@ def _perform(results: Results, step: Step, call: int, dry_run: bool, deadline: f
             elif code == -signal.SIGALRM:
                 why = "it took longer than a case may"
             else:
-                why = f"the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+                why = f"the process ended with {ending(code)}"
             results.append("case", step=step.name, case=case, call=call, error=why)
         if code is None:
             return "stopped", f"it took longer than {step.seconds:g} s"
         if code == 0:
             return "done", "; ".join(results.failures(step.name))
         if case is None and code != CASE_FAILED:
-            return "failed", _last_line(results.folder / "log.txt")
+            said = _last_line(results.folder / "log.txt") if code == 1 else ""  # an exception's
+            return "failed", said or f"the process ended with {ending(code)}"
 
 
 def _in_process(work: Callable[[Worker], None], worker: Worker) -> int | None:
@@ -243,6 +254,11 @@ def _child(work: Callable[[Worker], None], worker: Worker) -> None:
     if worker.dry_run:
         torch.set_num_threads(1)
     work(worker)
+
+
+def ending(code: int) -> str:
+    """A process's exit code, or the signal that it died of, in words."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _last_line(log: Path) -> str:

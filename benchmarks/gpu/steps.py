@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import cases, extension, timings
-from benchmarks.gpu.runner import LEAST_SECONDS, NOT_FINISHED, Step, Worker
+from benchmarks.gpu.runner import LEAST_SECONDS, NOT_FINISHED, Step, Worker, ending
 from pikv_ds import ExpertShardedKVCache, PiKVConfig
 from pikv_ds.bench import lookup, memory
 from pikv_ds.bench.attention import Setting, label
@@ -74,7 +75,7 @@ def bandwidth(worker: Worker) -> None:
         return {"rows": timings.timed([least], setting, worker.sizes.rounds)}
 
     for num_bytes in worker.sizes.copy_bytes:
-        worker.case(f"copy of {num_bytes >> 20} MiB", lambda n=num_bytes: copying(n))
+        worker.case(f"copy of {num_bytes >> 20} MiB", partial(copying, num_bytes))
     worker.case("launch", launching)
 
 
@@ -84,7 +85,7 @@ def float64(worker: Worker, backend: str) -> None:
     for case in cases.CASES[:: worker.sizes.every]:
         if backend == "triton" and not (case.layout.kernels_know and case.latent_dim is None):
             continue  # it has no kernels for these
-        worker.case(case.name, lambda case=case: cases.check(case, backend, worker.device))
+        worker.case(case.name, partial(cases.check, case, backend, worker.device))
 
 
 def decode(worker: Worker, backend: str) -> None:
@@ -102,8 +103,7 @@ def decode(worker: Worker, backend: str) -> None:
         shapes = [(f"{label(n)} b{b}", (n // page_size,) * b, n) for n in sizes.contexts for b in sizes.batches]
         for name, lengths, context in [*shapes, ("ragged", sizes.ragged(page_size), None)]:
             for codec in sizes.codecs:
-                work = (setting, codec, lengths, context)
-                worker.case(f"{codec} {name} p{page_size}", lambda work=work: one(*work))
+                worker.case(f"{codec} {name} p{page_size}", partial(one, setting, codec, lengths, context))
 
 
 def peer(worker: Worker, name: str) -> None:
@@ -117,40 +117,40 @@ def peer(worker: Worker, name: str) -> None:
 
     for context in sizes.contexts:
         for batch in sizes.batches:
-            worker.case(f"{label(context)} b{batch}", lambda c=context, b=batch: one(c, b), COMPILE_SECONDS)
+            worker.case(f"{label(context)} b{batch}", partial(one, context, batch), COMPILE_SECONDS)
 
 
 def lookups(worker: Worker) -> None:
     """Choosing an eighth of the pages and attending to them, against attending to all."""
-    context, rounds = worker.sizes.contexts[-1], worker.sizes.rounds
+    context = worker.sizes.contexts[-1]
+
+    def one(setting: Setting, codec: str) -> dict[str, Any]:
+        contenders = lookup.lookups(setting, context, codec, worker.backend, BUDGET)
+        return {"rows": timings.timed(contenders, setting, worker.sizes.rounds)}
+
     for page_size in worker.sizes.page_sizes:
+        setting = setting_of(worker, page_size)
         for codec in ("int4", "none"):
-            setting = setting_of(worker, page_size)
-
-            def one(setting: Setting = setting, codec: str = codec) -> dict[str, Any]:
-                contenders = lookup.lookups(setting, context, codec, worker.backend, BUDGET)
-                return {"rows": timings.timed(contenders, setting, rounds)}
-
-            worker.case(f"{codec} {label(context)} p{page_size}", one)
+            worker.case(f"{codec} {label(context)} p{page_size}", partial(one, setting, codec))
 
 
 def seal(worker: Worker) -> None:
     """Sealing a prompt's pages beside a plain copy of its keys and values."""
     setting = setting_of(worker)
+
+    def one(codec: str) -> dict[str, Any]:
+        contenders = [memory.sealing(setting, codec, worker.backend), memory.copying(setting)]
+        return {"rows": timings.timed(contenders, setting, worker.sizes.rounds)}
+
     for codec in (*worker.sizes.codecs, "int3/int2+clip"):
-
-        def one(codec: str = codec) -> dict[str, Any]:
-            contenders = [memory.sealing(setting, codec, worker.backend), memory.copying(setting)]
-            return {"rows": timings.timed(contenders, setting, worker.sizes.rounds)}
-
-        worker.case(codec, one)
+        worker.case(codec, partial(one, codec))
 
 
 def layer(worker: Worker) -> None:
     """A decode pass of a cache of one rank: the host's and the device's time per layer, and launches."""
     setting = setting_of(worker)
     for codec in ("int4", "none"):
-        worker.case(codec, lambda codec=codec: _decode_pass(worker, setting, codec))
+        worker.case(codec, partial(_decode_pass, worker, setting, codec))
 
 
 def _decode_pass(worker: Worker, setting: Setting, codec: str) -> dict[str, Any]:
@@ -214,15 +214,15 @@ def ncu(worker: Worker) -> None:
     launches = ["--kernel-name", KERNELS, "--launch-skip", "2", "--launch-count", "2"]  # the second call's
     command, tokens = ["ncu", "--clock-control", "none", *launches, *options], [worker.sizes.probe]
     for codec in ("int4", "none"):
-        worker.case(codec, lambda codec=codec: _tool(worker, command, [codec], tokens, "ncu.txt"))
+        worker.case(codec, partial(_tool, worker, command, [codec], tokens, "ncu.txt"))
 
 
 def sanitizer(worker: Worker) -> None:
     """Memory errors and races of small cases; torch's caching allocator would hide what lies beyond a tensor."""
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
-        work = (worker, command, ["int4", "none"], [320, 32, 0], "sanitizer.txt")
-        worker.case(tool, lambda work=work: _tool(*work), COMPILE_SECONDS)
+        work = partial(_tool, worker, command, ["int4", "none"], [320, 32, 0], "sanitizer.txt")
+        worker.case(tool, work, COMPILE_SECONDS)
 
 
 def _tool(worker: Worker, command: list[str], codecs: list[str], tokens: list[int], text: str) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _tool(worker: Worker, command: list[str], codecs: list[str], tokens: list[in
         out.write(f"== {' '.join(command)}: {' '.join(codecs)}\n")
         out.flush()
         done = subprocess.run([*command, *target], stdout=out, stderr=subprocess.STDOUT, env=environment)
-    wrong = {} if done.returncode == 0 else {"wrong": f"exit code {done.returncode}, see {text}"}
+    wrong = {} if done.returncode == 0 else {"wrong": f"{ending(done.returncode)}, see {text}"}
     return {"ok": done.returncode == 0, "text": text, **wrong}
 
 
@@ -268,7 +268,7 @@ def tests(worker: Worker) -> None:
         failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
         if done.returncode:
             print(done.stdout[-20000:] + done.stderr[-2000:], flush=True)
-        wrong = {"wrong": "; ".join(failed) or f"pytest ended with {done.returncode}"} if done.returncode else {}
+        wrong = {"wrong": "; ".join(failed) or f"pytest: {ending(done.returncode)}"} if done.returncode else {}
         worker.results.append("case", **about, ok=done.returncode == 0, counts=counts, **wrong)
 
     with ThreadPoolExecutor(sizes.processes) as pool:

@@ -49,7 +49,7 @@ def _steps(results: Results, steps: Sequence[str]) -> Iterator[str]:
     for name in steps:
         step = results.steps().get(name, {"state": "not begun"})
         failures, cases = len(results.failures(name)), len(results.cases(name))
-        seconds, reason = step.get("seconds", ""), step.get("reason", "").replace("|", "\\|")[:160]
+        seconds, reason = step.get("seconds", ""), step.get("reason", "").replace("|", "\\|")[:300]
         yield f"| {name} | {step['state']} | {seconds} | {cases} | {failures} | {reason} |"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from benchmarks.gpu.cases import HUGE
 from pikv_ds.bench import timing
 from pikv_ds.bench.attention import Setting
 from pikv_ds.bench.timing import Contender
+from pikv_ds.command_line import Parser, device, whole
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.slabs import Slabs
@@ -52,15 +52,15 @@ def decoding(setting: Setting, codec: str, lengths: Sequence[int], backend: str)
     there = torch.arange(max(lengths), device=setting.device) < counts[:, None]
     tables = torch.full((copies, *there.shape), HUGE, dtype=torch.int32, device=setting.device)
     tables[there.expand_as(tables)] = slots
-    query, scale = _queries(setting, len(lengths)), setting.head_dim**-0.5
+    query, scale = setting.query(len(lengths)), setting.head_dim**-0.5
     out, lse = (torch.empty(x, device=setting.device) for x in (query.shape, query.shape[:2]))
 
     def run(i: int) -> None:
         ops.decode_attention(query, slabs, tables[i], counts, layout, scale, out, lse)
 
-    whole = Contender(f"pikv {codec}{' (triton)' * (backend == 'triton')}", run, copies, total * layout.page_bytes)
+    decode = Contender(f"pikv {codec}{' (triton)' * (backend == 'triton')}", run, copies, total * layout.page_bytes)
     splits = _num_splits(ops, tables[0], layout)
-    return [whole] if splits == 1 else [whole, _merging(ops, out, lse, splits)]
+    return [decode] if splits == 1 else [decode, _merging(ops, out, lse, splits)]
 
 
 def without_merge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -110,11 +110,6 @@ def _pool(setting: Setting, layout: PageLayout, ops: Ops, num_pages: int) -> Sla
     return slabs
 
 
-def _queries(setting: Setting, rows: int) -> Tensor:
-    """``[rows, H, D]``"""
-    return torch.randn(rows, setting.num_heads, setting.head_dim, device=setting.device).to(setting.dtype)
-
-
 class Plain:
     """Keys and values as other libraries store them, in bfloat16: ``[copies, 2, B, K, n, D]``."""
 
@@ -125,7 +120,7 @@ class Plain:
         self.copies = max(1, math.ceil(setting.working_set / self.num_bytes))
         shape = self.copies, 2, batch, heads, context, head_dim
         self.stored = torch.empty(shape, dtype=setting.dtype, device=setting.device).normal_()
-        self.query = _queries(setting, batch)
+        self.query = setting.query(batch)
 
     def _contender(self, name: str, run: Any) -> Contender:
         return Contender(name, run, self.copies, self.num_bytes)
@@ -170,17 +165,17 @@ class Plain:
 
 def main() -> None:
     """A few calls of decode_attention, for tools that look at kernels from outside."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(description=main.__doc__)
     parser.add_argument("codecs", nargs="+")
-    parser.add_argument("--tokens", nargs="+", type=int, required=True, help="of each sequence")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", nargs="+", type=whole(0), required=True, help="of each sequence")
+    parser.add_argument("--device", type=device, default="cuda")
     args = parser.parse_args()
-    setting = Setting(device=torch.device(args.device), working_set=1)
+    setting = Setting(device=args.device, working_set=1)
     for codec in args.codecs:
-        whole = decoding(setting, codec, [n // setting.page_size for n in args.tokens], "auto")[0]
+        decode = decoding(setting, codec, [n // setting.page_size for n in args.tokens], "auto")[0]
         for _ in range(3):
-            whole.run(0)
-    if args.device == "cuda":
+            decode.run(0)
+    if args.device.type == "cuda":
         torch.cuda.synchronize()
 
 

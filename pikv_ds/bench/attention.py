@@ -34,9 +34,9 @@ class Setting:
         """Random keys or values ``[K, num_tokens, D]``."""
         return torch.randn(self.num_kv_heads, num_tokens, self.head_dim, device=self.device).to(self.dtype)
 
-    def query(self) -> Tensor:
-        """``[1, H, D]``"""
-        return torch.randn(1, self.num_heads, self.head_dim, device=self.device).to(self.dtype)
+    def query(self, num_rows: int = 1) -> Tensor:
+        """``[num_rows, H, D]``"""
+        return torch.randn(num_rows, self.num_heads, self.head_dim, device=self.device).to(self.dtype)
 
     def pages(self, codec: str, backend: str) -> tuple[PageLayout, Ops]:
         """The layout of a codec's pages (see `codec_of`), and a backend's ops for them."""
