@@ -22,7 +22,7 @@ from megatron_patch import frontend, validation
 from megatron_patch.asgi import Answer, json_answer
 from megatron_patch.gauges import Metrics
 
-SECONDS = 60.0
+SECONDS = 20.0
 LIMITS = validation.Limits("tiny", 100, 100, 16)
 
 
@@ -64,9 +64,10 @@ async def post(app: Any, body: dict[str, Any], path: str = "/v1/completions") ->
         sent.append(message)
 
     headers = [(b"content-length", str(len(data)).encode())]
-    await app(
-        {"type": "http", "method": "POST", "path": path, "http_version": "1.1", "headers": headers}, receive, send
-    )
+    async with asyncio.timeout(SECONDS):
+        await app(
+            {"type": "http", "method": "POST", "path": path, "http_version": "1.1", "headers": headers}, receive, send
+        )
     return sent[0]["status"], dict(sent[0]["headers"]), json.loads(b"".join(m["body"] for m in sent[1:]))
 
 
