@@ -124,7 +124,8 @@ class Bodies:
     def _give_up_oldest(self) -> None:
         oldest = next(iter(self._under_way))
         del self._under_way[oldest]
-        oldest.reschedule(asyncio.get_running_loop().time())
+        if not oldest.expired():  # its own time may be up at this moment
+            oldest.reschedule(asyncio.get_running_loop().time())
 
     def _too_large(self, size: str) -> Refused:
         return Refused(413, f"the body has {size}; at most {self._most_bytes} fit: send less in one request")

@@ -33,7 +33,7 @@ _APEX_USERS = (
 """Modules that look for apex by a bare ``import apex``, at import, on the way to a GPTModel."""
 
 
-class MegatronVersionError(RuntimeError):
+class MegatronVersionError(ValueError):
     """The installed Megatron-Core is not one that this package supports."""
 
 

@@ -32,6 +32,7 @@ from megatron.core.inference.text_generation_server.dynamic_text_gen_server impo
 from megatron_patch import asgi, validation
 from megatron_patch.asgi import Answer, Bodies, Disconnected, Refused, Request, json_answer
 from megatron_patch.gauges import Metrics
+from pikv_ds import checks
 
 COMPLETION_PATHS = {
     "/completions": False,
@@ -46,8 +47,8 @@ KNOWN_PATHS = "/health, /metrics, /v1/models, /v1/completions and /v1/chat/compl
 CHECKING_THREADS = 4
 
 BODY_BYTES_UNDER_WAY = 32 * 2**20
-"""Of all bodies whose end has not come, where four of the largest need no more than that. Hypercorn's buffers come on
-top of it, at most half a MiB to a connection."""
+"""Unfinished bodies may take this many bytes together, or four times the largest body if that is more. Hypercorn's
+buffers come on top of it, at most half a MiB per connection."""
 
 RETRY_SECONDS = 1
 """After which a client that found the queue full may ask again."""
@@ -165,7 +166,7 @@ class Application:
         check: `validation.check` for this server's model, as ``check(decoded body, chat)``.
         limits: of what is served.
         metrics: what ``/metrics`` shows.
-        most_sequences: in work or waiting; whoever comes when there are as many is told to come again.
+        most_sequences: in work or waiting; a request that would exceed it is told to come again.
         body_seconds: in which a request's body must have come.
     """
 
@@ -238,13 +239,22 @@ class Application:
         return self._models
 
     async def _completion(self, request: Request, chat: bool) -> Answer:
-        self._refuse_if_full()
+        self._refuse_if_full(1)
         data = await self._bodies.read(request)
-        self._refuse_if_full()
-        with self._admitted(1):  # while it is checked; after that as many as it is
-            clean = await asyncio.get_running_loop().run_in_executor(self._checking, self._checked, data, chat)
-            with self._admitted(validation.sequences(clean) - 1):
-                return await self._complete(request.path, clean)
+        with self._admitted(1):  # while it is checked: how many it makes is not known before
+            checking = asyncio.get_running_loop().run_in_executor(self._checking, self._checked, data, chat)
+            del data  # a megabyte, perhaps, that would stay for as long as the answer takes
+            clean = await checking
+        sequences = validation.sequences(clean)
+        if sequences > self._most_sequences:
+            raise Refused(
+                400,
+                f"the request makes {sequences} sequences, and this server takes at most {self._most_sequences} "
+                "together (--max-requests on each rank, and --max-queue): send fewer in one request",
+                "n" if chat else "prompt",
+            )
+        with self._admitted(sequences):
+            return await self._complete(request.path, clean)
 
     def _checked(self, data: bytes, chat: bool) -> dict[str, Any]:
         try:
@@ -252,17 +262,19 @@ class Application:
         except validation.BadRequest as error:
             raise Refused(error.status, str(error), error.param, error.code) from None
 
-    def _refuse_if_full(self) -> None:
-        if self._sequences >= self._most_sequences:
+    def _refuse_if_full(self, sequences: int) -> None:
+        if self._sequences + sequences > self._most_sequences:
             raise Refused(
                 429,
-                f"{self._sequences} sequences are in work or waiting, and this server takes no more (--max-queue); "
-                "ask again later",
+                f"{self._sequences} sequences are in work or waiting, and this request makes {sequences}; this server "
+                f"takes {self._most_sequences} together (--max-queue): ask again later",
                 headers={"retry-after": str(RETRY_SECONDS)},
             )
 
     @contextlib.contextmanager
     def _admitted(self, sequences: int) -> Iterator[None]:
+        """Counts the sequences of a request while it is open; refuses a request that there is no room for."""
+        self._refuse_if_full(sequences)
         self._sequences += sequences
         try:
             yield
@@ -271,16 +283,26 @@ class Application:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening, so that a port in use shows before a model is loaded.
+    """A listening socket, so that a port in use shows before a model is loaded.
+
+    With ``SO_REUSEADDR``, without which a restarted server would have to wait for old connections to time out, two
+    sockets may be bound to one port; only one of them can listen. Connections wait until they are accepted.
 
     Raises:
         OSError: the address is in use or not this machine's.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, kind, protocol)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(address)
-    return bound
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with contextlib.ExitStack() as unless_it_listens:
+            bound = unless_it_listens.enter_context(socket.socket(family, kind, protocol))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen()
+            unless_it_listens.pop_all()
+            return bound
+    except (OSError, UnicodeError) as error:  # a name with an empty or long label is the latter
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OSError(f"--host {checks.named(host)} --port {port}: cannot listen there: {reason}") from None
 
 
 class Frontend:
@@ -333,10 +355,10 @@ class Frontend:
 
     async def _serve(self) -> None:
         client = Client(self._address, self._metrics, self._tokenizer.eod)
-        await self._there(client.start(self._endpoints))
+        await self._in_endpoints_loop(client.start(self._endpoints))
         megatron = Endpoints(client, self._tokenizer, self._limits.model)
         app = Application(
-            lambda path, body: self._there(megatron.answer(path, body)),
+            lambda path, body: self._in_endpoints_loop(megatron.answer(path, body)),
             lambda body, chat: validation.check(body, chat, self._tokenizer, self._limits),
             self._limits,
             self._metrics,
@@ -350,13 +372,14 @@ class Frontend:
         config.errorlog = logger
         try:
             await serve(app, config, shutdown_trigger=lambda: self._asked_to_stop(app), mode="asgi")
-        except Exception:  # a connection that broke while the server waited for it to end
+        except* OSError:  # a connection that broke while the server waited for it to end
             if not self._stop.is_set():
                 raise
-        await self._there(self._end(client))
+            logger.exception("a connection broke while the server was stopping")
+        await self._in_endpoints_loop(self._end(client))
         self._endpoints.call_soon_threadsafe(self._endpoints.stop)
 
-    def _there(self, work: Coroutine[Any, Any, Any]) -> Awaitable[Any]:
+    def _in_endpoints_loop(self, work: Coroutine[Any, Any, Any]) -> Awaitable[Any]:
         """Runs a coroutine in the endpoints' loop."""
         return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._endpoints))
 

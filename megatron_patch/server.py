@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from megatron_patch import compat
 from pikv_ds import launch_env, ranks
+from pikv_ds.command_line import GIB, RANKS, Parser, guarded, real, whole
 from pikv_ds.config import ConfigError, PiKVConfig, load_json
-from pikv_ds.errors import PiKVError
 
 EXAMPLES = """examples:
   launch/megatron_server.sh --model /models/Mixtral-8x7B --ranks 8
@@ -45,6 +45,9 @@ PUBLISH_SECONDS = 0.5
 
 REQUIREMENTS = ("flask", "hypercorn", "zmq", "msgpack", "prometheus_client")
 """What Megatron's server and ours import."""
+
+DAY = 86400
+"""Seconds that a request's body may take at most."""
 
 Figures = Callable[[], dict[str, Any]]
 
@@ -67,7 +70,7 @@ class Loaded(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m megatron_patch.server",
         description=__doc__,
         epilog=EXAMPLES,
@@ -87,9 +90,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="address to listen on: by default only this machine's clients reach it, 0.0.0.0 is for all "
         "(default: %(default)s)",
     )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="ranks to start on this machine (default: 1)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)")
+    parser.add_argument(
+        "--port",
+        type=whole(0, 2**16 - 1),
+        default=8000,
+        help="port to listen on, 0 for any free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks", type=whole(most=RANKS), metavar="N", help="ranks to start on this machine (default: 1)"
+    )
+    parser.add_argument(
+        "--tp", type=whole(most=RANKS), default=1, metavar="N", help="tensor-parallel ranks (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -97,14 +109,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of weights and KV (default: the checkpoint's; float32 on a CPU)",
     )
     parser.add_argument(
-        "--context-length", type=int, metavar="N", help="tokens of a sequence, answer included (default: the model's)"
+        "--context-length",
+        type=whole(),
+        metavar="N",
+        help="tokens of a sequence, answer included (default: the model's)",
     )
     parser.add_argument(
-        "--max-requests", type=int, default=8, metavar="N", help="sequences in a rank's batch (default: %(default)s)"
+        "--max-requests",
+        type=whole(),
+        default=8,
+        metavar="N",
+        help="sequences in a rank's batch (default: %(default)s)",
     )
     parser.add_argument(
         "--max-queue",
-        type=int,
+        type=whole(0),
         default=256,
         metavar="N",
         help="sequences that may wait while the batches of all ranks are full; more are refused with status 429 "
@@ -112,39 +131,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--body-timeout",
-        type=float,
+        type=real(0, DAY, f"use a number of seconds above 0 and at most {DAY}", above=True),
         default=30.0,
         metavar="SECONDS",
         help="in which the body of a request must have come (default: %(default)g)",
     )
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=whole(),
         default=2048,
         metavar="N",
         help="tokens of one forward pass; longer prompts come in chunks (default: %(default)s)",
     )
     parser.add_argument(
         "--buffer-gib",
-        type=float,
+        type=real(0, GIB, f"use a size above 0 and at most {GIB}", above=True),
         metavar="GIB",
         help="Megatron's KV buffer of each rank (default: enough for max-requests full sequences)",
     )
     store = parser.add_mutually_exclusive_group()
     store.add_argument("--pikv-config", metavar="FILE", help='JSON with PiKV\'s settings, or with a "pikv" section')
     store.add_argument("--no-pikv", action="store_true", help="leave Megatron's attention as it is")
-    args = parser.parse_args(argv)
-    for name in ("ranks", "tp", "context_length", "max_requests", "max_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: use at least 1")
-    if args.max_queue < 0:
-        parser.error(f"--max-queue {args.max_queue}: use at least 0, with which nothing waits")
-    if not 0 < args.body_timeout < float("inf"):
-        parser.error(f"--body-timeout {args.body_timeout:g}: use a number of seconds above 0")
-    if not 0 <= args.port < 2**16:
-        parser.error(f"--port {args.port}: use 1 to 65535, or 0 for any free one")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace], Loaded] | None = None) -> int:
@@ -158,15 +166,25 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace],
         The exit code: 2 for what the user can set right.
     """
     args = parse_arguments(argv)
-    try:
-        _check(args)
-        if not launch_env.launched() and (args.ranks or 1) > 1:
-            return ranks.run([sys.executable, *sys.orig_argv[1:]], args.ranks)
-        return run(args, load or load_checkpoint)
-    except (ConfigError, PiKVError, compat.MegatronVersionError, ValueError, OSError) as error:
-        if launch_env.world().rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    if not launch_env.launched():
+        return guarded("error", lambda: _start(args, load or load_checkpoint))
+    if code := guarded("error", _find_place):
+        return code
+    return guarded(f"rank {launch_env.world().rank}: error", lambda: _start(args, load or load_checkpoint))
+
+
+def _find_place() -> int:
+    """Which rank this is, whatever the launcher."""
+    launch_env.normalise()
+    return 0
+
+
+def _start(args: argparse.Namespace, load: Callable[[argparse.Namespace], Loaded]) -> int:
+    """The ranks, where no launcher has started them; else this one."""
+    _check(args)
+    if not launch_env.launched() and (args.ranks or 1) > 1:
+        return ranks.run([sys.executable, *sys.orig_argv[1:]], args.ranks)
+    return run(args, load)
 
 
 def _check(args: argparse.Namespace) -> None:

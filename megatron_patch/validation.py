@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pikv_ds.checks import shown
 
 DEFAULT_MAX_TOKENS = 16
 """Megatron's own, and that of OpenAI's completions."""
@@ -191,7 +192,7 @@ def check(body: Any, chat: bool, tokenizer: Any, limits: Limits) -> dict[str, An
     _sampling(clean, limits)
     choices = _integer(clean, "n", 1, 1, MOST_CHOICES)
     if not isinstance(clean.get("echo") or False, bool):
-        raise BadRequest(f"echo must be true or false, not {_shown(clean['echo'])}", "echo")
+        raise BadRequest(f"echo must be true or false, not {shown(clean['echo'])}", "echo")
     if chat:
         clean["messages"] = _messages(clean.get("messages"))
         if clean.get("logprobs"):  # Megatron asks for the prompt's, which the engine does not keep
@@ -258,7 +259,7 @@ def _model(clean: dict[str, Any], limits: Limits) -> None:
         raise BadRequest(f"model must be a string, not {_kind(model)}", "model")
     if model != limits.model:
         raise BadRequest(
-            f"the model {_shown(model)} does not exist; this server has {limits.model!r}",
+            f"the model {shown(model)} does not exist; this server has {limits.model!r}",
             "model",
             status=404,
             code="model_not_found",
@@ -334,7 +335,7 @@ def _prompts(prompt: Any, tokenizer: Any, limits: Limits) -> list[list[int]]:
         raise BadRequest("prompt mixes types; give strings, token ids or lists of token ids", "prompt")
     for i in (i for ids in prompts for i in ids):
         if not 0 <= i < limits.vocab_size:
-            raise BadRequest(f"token id {_shown(i)} is not in the vocabulary (0 to {limits.vocab_size - 1})", "prompt")
+            raise BadRequest(f"token id {shown(i)} is not in the vocabulary (0 to {limits.vocab_size - 1})", "prompt")
     return prompts
 
 
@@ -342,9 +343,9 @@ def _integer(clean: dict[str, Any], name: str, default: int, least: int, most: i
     value = clean.get(name)
     value = default if value is None else value
     if not _is_int(value):
-        raise BadRequest(f"{name} must be a whole number, not {_shown(value)}", name)
+        raise BadRequest(f"{name} must be a whole number, not {shown(value)}", name)
     if value < least or (most is not None and value > most):
-        raise BadRequest(f"{name} is {_shown(value)}; it must be {_range(least, most)}", name)
+        raise BadRequest(f"{name} is {shown(value)}; it must be {_range(least, most)}", name)
     clean[name] = value
     return int(value)
 
@@ -353,9 +354,9 @@ def _number(clean: dict[str, Any], name: str, default: float, least: float, most
     value = clean.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise BadRequest(f"{name} must be a number, not {_shown(value)}", name)
+        raise BadRequest(f"{name} must be a number, not {shown(value)}", name)
     if not least <= value <= most:  # infinities, too
-        raise BadRequest(f"{name} is {_shown(value)}; it must be {_range(least, most)}", name)
+        raise BadRequest(f"{name} is {shown(value)}; it must be {_range(least, most)}", name)
     clean[name] = float(value)
     return float(value)
 
@@ -366,13 +367,6 @@ def _range(least: float, most: float | None) -> str:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    """A value as a message may repeat it: a client may send a megabyte of it, or nest it deeply."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 80
-    return short.repr(value)
 
 
 def _kind(value: Any) -> str:

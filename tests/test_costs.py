@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +123,29 @@ def test_of_what_is_not_exchanged_or_not_known() -> None:
 
 
 CONFIG = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "num_local_experts": 4}
+
+
+def test_ranks_that_measure_listen_on_loopback_only() -> None:
+    cases = [measure.Case(layers, 1, 64) for layers in (1, 2, 3, 4)]
+    spec = measure.Spec(SHAPE, ["none"], 32, "float32", 1, cases, [])
+    listening: set[str] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    found = process.net_connections("inet")
+                    listening.update(c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        assert len(measure.local_ranks(spec, 2)["points"]) == 4
+    finally:
+        ended.set()
+        looking.join()
+    assert listening == {"127.0.0.1"}
 
 
 def test_measuring_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -205,7 +205,8 @@ def rank(spec: Spec) -> dict[str, Any]:
     launch_env.prepare()
     world, device, group = launch_env.world(), launch_env.device(), None
     if world.size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        place = {"store": launch_env.store(), "rank": world.rank, "world_size": world.size}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **place)
         group = make_group(dist.group.WORLD, TIMEOUT_S)
     exchange = Exchange(group, device, getattr(torch, spec.partial_dtype))
 

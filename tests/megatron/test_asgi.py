@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,72 @@ def test_a_server_that_stops_gives_up_what_has_not_come() -> None:
         while client.messages:
             await asyncio.sleep(0)
         bodies.give_up()
+        with pytest.raises(Refused, match="50 bytes of the body had come"):
+            await reading
+
+    asyncio.run(run())
+
+
+async def hanging(bodies: Bodies, client: Client) -> tuple[asyncio.Task[bytes], asyncio.Timeout]:
+    """A body whose parts have all come and whose end has not, and its deadline."""
+    reading = asyncio.create_task(bodies.read(client.request))
+    while client.messages:
+        await asyncio.sleep(0)
+    return reading, next(iter(bodies._under_way))
+
+
+def at_the_moment_of(deadline: asyncio.Timeout, *calls: tuple[float, Any]) -> None:
+    """Lets the event loop make calls so many seconds after the deadline, or before it, in the round in which it fires:
+    its reader has not heard of it by then."""
+    when = deadline.when()
+    assert when is not None
+    loop = asyncio.get_running_loop()
+    for seconds, call in calls:
+        loop.call_at(when + seconds, call)
+    time.sleep(max(0.0, when - loop.time()) + 0.02)
+
+
+def test_a_server_that_stops_just_when_a_body_s_time_is_up() -> None:
+    bodies, client = Bodies(60, 130, 0.2), Client(b"x" * 50)
+    failed: list[BaseException] = []
+
+    def give_up() -> None:
+        try:
+            bodies.give_up()
+        except RuntimeError as error:
+            failed.append(error)
+
+    async def run() -> None:
+        reading, deadline = await hanging(bodies, client)
+        at_the_moment_of(deadline, (0.01, give_up))
+        with pytest.raises(Refused, match="50 bytes of the body had come"):
+            await reading
+        assert deadline.expired()
+
+    asyncio.run(run())
+    assert failed == []
+
+
+def test_room_is_made_just_when_the_oldest_body_s_time_is_up() -> None:
+    """The other one, which needs the room, comes whole nevertheless."""
+    bodies = Bodies(60, 80, 0.2)
+
+    async def run() -> None:
+        reading, deadline = await hanging(bodies, Client(b"x" * 50))
+        bodies._seconds = SECONDS  # of the next one
+        came = asyncio.get_running_loop().create_future()
+        parts = [b"y" * 60, b""]
+
+        async def receive() -> dict[str, Any]:
+            await came
+            return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+        whole = Client(length=60)
+        whole.request._receive = receive
+        other = asyncio.create_task(bodies.read(whole.request))
+        await asyncio.sleep(0)
+        at_the_moment_of(deadline, (-0.01, lambda: came.set_result(None)))
+        assert await other == b"y" * 60
         with pytest.raises(Refused, match="50 bytes of the body had come"):
             await reading
 

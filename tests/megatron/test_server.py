@@ -461,8 +461,8 @@ def test_a_rank_that_dies_ends_the_job(folder: Path) -> None:
         (("--model", "nowhere"), "--model nowhere: no config.json there"),
         (("--pikv-config", "nowhere.json"), "nowhere.json: no such file"),
         (("--ranks", "3", "--tp", "2"), "--tp 2 does not divide the 3 rank(s)"),
-        (("--max-queue", "-1"), "--max-queue -1: use at least 0"),
-        (("--body-timeout", "nan"), "--body-timeout nan: use a number of seconds above 0"),
+        (("--max-queue", "-1"), "--max-queue: -1: use a whole number of at least 0"),
+        (("--body-timeout", "nan"), "--body-timeout: nan: use a number of seconds above 0"),
     ],
 )
 def test_a_users_mistake_is_one_line(folder: Path, arguments: tuple[str, ...], words: str) -> None:
