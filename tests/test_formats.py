@@ -5,6 +5,7 @@ A rotation loses nothing, so pages as they are and rotated ones are two formats 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from passes import LATENT, PAGE, SHAPE, Driver, make_cache
 from test_retention import Watcher, contents
 
-from pikv_ds import ConfigError, PiKVConfig, PoolFullError
+from pikv_ds import ConfigError, OutOfRangeError, PiKVConfig, PoolFullError
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.metrics import rank_stats
+from pikv_ds.ops.reference import unseal_pages
 from pikv_ds.pages import PagePool, PageSize, PageTable
 from pikv_ds.policies.codecs import Codec, CodecPolicy, PerExpertCodec, PerLayerCodec
 
@@ -170,6 +172,36 @@ def test_a_full_pool_has_room_to_demote(rng) -> None:
     assert cache.pool.num_free() == 0
     assert rank_stats(cache)["demoted_pages"] == 2 * 4  # two layers; of six pages two are warm
     cache.check_integrity()
+
+
+def test_what_the_codec_of_demoted_pages_cannot_hold_is_an_error() -> None:
+    cache = make_cache(codec="int8", retention="lru", budget={"name": "uniform", "tokens": 2 * PAGE}, demote="int2")
+    batch = cache.new_batch(1)
+    key = torch.zeros(1, 2, 16)
+    while batch.lengths[0] < 2 * PAGE or not any(cache._flags):
+        cache.begin_step(batch, [1])
+        for layer in range(2):
+            value = key.clone()
+            value[0, 0, 3] = 1e6 * layer
+            cache.attend(batch, layer, torch.ones(1, 4, 16), key, value, 0.25)
+            cache.routed(batch, layer, None)
+        assert batch.lengths[0] < 9 * PAGE
+    assert batch.lengths[0] > 2 * PAGE  # int8 held it
+    with pytest.raises(OutOfRangeError, match=r"values of layer 1 .*int8 holds .*, int2 holds"):
+        cache.begin_step(batch, [1])
+
+
+def test_what_is_decoded_stays_within_the_type() -> None:
+    """The largest code may stand for a little more than the largest element."""
+    (page_format,) = make_cache(dataclasses.replace(SHAPE, dtype=torch.float16), codec="int4").formats
+    x = torch.linspace(-65504, 65504, PAGE)[:, None].expand(1, 2, PAGE, 16).half()
+    flags = torch.zeros(1, dtype=torch.int32)
+    pages = page_format.seal(0, 0, x, x, flags)
+    assert unseal_pages(pages, page_format.layout)[0].max() > 65520  # would be infinity
+    keys, values = page_format.unseal(0, 0, pages)
+    assert not flags
+    assert keys.max() == values.max() == 65504
+    assert (keys.float() - x.float()).abs().max() <= 65504 / 15 + 64
 
 
 def test_pages_of_a_pool_never_share_a_slab_with_another_format() -> None:
