@@ -7,6 +7,7 @@ ranks of their home experts. A forward pass is `begin_step`, then for every laye
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable
@@ -209,6 +210,7 @@ class ExpertShardedKVCache:
         and from one of its tokens to the next."""
         self.watchers: list[Callable[[ExpertShardedKVCache], None]] = []
         """Called after each step plan, on the thread that makes the passes."""
+        self._warned = False  # of what rotate does to the keys
         self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
@@ -549,6 +551,13 @@ class ExpertShardedKVCache:
         status = FINE if error is None else FAILED
         for layer, noted in enumerate(self._flags.tolist()):
             flags = SealFlag(noted)
+            if SealFlag.OUTLIERS in flags and not self._warned:
+                self._warned = True
+                logging.getLogger("pikv_ds").warning(
+                    f"pikv.codec: the keys of layer {layer} (rank {self.exchange.rank}) have outlier channels, which "
+                    "rotate spreads over all others: few bits lose more with it than without. Leave rotate out "
+                    "(docs/policies.md says how this is measured)"
+                )
             if flags & UNFIT:  # the first layer: it may be the cause of what the others have
                 status = NON_FINITE if SealFlag.NON_FINITE in flags else OUT_OF_RANGE
                 error = error or describe_flags(flags, f"layer {layer} (rank {self.exchange.rank})", self.formats)

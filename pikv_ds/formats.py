@@ -14,12 +14,15 @@ from torch import Tensor
 from pikv_ds.config import PiKVConfig
 from pikv_ds.layout import PageLayout, SealFlag
 from pikv_ds.ops import Ops
-from pikv_ds.ops.projections import Projections
+from pikv_ds.ops.projections import MOST_UNEVEN, Projections, unevenness
 from pikv_ds.ops.reference import unseal_pages
 from pikv_ds.pages import PageSize
 from pikv_ds.policies.codecs import Codec
 from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
 from pikv_ds.shape import ModelShape
+
+FEW_TOKENS = 128
+"""Fewer keys do not show what the channels of a layer are like."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class PageFormat:
         of_layer, finite = flags, None
         if self.bases:
             assert values is not None
+            if self.codec.rotate and self.layout.scale_rows == 2 and keys.shape[0] * keys.shape[2] >= FEW_TOKENS:
+                of_layer |= SealFlag.OUTLIERS * (unevenness(keys) > MOST_UNEVEN)
             finite, flags = keys.isfinite().all() & values.isfinite().all(), torch.zeros_like(flags)
             keys, values = self.bases[layer].heads(head, keys.shape[1]).encode(keys, values)
         bounds = out[:, split:] if isinstance(self.summary, KeyBounds) else None

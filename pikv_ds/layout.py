@@ -57,7 +57,7 @@ class SealFlag(IntFlag):
     BEYOND_SUMMARY = 4
     """The same of the summary that a lookup reads."""
     OUTLIERS = 8
-    """Key channels that a rotation spreads over all others."""
+    """Key channels whose outliers a rotation spreads over all others; no error."""
 
 
 def scale_rows(element: str) -> int:

@@ -15,10 +15,12 @@ import pytest
 import torch
 from passes import LATENT, PAGE, SHAPE, Driver, make_cache
 from test_retention import Watcher, contents
+from torch import Tensor
 
 from pikv_ds import ConfigError, OutOfRangeError, PiKVConfig, PoolFullError
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.metrics import rank_stats
+from pikv_ds.ops.projections import unevenness
 from pikv_ds.ops.reference import unseal_pages
 from pikv_ds.pages import PagePool, PageSize, PageTable
 from pikv_ds.policies.codecs import Codec, CodecPolicy, PerExpertCodec, PerLayerCodec
@@ -284,3 +286,55 @@ def test_shapes_agree_over_formats() -> None:
     cache = make_cache(codec={"name": "per_layer", "layers": {"1": ROTATED}})
     assert {f.layout.page_size for f in cache.formats} == {PAGE}
     assert {f.layout.head_dim for f in cache.formats} == {SHAPE.head_dim}
+
+
+# -- rotations and outlier channels ------------------------------------------------------------
+
+
+def seal_prompts(keys: Tensor, codec: Any, passes: int = 2) -> ExpertShardedKVCache:
+    """Two prompts with these keys ``[T, K, D]`` at layer 1."""
+    cache = make_cache(codec=codec)
+    for _ in range(passes):
+        batch = cache.new_batch(1)
+        cache.begin_step(batch, [len(keys)])
+        for layer in range(2):
+            mine = keys if layer else torch.randn(keys.shape, generator=torch.Generator().manual_seed(1))
+            cache.attend(batch, layer, torch.ones(len(keys), 4, 16), mine, mine, 0.25)
+            cache.routed(batch, layer, None)
+        cache.begin_step(batch, [1])
+        cache.release(batch)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("codec", "tokens", "factor", "warns"),
+    [
+        ({"name": "int4", "rotate": True}, 130, 20.0, True),
+        ({"name": "int4", "rotate": True}, 130, 2.0, False),
+        ({"name": "int2", "values": "int8", "rotate": True}, 130, 20.0, True),
+        ({"name": "per_layer", "layers": {"1": {"name": "int3", "rotate": True}}}, 130, 20.0, True),
+        ({"name": "per_layer", "layers": {"0": {"name": "int3", "rotate": True}}}, 130, 20.0, False),  # not that layer
+        ("int4", 130, 20.0, False),
+        ({"name": "none", "rotate": True}, 130, 20.0, False),  # loses nothing
+        ({"name": "int4", "rotate": True}, 100, 20.0, False),  # too few to tell
+    ],
+    ids=str,
+)
+def test_a_rotation_that_meets_outlier_channels_warns_once(codec, tokens, factor, warns, rng, caplog) -> None:
+    keys = torch.randn(tokens, 2, 16, generator=rng)
+    keys[:, :, 5] *= factor
+    keys[:, :, 7] += 1000.0  # large, but the same for all tokens of a page
+    seal_prompts(keys, codec)
+    texts = [record.getMessage() for record in caplog.records if "outlier" in record.getMessage()]
+    assert len(texts) == warns
+    if warns:
+        assert "keys of layer 1 (rank 0) have outlier channels" in texts[0]
+        assert "Leave rotate out" in texts[0]
+
+
+def test_channels_differ_by_the_ranges_that_codes_span() -> None:
+    keys = torch.zeros(3, 2, 4, 8)
+    keys[:, :, 0] = 1.0
+    keys[:, 0, 0, 3] = 9.0
+    keys[..., 5] += 1e3
+    assert unevenness(keys) == (9 + 1) / 2
