@@ -38,15 +38,29 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are left out, None if they are built. The extension keeps it, to say it on a GPU."""
+    if os.environ.get("PIKV_BUILD_CUDA") == "0":
+        return "PIKV_BUILD_CUDA=0 left them out"
+    if torch.version.cuda is None:  # CUDAExtension would raise, whatever CUDA_HOME says
+        return f"torch {torch.__version__} is built for CPUs"
+    if CUDA_HOME is None:
+        return "no CUDA toolkit was found (CUDA_HOME is not set, and no nvcc is in PATH)"
+    # torch takes the folder above nvcc's, which is no toolkit where nvcc is a wrapper script.
+    header = "include/cuda_runtime.h"
+    if not (Path(CUDA_HOME, header).exists() or list(Path(CUDA_HOME).glob(f"targets/*/{header}"))):
+        return "the folder above the nvcc in PATH, or CUDA_HOME, is no CUDA toolkit (no include/cuda_runtime.h)"
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, also where this torch cannot use it."""
+    return torch.cuda.is_available() or Path("/dev/nvidiactl").exists()
+
+
 def make_extension():
     """The extension with the CUDA kernels where they can be compiled, else with the CPU ones."""
-    # CUDA_HOME alone is not enough: CUDAExtension raises on a CPU build of torch.
-    with_cuda = (
-        CUDA_HOME is not None
-        and torch.version.cuda is not None
-        and os.environ.get("PIKV_BUILD_CUDA") != "0"
-        and bool(sources("cuda/*.cu"))
-    )
+    with_cuda = why_no_cuda() is None
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if with_cuda:  # what the kernels need, and no older; torch would add sm_75
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
@@ -60,6 +74,8 @@ def make_extension():
     if with_cuda:
         cxx += ["-DPIKV_WITH_CUDA", f'-DPIKV_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         nvcc.append("-DPIKV_WITH_CUDA")
+    else:
+        cxx.append(f'-DPIKV_WHY_NO_CUDA="{why_no_cuda()}"')
     extension_class = CUDAExtension if with_cuda else CppExtension
     return extension_class(
         name="pikv_ds._C",
@@ -84,6 +100,14 @@ class OptionalBuildExtension(BuildExtension):
         if shutil.which(shlex.split(compiler)[0]) is None and not required:
             self.go_without(f"no C++ compiler found (looked for {compiler!r}; set CXX to name one)")
             return
+        cause = why_no_cuda()
+        if cause is not None and (torch.version.cuda is not None or has_gpu()):
+            print(
+                f"warning: pikv-ds: building without CUDA kernels: {cause}. On a GPU the slower ops of Triton, or of "
+                "plain torch, will run. For the kernels install a torch for CUDA and the CUDA toolkit of its version, "
+                "set CUDA_HOME to the toolkit, and install pikv-ds again.",
+                file=sys.stderr,
+            )
         try:
             super().run()
         except Exception as error:

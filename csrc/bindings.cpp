@@ -570,6 +570,9 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
 #if !defined(PIKV_CUDA_ARCHITECTURES)
 #define PIKV_CUDA_ARCHITECTURES ""
 #endif
+#ifndef PIKV_WHY_NO_CUDA
+#define PIKV_WHY_NO_CUDA ""
+#endif
 
 static PyObject* CpuIsa(PyObject*, PyObject*) { return PyUnicode_FromString(pikv_ds::CpuIsa()); }
 
@@ -577,11 +580,15 @@ static PyObject* CudaArchitectures(PyObject*, PyObject*) {
   return PyUnicode_FromString(PIKV_CUDA_ARCHITECTURES);
 }
 
+static PyObject* WhyNoCuda(PyObject*, PyObject*) { return PyUnicode_FromString(PIKV_WHY_NO_CUDA); }
+
 PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {
       {"cpu_isa", CpuIsa, METH_NOARGS, "Instruction set that the CPU kernels use."},
       {"cuda_architectures", CudaArchitectures, METH_NOARGS,
        "GPU architectures that the CUDA kernels were built for, empty without any."},
+      {"why_no_cuda", WhyNoCuda, METH_NOARGS,
+       "Why there are no CUDA kernels, as setup.py found when it built this; empty with them."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);

@@ -358,7 +358,7 @@ _KEPT = ("window_size", "n_sink", "sink_size_start", "sink_size_end")
 """How presses name the tokens that they keep unrated."""
 
 
-def _why_unfit(name: str, kind: type, kvpress: Any) -> str | None:
+def _why_unfit(name: str, kind: Any, kvpress: Any) -> str | None:
     """Why a press of kvpress cannot rate prompts here, None if it can."""
     if name in UNFIT_PRESSES:
         return UNFIT_PRESSES[name]
