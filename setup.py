@@ -41,18 +41,44 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+def is_for_elsewhere() -> bool:
+    """Whether CUDA kernels are to be built with a torch for CPUs, to run on another machine."""
+    return os.environ.get("PIKV_BUILD_CUDA") == "1" and torch.version.cuda is None
+
+
+def toolkit_home() -> str | None:
+    """The folder of the CUDA toolkit; CUDA_HOME's alone where a torch for CPUs would not look for it."""
+    return os.environ.get("CUDA_HOME") if is_for_elsewhere() else cpp_extension.CUDA_HOME
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels are left out, None if they are built. The extension keeps it, to say it on a GPU."""
+    if os.environ.get("PIKV_BUILD_CUDA") == "0":
+        return "PIKV_BUILD_CUDA=0 left them out"
+    if torch.version.cuda is None and not is_for_elsewhere():  # CUDAExtension would raise, whatever CUDA_HOME says
+        return f"torch {torch.__version__} is built for CPUs"
+    home = toolkit_home()
+    if home is None:
+        return "no CUDA toolkit was found (CUDA_HOME is not set, and no nvcc is in PATH)"
+    # torch takes the folder above nvcc's, which is no toolkit where nvcc is a wrapper script.
+    header = "include/cuda_runtime.h"
+    if not (Path(home, header).exists() or list(Path(home).glob(f"targets/*/{header}"))):
+        return "the folder above the nvcc in PATH, or CUDA_HOME, is no CUDA toolkit (no include/cuda_runtime.h)"
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, also where this torch cannot use it."""
+    return torch.cuda.is_available() or Path("/dev/nvidiactl").exists()
+
+
 def make_extension():
     """The extension with the CUDA kernels where they can be compiled, else with the CPU ones."""
-    request = os.environ.get("PIKV_BUILD_CUDA", "")
-    for_elsewhere = request == "1" and torch.version.cuda is None
+    for_elsewhere, home, with_cuda = is_for_elsewhere(), toolkit_home(), why_no_cuda() is None
+    if os.environ.get("PIKV_BUILD_CUDA") == "1" and not with_cuda:
+        sys.exit(f"pikv-ds: PIKV_BUILD_CUDA=1: {why_no_cuda()}; set CUDA_HOME to the folder that has bin/nvcc")
     if for_elsewhere:  # a torch for CPUs does not look for the toolkit
-        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
-    # CUDA_HOME alone is not enough: CUDAExtension raises on a CPU build of torch.
-    with_cuda = (
-        cpp_extension.CUDA_HOME is not None and (torch.version.cuda is not None or for_elsewhere) and request != "0"
-    )
-    if request == "1" and not with_cuda:
-        sys.exit("pikv-ds: PIKV_BUILD_CUDA=1: no CUDA toolkit found; set CUDA_HOME to the folder that has bin/nvcc")
+        cpp_extension.CUDA_HOME = home
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     if with_cuda:  # what the kernels need, and no older; torch would add sm_75
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX")
@@ -66,13 +92,15 @@ def make_extension():
     if with_cuda:
         cxx += ["-DPIKV_WITH_CUDA", f'-DPIKV_CUDA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"']
         nvcc.append("-DPIKV_WITH_CUDA")
+    else:
+        cxx.append(f'-DPIKV_WHY_NO_CUDA="{why_no_cuda()}"')
     extension_class = CUDAExtension if with_cuda and not for_elsewhere else CppExtension
     toolkit, link = {}, ["-fopenmp"]
     if for_elsewhere:
-        home = Path(cpp_extension.CUDA_HOME)
+        assert home is not None
         toolkit = {
-            "include_dirs": [str(home / "include")],
-            "library_dirs": [str(home / "lib64")],
+            "include_dirs": [f"{home}/include"],
+            "library_dirs": [f"{home}/lib64"],
             "libraries": ["cudart_static", "rt", "dl", "pthread"],  # within the binary, wherever it will run
         }
         # There libtorch brings libtorch_cuda, which has the stream. This one needs nothing of libtorch itself.
@@ -101,6 +129,14 @@ class OptionalBuildExtension(BuildExtension):
         if shutil.which(shlex.split(compiler)[0]) is None and not required:
             self.go_without(f"no C++ compiler found (looked for {compiler!r}; set CXX to name one)")
             return
+        cause = why_no_cuda()
+        if cause is not None and (torch.version.cuda is not None or has_gpu()):
+            print(
+                f"warning: pikv-ds: building without CUDA kernels: {cause}. On a GPU the slower ops of Triton, or of "
+                "plain torch, will run. For the kernels install a torch for CUDA and the CUDA toolkit of its version, "
+                "set CUDA_HOME to the toolkit, and install pikv-ds again.",
+                file=sys.stderr,
+            )
         try:
             super().run()
         except Exception as error:

@@ -6,6 +6,7 @@
     deepspeed --num_accelerators 2 benchmarks/readings.py memory            # peak while a prompt is sealed
     deepspeed --num_accelerators 2 benchmarks/readings.py speed             # decoding, fastest against reference ops
     deepspeed --num_accelerators 2 benchmarks/readings.py needles           # codecs and lookups, 18 cases
+    deepspeed --num_accelerators 1 benchmarks/readings.py rotation --tokens 768     # rotate and outlier key channels
 
 Everything runs on the reference model (real attention) unless --model names another checkpoint.
 """
@@ -455,13 +456,75 @@ def needles(args: argparse.Namespace) -> None:
     bench.console.print(table)
 
 
+def rotation(args: argparse.Namespace) -> None:
+    """Next tokens that stay the same with codecs, as they are and rotated, where keys have outlier channels.
+
+    Two pairs of channels of every KV head that RoPE turns together are made larger and the query's smaller by the
+    same factor, so the model stays what it is. The first two thirds of a text are sealed, the rest is read over them.
+    """
+    import logging
+
+    import torch
+
+    import pikv_ds
+
+    bench = Bench(args)
+    engine = bench.engine(page_size=args.page_size)
+    pikv_ds.detach(engine)
+    model, texts = engine.module, []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("pikv_ds").addHandler(handler)
+    names = ("int4", "int2")
+    columns = [f"{name}{rotated}" for name in names for rotated in ("", ", rotated")]
+    title = f"next tokens as without a codec, {args.tokens} tokens, page size {args.page_size}"
+    table = make_table(title, "outlier channels", *columns, "warns")
+    ids = bench.prompt(args.tokens, "moby_dick")
+    sealed = ids.shape[1] * 2 // 3
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        if factor > 1:
+            enlarge_channels(model, 2)
+        with torch.inference_mode():
+            want = model(ids).logits[:, sealed:].argmax(-1)
+        row, warned = [], []
+        for codec in ({"name": name, "rotate": rotate} for name in names for rotate in (False, True)):
+            texts.clear()
+            pikv_ds.attach(engine, {"page_size": args.page_size, "codec": codec})
+            cache = pikv_ds.new_cache(engine)
+            with torch.inference_mode():
+                model(ids[:, :sealed], past_key_values=cache)
+                got = model(ids[:, sealed:], past_key_values=cache).logits.argmax(-1)
+            cache.release()
+            pikv_ds.detach(engine)
+            row.append(f"{(got == want).float().mean().item():.2f}")
+            warned.append(any("outlier" in text for text in texts))
+        table.add_row(f"× {factor}", *row, "yes" if any(warned) else "no")
+        bench.progress(f"outlier channels × {factor}")
+    bench.console.print(table)
+
+
+def enlarge_channels(model: Any, factor: float) -> None:
+    """Multiplies two pairs of key channels of every KV head, others in each layer, and divides the queries' by it."""
+    import torch
+
+    head_dim, half = model.config.head_dim, model.config.head_dim // 2
+    for number, layer in enumerate(model.model.layers):
+        pairs = torch.randperm(half, generator=torch.Generator().manual_seed(number))[:2]
+        scale = torch.ones(head_dim)
+        scale[pairs] = scale[pairs + half] = factor
+        attention = layer.self_attn
+        with torch.no_grad():
+            for weight, by in ((attention.k_proj.weight, scale), (attention.q_proj.weight, 1 / scale)):
+                weight.unflatten(0, (-1, head_dim)).mul_(by[:, None].to(weight))
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = {f.__name__: f for f in (parity, bound, wire, memory, speed, needles)}
+    commands = {f.__name__: f for f in (parity, bound, wire, memory, speed, needles, rotation)}
     parser.add_argument("what", choices=commands)
     parser.add_argument("--model", metavar="DIR", help="Hugging Face checkpoint (default: the reference model)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

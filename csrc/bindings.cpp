@@ -64,7 +64,7 @@ void Launch(const typename Traits<kKernel>::Params& params, const Args& args) {
 template <auto kKernel>
 void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element,
                int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, Tensor out,
-               std::optional<Tensor> bounds, Tensor nonfinite) {
+               std::optional<Tensor> bounds, Tensor flags) {
   Args args("seal_pages", Traits<kKernel>::kDevice, keys);
   args.CheckDim("keys", keys, 4, "[N, K, S, D]");
   const int64_t n = keys.size(0), k = num_kv_heads, s = page_size, d = keys.size(3);
@@ -91,7 +91,7 @@ void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element
     p.bounds =
         args.RowsOut("bounds", *bounds, n, bounds_bytes, "[N, bounds_bytes]", &p.bounds_stride);
   }
-  p.nonfinite = args.Out<int32_t>("nonfinite", nonfinite, {1}, "[1]");
+  p.flags = args.Out<int32_t>("flags", flags, {1}, "[1]");
   Launch<kKernel>(p, args);
 }
 
@@ -485,7 +485,7 @@ void ChooseVictims(const Tensor& mass, const Tensor& last_step, const Tensor& vi
 
 STABLE_TORCH_LIBRARY(pikv_ds, m) {
   m.def("seal_pages(Tensor keys, Tensor? values, " PIKV_LAYOUT
-        "Tensor(a!) out, Tensor(b!)? bounds, Tensor(c!) nonfinite) -> ()");
+        "Tensor(a!) out, Tensor(b!)? bounds, Tensor(c!) flags) -> ()");
   m.def("gather_pages(" PIKV_SLABS "Tensor slots, Tensor(a!) out) -> ()");
   m.def("decode_attention(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
         "float scale, " PIKV_PARTIAL
@@ -570,6 +570,9 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CompositeExplicitAutograd, m) {
 #if !defined(PIKV_CUDA_ARCHITECTURES)
 #define PIKV_CUDA_ARCHITECTURES ""
 #endif
+#ifndef PIKV_WHY_NO_CUDA
+#define PIKV_WHY_NO_CUDA ""
+#endif
 
 static PyObject* CpuIsa(PyObject*, PyObject*) { return PyUnicode_FromString(pikv_ds::CpuIsa()); }
 
@@ -577,11 +580,15 @@ static PyObject* CudaArchitectures(PyObject*, PyObject*) {
   return PyUnicode_FromString(PIKV_CUDA_ARCHITECTURES);
 }
 
+static PyObject* WhyNoCuda(PyObject*, PyObject*) { return PyUnicode_FromString(PIKV_WHY_NO_CUDA); }
+
 PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {
       {"cpu_isa", CpuIsa, METH_NOARGS, "Instruction set that the CPU kernels use."},
       {"cuda_architectures", CudaArchitectures, METH_NOARGS,
        "GPU architectures that the CUDA kernels were built for, empty without any."},
+      {"why_no_cuda", WhyNoCuda, METH_NOARGS,
+       "Why there are no CUDA kernels, as setup.py found when it built this; empty with them."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);

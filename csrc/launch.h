@@ -29,12 +29,16 @@ namespace pikv_ds {
 // Type of the caller's queries, keys and values.
 enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// What sealing notes of a KV head's keys, or its values: pikv_ds/layout.py's SealFlag.
+constexpr int32_t kNonFinite = 1;    // NaN or infinity among them
+constexpr int32_t kBeyondRange = 2;  // all finite, but a scale or minimum that cannot be stored
+
 struct SealPagesParams {
   const void* keys;    // [N, K, S, D] by strides below, channels contiguous
   const void* values;  // [N, K, S, D]; null for latent pages
   uint8_t* out;        // [N, page_bytes], rows out_stride bytes apart
   uint8_t* bounds;     // [N, 2, K, D] of dtype, rows bounds_stride bytes apart; or null
-  int32_t* nonfinite;  // [1], set to 1 or left alone
+  int32_t* flags;      // [1], what is found is added by a bitwise or
   PageLayout layout;
   Dtype dtype;
   int64_t num_pages;

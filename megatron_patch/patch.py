@@ -23,7 +23,7 @@ from megatron_patch.requests import DynamicRequests, IdlePass, Pass, StaticReque
 from pikv_ds import metrics
 from pikv_ds.api import compare, with_backend
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
-from pikv_ds.config import PiKVConfig
+from pikv_ds.config import ConfigError, PiKVConfig
 from pikv_ds.exchange import Exchange, make_group
 from pikv_ds.sequences import SequenceBatch
 
@@ -314,6 +314,11 @@ def _attachment(
     static_batches: str,
 ) -> Attachment:
     settings = with_backend(config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {}))
+    if settings.retention is not None and settings.retention.name == "kvpress":
+        raise ConfigError(
+            f"pikv.retention = {settings.to_dict()['retention']!r}: kvpress rates with Hugging Face's modules, which "
+            "are not there under Megatron; choose another retention"
+        )
     several = dist.is_initialized() and dist.get_world_size() > 1
     own = make_group(group if several else None, settings.timeout_s, settings.group_size)
     return Attachment(settings, Exchange(own, device, getattr(torch, settings.partial_dtype)), static_batches)

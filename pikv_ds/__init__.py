@@ -3,13 +3,14 @@
 from pikv_ds.api import attach, detach, initialize, new_cache, serve_metrics, stats
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import ConfigError, PiKVConfig
-from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
+from pikv_ds.errors import NonFiniteError, OutOfRangeError, PeerError, PiKVError, PoolFullError
 from pikv_ds.version import __version__
 
 __all__ = [
     "ConfigError",
     "ExpertShardedKVCache",
     "NonFiniteError",
+    "OutOfRangeError",
     "PeerError",
     "PiKVConfig",
     "PiKVError",

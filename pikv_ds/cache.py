@@ -7,6 +7,7 @@ ranks of their home experts. A forward pass is `begin_step`, then for every laye
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from torch import Tensor
 from pikv_ds.attention import ShardedAttention
 from pikv_ds.config import PiKVConfig
 from pikv_ds.demotion import Demoter
-from pikv_ds.errors import NonFiniteError, PeerError, PiKVError, PoolFullError
+from pikv_ds.errors import NonFiniteError, OutOfRangeError, PeerError, PiKVError, PoolFullError
 from pikv_ds.eviction import Evictor
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
-from pikv_ds.formats import make_formats, num_streams
+from pikv_ds.formats import describe_flags, make_formats, num_streams
+from pikv_ds.layout import SealFlag
 from pikv_ds.metrics import Latencies
 from pikv_ds.pages import PagePool, PageTable
 from pikv_ds.placement import Topology, rank_bound
@@ -40,7 +42,8 @@ UNLIMITED = 2**40
 """Free pages that a rank without a capacity announces."""
 
 
-FINE, FAILED, NON_FINITE = range(3)
+FINE, FAILED, NON_FINITE, OUT_OF_RANGE = range(4)
+UNFIT = SealFlag.NON_FINITE | SealFlag.BEYOND_RANGE | SealFlag.BEYOND_SUMMARY
 
 
 class Announcement(NamedTuple):
@@ -136,7 +139,10 @@ class ExpertShardedKVCache:
         if config.trace is not None:
             self.table.trace = PageTrace(config.trace, self.exchange.rank, self._facts(), self.streams)
         reuse = None if config.lookup.summary is None else Reuse(self.device)
-        demoter = None if config.demote is None else Demoter(self.formats, self.pool, self.table, reuse)
+        self._flags = lasting_zeros([shape.num_layers], torch.int32, self.device)
+        demoter = None
+        if config.demote is not None:
+            demoter = Demoter(self.formats, self.pool, self.table, reuse, self._flags)
         self.evictor = Evictor(
             self.ops,
             self.exchange,
@@ -151,7 +157,6 @@ class ExpertShardedKVCache:
             shape.num_heads,
             self.streams,
         )
-        self._nonfinite = lasting_zeros([shape.num_layers], torch.int32, self.device)
         topologies = [self.topology] * shape.num_layers
         self.rebalancer: Rebalancer | None = None
         if isinstance(config.placement, EplbPlacement) and self.exchange.size > 1:
@@ -174,7 +179,7 @@ class ExpertShardedKVCache:
             config.codec,
             config.placement,
             topologies,
-            self._nonfinite,
+            self._flags,
             self.evictor,
             reuse,
             self.rebalancer,
@@ -205,6 +210,7 @@ class ExpertShardedKVCache:
         and from one of its tokens to the next."""
         self.watchers: list[Callable[[ExpertShardedKVCache], None]] = []
         """Called after each step plan, on the thread that makes the passes."""
+        self._warned = False  # of what rotate does to the keys
         self.num_steps = 0  # step plans so far, the same on every rank
         self.peak_bytes = 0
         self.fullest = Snapshot()
@@ -347,11 +353,11 @@ class ExpertShardedKVCache:
         ends = [slice(None)]
         if any(n > self.config.page_size for n in batch.new):
             ends = [slice(max(s.start, s.stop - self.config.page_size), s.stop) for _, s in batch.slices()]
-        for end in ends:  # one NaN or infinity is enough
-            total = key[end].sum(dtype=torch.float32)
+        for end in ends:  # one NaN or infinity is enough; in float64 no sum of finite ones is infinite
+            total = key[end].sum(dtype=torch.float64)
             if value is not None:
-                total = total + value[end].sum(dtype=torch.float32)
-            self._nonfinite[layer] |= ~torch.isfinite(total)
+                total = total + value[end].sum(dtype=torch.float64)
+            self._flags[layer] |= SealFlag.NON_FINITE * ~torch.isfinite(total)
 
     def routed(self, batch: SequenceBatch, layer: int, experts: Tensor | None) -> None:
         """Seals what has filled up at a layer, once its router has run.
@@ -481,16 +487,11 @@ class ExpertShardedKVCache:
         self.sender.settle()
         self.evictor.settle(self.plan, self.num_steps)
         free = self.pool.num_free()
-        bad = self._nonfinite.nonzero().squeeze(1).tolist()
-        if bad and error is None:
-            error = (
-                f"NaN or infinity in the keys or values of layer {bad[0]} (rank {self.exchange.rank}); "
-                "check the model's weights and dtype"
-            )
+        status, error = self._status(error)
         changed = entries != self._announced
         mine = Announcement(
             step=self.num_steps,
-            status=NON_FINITE if bad else FAILED if error is not None else FINE,
+            status=status,
             num_entries=len(entries) if changed else 0,
             changed=int(changed),
             num_released=len(self._released),
@@ -546,6 +547,24 @@ class ExpertShardedKVCache:
             self.table.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
         for watcher in self.watchers:
             watcher(self)
+
+    def _status(self, error: str | None) -> tuple[int, str | None]:
+        """This rank's status and its error, if there is one, once what was noted of sealed pages is read."""
+        status = FINE if error is None else FAILED
+        for layer, noted in enumerate(self._flags.tolist()):
+            flags = SealFlag(noted)
+            if SealFlag.OUTLIERS in flags and not self._warned:
+                self._warned = True
+                logging.getLogger("pikv_ds").warning(
+                    f"pikv.codec: the keys of layer {layer} (rank {self.exchange.rank}) have outlier channels, which "
+                    "rotate spreads over all others: few bits lose more with it than without. Leave rotate out "
+                    "(docs/policies.md says how this is measured)"
+                )
+            if flags & UNFIT:  # the first layer: it may be the cause of what the others have
+                status = NON_FINITE if SealFlag.NON_FINITE in flags else OUT_OF_RANGE
+                error = error or describe_flags(flags, f"layer {layer} (rank {self.exchange.rank})", self.formats)
+                break
+        return status, error
 
     def _facts(self) -> dict[str, Any]:
         """What a trace begins with."""
@@ -615,10 +634,14 @@ class ExpertShardedKVCache:
 
     def _raise_if_any_failed(self, everyone: list[Announcement], error: str | None) -> None:
         if any(a.status for a in everyone):
-            self._nonfinite.zero_()
+            self._flags.zero_()
             texts = self.exchange.all_gather_text(error)
-            found = any(a.status == NON_FINITE for a in everyone)
-            kind = NonFiniteError if found else PiKVError if error else PeerError
+            statuses = {a.status for a in everyone}
+            kind = PiKVError if error else PeerError
+            if NON_FINITE in statuses:
+                kind = NonFiniteError
+            elif OUT_OF_RANGE in statuses:
+                kind = OutOfRangeError
             raise kind("; ".join(f"rank {r}: {t}" if self.exchange.size > 1 else t for r, t in enumerate(texts) if t))
         steps = [a.step for a in everyone]
         if len(set(steps)) > 1:

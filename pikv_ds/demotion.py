@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from pikv_ds.formats import PageFormat
 from pikv_ds.pages import PagePool, PageTable
@@ -26,6 +27,8 @@ class Demoter:
     pool: PagePool
     table: PageTable
     reuse: Reuse | None
+    flags: Tensor
+    """See `PageSender`: what the first codec held may be beyond the second."""
     counters: Counter[str] = field(default_factory=Counter)
     """``demoted_pages``: of prompts, counted on their sequences' rank, and while decoding."""
 
@@ -48,8 +51,8 @@ class Demoter:
             at = torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
             before.ops.gather_pages(self.pool.pages[page_format], at, encoded)
             layer, head = divmod(unit, streams)
-            flag = torch.zeros(1, dtype=torch.int32, device=self.pool.device)  # sealed once: it is finite
-            payload = after.seal(layer, head, *before.unseal(layer, head, encoded), flag)
+            flags = self.flags[layer : layer + 1]
+            payload = after.seal(layer, head, *before.unseal(layer, head, encoded), flags)
             self.pool.free(slots)  # first, so that a full pool has room
             new = self.pool.allocate(len(slots), self.page_format)
             self.pool.write(new, payload[:, : after.size.page], payload[:, after.size.page :])

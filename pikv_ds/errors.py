@@ -15,6 +15,10 @@ class NonFiniteError(PiKVError):
     """NaN or infinity in the keys or values of the model."""
 
 
+class OutOfRangeError(PiKVError):
+    """Keys or values that are finite, but beyond what the codec, or the summary of a lookup, can hold."""
+
+
 class PeerError(PiKVError):
     """Another rank failed, or does something else than this one; the message has its reason."""
 

@@ -33,6 +33,7 @@ RMSNorm, so its tokens are all of one size, and the outliers that it has are cha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntFlag
 
 import torch
 from torch import Tensor
@@ -44,6 +45,19 @@ PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 """Elements stored as they are, without scales."""
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2, "int3": 3, "int1": 1}
 """Bits per element. A name's place in this list is its number in ``csrc/layout.h``."""
+
+
+class SealFlag(IntFlag):
+    """What is noted where pages are sealed, one int32 per layer on the device."""
+
+    NON_FINITE = 1
+    """NaN or infinity among the keys or the values of a KV head."""
+    BEYOND_RANGE = 2
+    """They are finite, but the codec cannot hold them: a scale or a minimum is beyond its type."""
+    BEYOND_SUMMARY = 4
+    """The same of the summary that a lookup reads."""
+    OUTLIERS = 8
+    """Key channels whose outliers a rotation spreads over all others; no error."""
 
 
 def scale_rows(element: str) -> int:

@@ -23,6 +23,9 @@ CPU_FEATURES = ("avx2", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "a
 """Those that kernels choose by, as Linux names them."""
 
 
+GPU_NODE = Path("/dev/nvidiactl")
+"""There where the driver of NVIDIA GPUs is."""
+
 PACKAGES = {
     "deepspeed": ("deepspeed", "expert parallelism of Hugging Face and native MoE models"),
     "transformers": ("transformers", "Hugging Face models"),
@@ -143,7 +146,7 @@ def ops_report() -> dict[str, Any]:
     devices = ["cpu", "cuda"] if gpu else ["cpu"]
     backends = {f"{b} on {d}": why_missing(b, d) or "ok" for d in devices for b in ("cpp", "triton")}
     if not gpu:
-        backends |= {f"{b} on cuda": f"torch {torch.__version__} sees no GPU here" for b in ("cpp", "triton")}
+        backends |= {f"{b} on cuda": _why_no_gpu() for b in ("cpp", "triton")}
     return {
         "pikv_ds": __version__,
         "torch": torch.__version__,
@@ -158,13 +161,23 @@ def ops_report() -> dict[str, Any]:
     }
 
 
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and GPU_NODE.exists():
+        return f"there is an NVIDIA GPU, but torch {torch.__version__} is built for CPUs; install a torch for CUDA"
+    return f"torch {torch.__version__} sees no GPU here"
+
+
 def _built() -> dict[str, Any]:
     """What the compiled extension holds and uses."""
     if why_missing("cpp", "cpu"):
-        return {"cpu_isa": None, "cuda_architectures": []}
+        return {"cpu_isa": None, "cuda_architectures": [], "why_no_cuda": None}
     from pikv_ds import _C
 
-    return {"cpu_isa": _C.cpu_isa(), "cuda_architectures": [a for a in _C.cuda_architectures().split(";") if a]}
+    return {
+        "cpu_isa": _C.cpu_isa(),
+        "cuda_architectures": [a for a in _C.cuda_architectures().split(";") if a],
+        "why_no_cuda": _C.why_no_cuda() or None,
+    }
 
 
 def _cpu_features() -> list[str]:
@@ -186,7 +199,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
     lines.append(f"CPU features: {', '.join(facts['cpu_features']) or 'none of those that kernels use'}")
     if facts["cpu_isa"]:
         lines.append(f"compiled CPU ops use: {facts['cpu_isa']} (PIKV_CPU_ISA names a lesser one)")
-        lines.append(f"compiled CUDA ops are for: {', '.join(facts['cuda_architectures']) or 'none built'}")
+        none = f"none built: {facts['why_no_cuda']}"
+        lines.append(f"compiled CUDA ops are for: {', '.join(facts['cuda_architectures']) or none}")
     for name, reason in facts["backends"].items():
         lines.append(f"{name}: {'[green]ok[/]' if reason == 'ok' else f'[red]no[/], {reason}'}")
     for line in lines:

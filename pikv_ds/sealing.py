@@ -69,7 +69,7 @@ class PageSender:
     Args:
         formats: those of the codec policy's codecs, then that of demoted pages, if there is one.
         topologies: of every layer; `Rebalancer` changes them.
-        nonfinite: int32 ``[num_layers]``, set to 1 where a page with NaN or infinity was sealed.
+        flags: int32 ``[num_layers]``, a `SealFlag` of each layer's pages.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class PageSender:
         codec: CodecPolicy,
         placement: Placement,
         topologies: list[Topology],
-        nonfinite: Tensor,
+        flags: Tensor,
         evictor: Evictor,
         reuse: Reuse | None,
         rebalancer: Rebalancer | None,
     ) -> None:
         self.exchange, self.pool, self.table, self.formats, self.codec = exchange, pool, table, formats, codec
         self.placement, self.topologies = placement, topologies
-        self.nonfinite, self.evictor, self.reuse, self.rebalancer = nonfinite, evictor, reuse, rebalancer
+        self.flags, self.evictor, self.reuse, self.rebalancer = flags, evictor, reuse, rebalancer
         self.page_size = formats[0].layout.page_size
         self.staged: list[StagedPage] = []
         self._seen: dict[int, list[int]] = {}  # votes per expert so far, per layer
@@ -105,7 +105,7 @@ class PageSender:
     def stage(self, batch: SequenceBatch, unit: int, pages: FullPages) -> None:
         """Encodes full pages of one sequence; they wait for `send`."""
         layer, head = divmod(unit, self.evictor.streams)
-        flag = self.nonfinite[layer : layer + 1]
+        flags = self.flags[layer : layer + 1]
         votes = None if pages.experts is None else self._votes(pages.experts)
         chosen = [
             len(self.formats) - 1
@@ -119,7 +119,7 @@ class PageSender:
             keys, values = pages.keys, pages.values
             if len(which) < len(chosen):
                 keys, values = keys[which], None if values is None else values[which]
-            sealed = self.formats[page_format].seal(layer, head, keys, values, flag)
+            sealed = self.formats[page_format].seal(layer, head, keys, values, flags)
             payloads |= dict(zip(which, sealed, strict=True))
         for i, page_format in enumerate(chosen):
             if votes is not None:

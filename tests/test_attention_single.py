@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
-from passes import LATENT, PAGE, Driver, check_sizes, make_cache, memory
+from passes import LATENT, PAGE, SHAPE, Driver, check_sizes, make_cache, memory
 from torch import Tensor
 
-from pikv_ds import NonFiniteError, PiKVError, PoolFullError, sealing
+from pikv_ds import ExpertShardedKVCache, NonFiniteError, OutOfRangeError, PiKVError, PoolFullError, sealing
 from pikv_ds import ops as ops_module
 from pikv_ds.cache import ModelShape
 from pikv_ds.ops import Ops
@@ -379,6 +381,75 @@ def test_keys_that_are_not_finite_are_reported_with_their_layer(bad: float, rng)
         cache.begin_step(batch, [1])
     cache.release(batch)
     Driver(cache, cache.new_batch(1), rng).step(20)  # the cache itself goes on
+
+
+def seal_and_look(cache: ExpertShardedKVCache, key: Tensor, value: Tensor) -> None:
+    """A prompt of two pages and a token with these keys and values ``[17, K, D]`` at layer 1, then another pass."""
+    batch = cache.new_batch(1)
+    cache.begin_step(batch, [17])
+    for layer in range(2):
+        mine = (key, value) if layer == 1 else (torch.ones_like(key), torch.ones_like(value))
+        cache.attend(batch, layer, torch.ones(17, 4, 16, dtype=key.dtype), *mine, 0.25)
+        cache.routed(batch, layer, None)
+    try:
+        cache.begin_step(batch, [1])
+    finally:
+        cache.release(batch)
+
+
+@pytest.mark.parametrize(
+    ("codec", "bound", "words"),
+    [
+        ("int8", 3e7, r'int8 holds int8 from -65,504 on, .* to 16,703,520\); use "fp8" or "none" there'),
+        ("int4", 3e6, "int4 holds int4 from -65,504 on, the largest less the smallest to 982,560"),
+        ("int2", 3e5, "int2 from -65,504 on, the largest less the smallest to 196,512"),
+        ("int1", 1e5, "int1 from -65,504 on, the largest less the smallest to 65,504"),
+        ("int8", -66000.0, "int8 from -65,504 on"),
+        ("fp8", 3e7, r'fp8 holds fp8 to 29,345,792\); use "none" there'),
+        ({"name": "int4", "scales": 8}, 6000.0, r"int4 to 5,884, .* to 3,677\); use one with 16-bit scales or"),
+        ({"name": "int4", "values": "int2"}, 3e5, "int4/int2 holds int4 .*; int2"),
+        ({"name": "none", "values": "int2"}, 3e5, "int2"),
+        ({"name": "per_layer", "layers": {"0": "none"}, "default": "int2"}, 3e5, "int2 holds"),
+        ({"name": "int2", "rotate": True}, 3e6, "int2, rotated holds .* without rotate"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_keys_beyond_a_codec_are_reported_as_what_they_are(codec: Any, bound: float, words: str, backend: str) -> None:
+    cache = make_cache(codec=codec, backend=backend)
+    key, value = torch.zeros(17, 2, 16), torch.zeros(17, 2, 16)
+    value[3, 1, 5] = bound
+    with pytest.raises(OutOfRangeError, match=f"values of layer 1 .rank 0. are finite, but beyond .*{words}"):
+        seal_and_look(cache, key, value)
+    seal_and_look(cache, key, value / 1e4)  # the cache goes on, and these it holds
+
+
+def test_what_the_type_holds_codec_none_holds() -> None:
+    x = torch.zeros(17, 2, 16)
+    x[2, 0, 3], x[16] = torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max  # sealed, and in the tail
+    seal_and_look(make_cache(), torch.ones_like(x), x)
+
+
+def test_coefficients_beyond_float16_are_no_infinity_of_the_model() -> None:
+    shape = dataclasses.replace(SHAPE, dtype=torch.float16)
+    value = torch.full((17, 2, 16), 6e4).half()  # rotated, four times as large in one channel
+    for codec in ("none", "int8"):
+        with pytest.raises(OutOfRangeError, match=rf"{codec}, rotated holds .* without rotate"):
+            seal_and_look(make_cache(shape, codec={"name": codec, "rotate": True}), torch.ones_like(value), value)
+        seal_and_look(make_cache(shape, codec=codec), torch.ones_like(value), value)
+    value[0, 0, 0] = torch.inf
+    with pytest.raises(NonFiniteError):
+        seal_and_look(make_cache(shape, codec={"name": "none", "rotate": True}), torch.ones_like(value), value)
+
+
+def test_keys_beyond_a_summary_are_reported_as_what_they_are() -> None:
+    cache = make_cache(lookup={"name": "two_stage", "budget": 0.5})
+    key = torch.zeros(17, 2, 16)
+    key[9, 1, 2] = 1e9
+    with pytest.raises(OutOfRangeError, match=r'keys of layer 1 .* beyond what the summaries of pikv.lookup.*"exact"'):
+        seal_and_look(cache, key, torch.zeros_like(key))
+    seal_and_look(cache, key / 1e4, torch.zeros_like(key))
+    seal_and_look(make_cache(lookup={"name": "quest", "budget": 0.5}), key, torch.zeros_like(key))
 
 
 def test_a_broken_off_pass_makes_its_batch_unusable(rng) -> None:

@@ -103,9 +103,9 @@ def sealed(n: int, kv_heads: int, size: int, dim: int, dtype: torch.dtype, eleme
     layout = PageLayout(num_kv_heads=kv_heads, head_dim=dim, page_size=size, dtype=dtype, element=element)
     keys, values = torch.randn(2, n, kv_heads, size, dim) + torch.randn(2, n, kv_heads, 1, dim)
     pages = torch.full((-(-(n + 1) // 7) * 7, layout.page_bytes), 0xAB, dtype=torch.uint8)
-    nonfinite = torch.zeros(1, dtype=torch.int32)
-    reference.seal_pages(keys.to(dtype), values.to(dtype), layout, pages[1 : n + 1], None, nonfinite)
-    assert not nonfinite.item()
+    flags = torch.zeros(1, dtype=torch.int32)
+    reference.seal_pages(keys.to(dtype), values.to(dtype), layout, pages[1 : n + 1], None, flags)
+    assert not flags.item()
     slabs = Slabs(7, layout.page_bytes)
     for slab, rows in enumerate(pages.split(7)):
         slabs.put(slab, rows.clone())

@@ -5,6 +5,7 @@ A rotation loses nothing, so pages as they are and rotated ones are two formats 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import torch
 from passes import LATENT, PAGE, SHAPE, Driver, make_cache
 from test_retention import Watcher, contents
+from torch import Tensor
 
-from pikv_ds import ConfigError, PiKVConfig, PoolFullError
+from pikv_ds import ConfigError, OutOfRangeError, PiKVConfig, PoolFullError
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.metrics import rank_stats
+from pikv_ds.ops.projections import unevenness
+from pikv_ds.ops.reference import unseal_pages
 from pikv_ds.pages import PagePool, PageSize, PageTable
 from pikv_ds.policies.codecs import Codec, CodecPolicy, PerExpertCodec, PerLayerCodec
 
@@ -172,6 +176,36 @@ def test_a_full_pool_has_room_to_demote(rng) -> None:
     cache.check_integrity()
 
 
+def test_what_the_codec_of_demoted_pages_cannot_hold_is_an_error() -> None:
+    cache = make_cache(codec="int8", retention="lru", budget={"name": "uniform", "tokens": 2 * PAGE}, demote="int2")
+    batch = cache.new_batch(1)
+    key = torch.zeros(1, 2, 16)
+    while batch.lengths[0] < 2 * PAGE or not any(cache._flags):
+        cache.begin_step(batch, [1])
+        for layer in range(2):
+            value = key.clone()
+            value[0, 0, 3] = 1e6 * layer
+            cache.attend(batch, layer, torch.ones(1, 4, 16), key, value, 0.25)
+            cache.routed(batch, layer, None)
+        assert batch.lengths[0] < 9 * PAGE
+    assert batch.lengths[0] > 2 * PAGE  # int8 held it
+    with pytest.raises(OutOfRangeError, match=r"values of layer 1 .*int8 holds .*, int2 holds"):
+        cache.begin_step(batch, [1])
+
+
+def test_what_is_decoded_stays_within_the_type() -> None:
+    """The largest code may stand for a little more than the largest element."""
+    (page_format,) = make_cache(dataclasses.replace(SHAPE, dtype=torch.float16), codec="int4").formats
+    x = torch.linspace(-65504, 65504, PAGE)[:, None].expand(1, 2, PAGE, 16).half()
+    flags = torch.zeros(1, dtype=torch.int32)
+    pages = page_format.seal(0, 0, x, x, flags)
+    assert unseal_pages(pages, page_format.layout)[0].max() > 65520  # would be infinity
+    keys, values = page_format.unseal(0, 0, pages)
+    assert not flags
+    assert keys.max() == values.max() == 65504
+    assert (keys.float() - x.float()).abs().max() <= 65504 / 15 + 64
+
+
 def test_pages_of_a_pool_never_share_a_slab_with_another_format() -> None:
     pool = PagePool([PageSize(32), PageSize(16, 4)], slab_pages=2, capacity_pages=9)
     first, second = pool.allocate(3, 1), pool.allocate(3, 0)
@@ -252,3 +286,55 @@ def test_shapes_agree_over_formats() -> None:
     cache = make_cache(codec={"name": "per_layer", "layers": {"1": ROTATED}})
     assert {f.layout.page_size for f in cache.formats} == {PAGE}
     assert {f.layout.head_dim for f in cache.formats} == {SHAPE.head_dim}
+
+
+# -- rotations and outlier channels ------------------------------------------------------------
+
+
+def seal_prompts(keys: Tensor, codec: Any, passes: int = 2) -> ExpertShardedKVCache:
+    """Two prompts with these keys ``[T, K, D]`` at layer 1."""
+    cache = make_cache(codec=codec)
+    for _ in range(passes):
+        batch = cache.new_batch(1)
+        cache.begin_step(batch, [len(keys)])
+        for layer in range(2):
+            mine = keys if layer else torch.randn(keys.shape, generator=torch.Generator().manual_seed(1))
+            cache.attend(batch, layer, torch.ones(len(keys), 4, 16), mine, mine, 0.25)
+            cache.routed(batch, layer, None)
+        cache.begin_step(batch, [1])
+        cache.release(batch)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("codec", "tokens", "factor", "warns"),
+    [
+        ({"name": "int4", "rotate": True}, 130, 20.0, True),
+        ({"name": "int4", "rotate": True}, 130, 2.0, False),
+        ({"name": "int2", "values": "int8", "rotate": True}, 130, 20.0, True),
+        ({"name": "per_layer", "layers": {"1": {"name": "int3", "rotate": True}}}, 130, 20.0, True),
+        ({"name": "per_layer", "layers": {"0": {"name": "int3", "rotate": True}}}, 130, 20.0, False),  # not that layer
+        ("int4", 130, 20.0, False),
+        ({"name": "none", "rotate": True}, 130, 20.0, False),  # loses nothing
+        ({"name": "int4", "rotate": True}, 100, 20.0, False),  # too few to tell
+    ],
+    ids=str,
+)
+def test_a_rotation_that_meets_outlier_channels_warns_once(codec, tokens, factor, warns, rng, caplog) -> None:
+    keys = torch.randn(tokens, 2, 16, generator=rng)
+    keys[:, :, 5] *= factor
+    keys[:, :, 7] += 1000.0  # large, but the same for all tokens of a page
+    seal_prompts(keys, codec)
+    texts = [record.getMessage() for record in caplog.records if "outlier" in record.getMessage()]
+    assert len(texts) == warns
+    if warns:
+        assert "keys of layer 1 (rank 0) have outlier channels" in texts[0]
+        assert "Leave rotate out" in texts[0]
+
+
+def test_channels_differ_by_the_ranges_that_codes_span() -> None:
+    keys = torch.zeros(3, 2, 4, 8)
+    keys[:, :, 0] = 1.0
+    keys[:, 0, 0, 3] = 9.0
+    keys[..., 5] += 1e3
+    assert unevenness(keys) == (9 + 1) / 2

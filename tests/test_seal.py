@@ -14,7 +14,7 @@ import torch
 from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
-from pikv_ds.layout import PageLayout
+from pikv_ds.layout import PageLayout, SealFlag
 from pikv_ds.ops import Ops, reference, why_missing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,7 +29,7 @@ needs_cpp = pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason=str
 class Sealed:
     pages: Tensor
     bounds: Tensor
-    nonfinite: Tensor
+    flags: Tensor
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sealed) and all(
@@ -42,9 +42,9 @@ def seal(ops: Ops | None, keys: Tensor, values: Tensor | None, layout: PageLayou
     n = len(keys)
     pages = torch.full((n, layout.page_bytes), UNTOUCHED, dtype=torch.uint8)
     bounds = torch.full((n, layout.bounds_bytes), UNTOUCHED, dtype=torch.uint8)
-    nonfinite = torch.zeros(1, dtype=torch.int32)
-    (ops or reference).seal_pages(keys, values, layout, pages, bounds, nonfinite)
-    return Sealed(pages, bounds, nonfinite)
+    flags = torch.zeros(1, dtype=torch.int32)
+    (ops or reference).seal_pages(keys, values, layout, pages, bounds, flags)
+    return Sealed(pages, bounds, flags)
 
 
 def layout_of(keys: Tensor, codec: str) -> PageLayout:
@@ -83,7 +83,7 @@ def test_bytes_are_those_of_the_reference(ops: Ops, codec: str, dtype: torch.dty
         layout = layout_of(keys, codec)
         expected = seal(None, keys, values, layout)
         assert seal(ops, keys, values, layout) == expected
-        assert not expected.nonfinite.any()
+        assert not expected.flags.any()
 
 
 @codecs
@@ -101,9 +101,9 @@ def test_strided_inputs_and_rows_within_longer_rows(ops: Ops, codec: str, dtype:
     # as pages are sent: each page followed by its bounds, here at odd addresses
     payload = torch.full((n, 3 + split + layout.bounds_bytes + 2), UNTOUCHED, dtype=torch.uint8)
     pages, bounds = payload[:, 3 : 3 + split], payload[:, 3 + split : -2]
-    nonfinite = torch.zeros(1, dtype=torch.int32)
-    ops.seal_pages(keys, values, layout, pages, bounds, nonfinite)
-    assert Sealed(pages, bounds, nonfinite) == seal(None, keys.contiguous(), values.contiguous(), layout)
+    flags = torch.zeros(1, dtype=torch.int32)
+    ops.seal_pages(keys, values, layout, pages, bounds, flags)
+    assert Sealed(pages, bounds, flags) == seal(None, keys.contiguous(), values.contiguous(), layout)
     assert (payload[:, :3] == UNTOUCHED).all()
     assert (payload[:, -2:] == UNTOUCHED).all()
 
@@ -134,7 +134,7 @@ def test_latent_pages_are_the_keys_of_ordinary_ones(name: str, codec: str, dtype
     assert torch.equal(decoded_keys, reference.unseal_pages(expected.pages, ordinary)[0])
     assert torch.equal(decoded_values, decoded_keys[..., :32])
     keys[4, 1, 3, 35] = torch.inf
-    assert seal(ops, keys, None, latent).nonfinite.item() == 1
+    assert seal(ops, keys, None, latent).flags.item() == 1
 
 
 @pytest.mark.parametrize("latent_dim", [0, -1, 41])
@@ -146,9 +146,9 @@ def test_a_latent_that_no_key_can_hold_is_refused(latent_dim: int) -> None:
 def test_nothing_to_seal_and_no_bounds(ops: Ops, rng) -> None:
     keys = torch.randn(2, 1, 8, 64, generator=rng)
     layout = layout_of(keys, "int4")
-    assert not seal(ops, keys[:0], keys[:0], layout).nonfinite.any()
-    pages, nonfinite = torch.empty(2, layout.page_bytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
-    ops.seal_pages(keys, keys, layout, pages, None, nonfinite)
+    assert not seal(ops, keys[:0], keys[:0], layout).flags.any()
+    pages, flags = torch.empty(2, layout.page_bytes, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    ops.seal_pages(keys, keys, layout, pages, None, flags)
     assert torch.equal(pages, seal(None, keys, keys, layout).pages)
 
 
@@ -169,7 +169,7 @@ def test_nan_and_infinity_are_flagged_and_stay_within_their_page(
             keys, values = clean_keys.clone(), clean_values.clone()
             (keys, values)[which][place] = bad
             sealed = seal(ops, keys, values, layout)
-            assert sealed.nonfinite.item() == 1
+            assert sealed.flags.item() == 1
             for page in (0, 2):
                 assert torch.equal(sealed.pages[page], clean.pages[page])
                 assert torch.equal(sealed.bounds[page], clean.bounds[page])
@@ -192,21 +192,41 @@ def test_what_float16_scales_cannot_hold_is_flagged(ops: Ops, codec: str, dtype:
         x[0, 0] = torch.where(x[0, 0] < 0.25, low, high)
         keys, values = (x.to(dtype), y.to(dtype))[:: 1 if which == "keys" else -1]
         layout = layout_of(keys, codec)
-        flag = seal(ops, keys, values, layout).nonfinite.item()
-        if codec.startswith("int"):
-            assert flag == (layout.bits in bits), (low, high)
-        elif codec == "fp8":
-            assert flag == (high >= 3e7)
-        else:
-            assert flag == 0
+        flags = SealFlag(seal(ops, keys, values, layout).flags.item())
+        beyond = layout.bits in bits if codec.startswith("int") else codec == "fp8" and high >= 3e7
+        assert flags == (SealFlag.BEYOND_RANGE if beyond else 0), (low, high)
 
 
-def test_a_flag_once_set_stays(ops: Ops, rng) -> None:
+@codecs
+def test_what_is_finite_and_what_is_not_are_told_apart(ops: Ops, codec: str, rng) -> None:
+    clean = torch.rand(3, 2, 8, 64, generator=rng)
+    layout = layout_of(clean, codec)
+    large, broken = clean.clone(), clean.clone()
+    large[1, 0, 3, 5] = 1e30
+    broken[2, 1, 7, 9] = torch.nan
+    both = large.clone()
+    both[1, 0, 3, 6] = torch.inf  # in the same page and head: whether the rest fits is not asked
+    beyond = SealFlag.BEYOND_RANGE if layout.scale_rows else SealFlag(0)
+    for keys, values, expected in (
+        (clean, large, beyond),
+        (broken, large, beyond | SealFlag.NON_FINITE),
+        (large, broken, beyond | SealFlag.NON_FINITE),
+        (both, clean, SealFlag.NON_FINITE),
+        (clean, both, SealFlag.NON_FINITE),
+    ):
+        assert seal(ops, keys, values, layout).flags.item() == expected
+
+
+def test_flags_once_set_stay(ops: Ops, rng) -> None:
     keys = torch.randn(1, 1, 8, 64, generator=rng)
     layout = layout_of(keys, "int8")
-    pages, nonfinite = torch.empty(1, layout.page_bytes, dtype=torch.uint8), torch.ones(1, dtype=torch.int32)
-    ops.seal_pages(keys, keys, layout, pages, None, nonfinite)
-    assert nonfinite.item() == 1
+    pages, flags = torch.empty(1, layout.page_bytes, dtype=torch.uint8), torch.full([1], 8, dtype=torch.int32)
+    ops.seal_pages(keys, keys, layout, pages, None, flags)
+    assert flags.item() == 8
+    ops.seal_pages(keys * 1e30, keys, layout, pages, None, flags)
+    assert flags.item() == 8 | SealFlag.BEYOND_RANGE
+    ops.seal_pages(keys, keys * torch.inf, layout, pages, None, flags)
+    assert flags.item() == 8 | SealFlag.BEYOND_RANGE | SealFlag.NON_FINITE
 
 
 # -- other ways to the same bytes --------------------------------------------------------------
@@ -252,7 +272,7 @@ def test_any_number_of_threads(codec: str, rng) -> None:
             torch.set_num_threads(count)
             assert seal(Ops("cpp"), keys, values, layout) == seal(None, keys, values, layout)
             values[7, 1, 3, 5] = torch.nan
-            assert seal(Ops("cpp"), keys, values, layout).nonfinite.item() == 1  # found by one of them
+            assert seal(Ops("cpp"), keys, values, layout).flags.item() == 1  # found by one of them
             values[7, 1, 3, 5] = 0.0
     finally:
         torch.set_num_threads(threads)
@@ -283,8 +303,8 @@ def test_any_number_of_threads(codec: str, rng) -> None:
             {"bounds": torch.zeros(3, 128, dtype=torch.uint8)},
             r"bounds must have shape .* = \[2, 128\], got \[3, 128\]",
         ),
-        ({"nonfinite": torch.zeros(2, dtype=torch.int32)}, r"nonfinite must have shape \[1\] = \[1\], got \[2\]"),
-        ({"nonfinite": torch.zeros(1)}, "nonfinite must be Int, got Float"),
+        ({"flags": torch.zeros(2, dtype=torch.int32)}, r"flags must have shape \[1\] = \[1\], got \[2\]"),
+        ({"flags": torch.zeros(1)}, "flags must be Int, got Float"),
         ({"layout": PageLayout(1, 16, 8, torch.float32, "bfloat16")}, "element must be the type of keys"),
     ],
 )
@@ -295,7 +315,7 @@ def test_messages_name_the_argument_and_both_sizes(change: dict, message: str) -
         "layout": PageLayout(1, 16, 8, torch.float32, "int4"),
         "out": torch.zeros(2, 224, dtype=torch.uint8),
         "bounds": torch.zeros(2, 128, dtype=torch.uint8),
-        "nonfinite": torch.zeros(1, dtype=torch.int32),
+        "flags": torch.zeros(1, dtype=torch.int32),
     }
     with pytest.raises(RuntimeError, match="seal_pages: " + message):
         Ops("cpp").seal_pages(**arguments | change)

@@ -77,9 +77,9 @@ def seal(op: Callable, keys: Tensor, values: Tensor, layout: PageLayout, device:
     """Pages, bounds and the flag, from rows that are parts of longer rows of garbage."""
     row = torch.full((len(keys), layout.page_bytes + layout.bounds_bytes), 0xAB, dtype=torch.uint8, device=device)
     pages, bounds = row[:, : layout.page_bytes], row[:, layout.page_bytes :]
-    nonfinite = torch.zeros(1, dtype=torch.int32, device=device)
-    op(keys.to(device), values.to(device), layout, pages, bounds, nonfinite)
-    return pages.cpu(), bounds.cpu(), nonfinite.cpu()
+    flags = torch.zeros(1, dtype=torch.int32, device=device)
+    op(keys.to(device), values.to(device), layout, pages, bounds, flags)
+    return pages.cpu(), bounds.cpu(), flags.cpu()
 
 
 @runs

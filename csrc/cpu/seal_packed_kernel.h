@@ -12,20 +12,23 @@ inline constexpr int kErrorLanes = 16;  // in which a token's errors are added u
 // Rounds to an integer, ties to even; |x| < 2^22.
 PIKV_INLINE Floats Round(Floats x) { return x + 0x1.8p23f - 0x1.8p23f; }
 
-// The power of two, in eighths and from 2^-24 on, that is nearest to a step; see ScaleOfByte.
+// The power of two, in eighths and from 2^-24 on, that is nearest to a step; see ScaleOfByte. More
+// than 255 where that is none of a byte's.
 PIKV_INLINE Ints ByteOfScale(Floats step) {
   const Ints bits = (Ints)Max(step, Splat(0x1p-24f));
   const Floats mantissa = (Floats)((bits & 0x7fffff) | 0x3f800000);
   Ints byte = ((bits >> 23) - (127 - 24)) * 8;
   for (const float limit : kEighthLimits) byte -= mantissa > limit;  // a true lane is -1
-  return byte > 255 ? Ints{} + 255 : byte;
+  return byte;
 }
 
-inline ScaleAndMinimum ByteScaling(Floats low, Floats high, float levels) {
+inline ScaleAndMinimum ByteScaling(Floats low, Floats high, float levels, Ints* beyond) {
   ScaleAndMinimum s;
   // The minimum must fit into a byte, too.
   const Floats most = Max(Magnitude(low), Magnitude(high));
-  s.stored_scale = ByteOfScale(Max((high - low) / levels, most / 24.0f));
+  const Ints byte = ByteOfScale(Max((high - low) / levels, most / 24.0f));
+  *beyond = byte > 255;
+  s.stored_scale = *beyond ? Ints{} + 255 : byte;
   for (int lane = 0; lane < kLanes; ++lane) s.scale[lane] = ScaleOfByte()[s.stored_scale[lane]];
   const Floats quarters = Round(Max(Min(low / s.scale * 4.0f, Splat(127.0f)), Splat(-127.0f)));
   s.stored_minimum = __builtin_convertvector(quarters, Ints);
@@ -46,9 +49,11 @@ PIKV_INLINE Floats SquaredError(Floats x, Floats minimum, Floats scale, Floats i
   return Product(error, error);
 }
 
-// The scalings of each range for n channels or tokens, from the extremes in s.
-inline void FindRanges(const Scaling& s, const Ranges& ranges, int num_ranges, bool byte_scales,
+// The scalings of each range for n channels or tokens, from the extremes in s; false where the
+// scale or the minimum of a whole range cannot be stored.
+inline bool FindRanges(const Scaling& s, const Ranges& ranges, int num_ranges, bool byte_scales,
                        float levels, int64_t n) {
+  Ints beyond_any{};
   for (int64_t i = n; i % kLanes != 0; ++i) s.low[i] = s.high[i] = 0.0f;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Floats low = Load(s.low + i) + 0.0f, high = Load(s.high + i) + 0.0f;
@@ -57,8 +62,14 @@ inline void FindRanges(const Scaling& s, const Ranges& ranges, int num_ranges, b
       const Floats share = Product(half, Splat(kShares[r]));
       const Floats from = r == 0 ? low : middle - share;
       const Floats to = r == 0 ? high : middle + share;
+      Ints beyond;
       const ScaleAndMinimum range =
-          byte_scales ? ByteScaling(from, to, levels) : HalfScaling(from, to, levels);
+          byte_scales ? ByteScaling(from, to, levels, &beyond) : HalfScaling(from, to, levels);
+      if (!byte_scales) {
+        beyond =
+            ((range.stored_scale & 0x7c00) == 0x7c00) | ((range.stored_minimum & 0x7c00) == 0x7c00);
+      }
+      if (r == 0) beyond_any |= beyond;
       const Scaling& tried = ranges.of[r];
       StoreBits(tried.scale + i, range.scale);
       StoreBits(tried.minimum + i, range.minimum);
@@ -67,13 +78,11 @@ inline void FindRanges(const Scaling& s, const Ranges& ranges, int num_ranges, b
       StoreBits(tried.stored[1] + i, Narrow(range.stored_minimum));
     }
   }
+  return NoLane(beyond_any);
 }
 
-// Takes for each of n channels or tokens the first range with the least error into s; false where
-// float16 cannot hold its scale or minimum.
-inline bool TakeBest(const Ranges& ranges, int num_ranges, bool byte_scales, int64_t n,
-                     const Scaling& s) {
-  bool finite = true;
+// Takes for each of n channels or tokens the first range with the least error into s.
+inline void TakeBest(const Ranges& ranges, int num_ranges, int64_t n, const Scaling& s) {
   for (int64_t i = 0; i < n; ++i) {
     int best = 0;
     for (int r = 1; r < num_ranges; ++r) {
@@ -83,12 +92,8 @@ inline bool TakeBest(const Ranges& ranges, int num_ranges, bool byte_scales, int
     s.scale[i] = from.scale[i];
     s.minimum[i] = from.minimum[i];
     s.inverse[i] = from.inverse[i];
-    for (int row = 0; row < 2; ++row) {
-      s.stored[row][i] = from.stored[row][i];
-      finite &= byte_scales || (from.stored[row][i] & 0x7c00) != 0x7c00;
-    }
+    for (int row = 0; row < 2; ++row) s.stored[row][i] = from.stored[row][i];
   }
-  return finite;
 }
 
 // Each range's error per channel, added up token by token.
@@ -182,7 +187,8 @@ inline void StorePackedScales(const Scaling& s, const PageLayout& layout, int64_
   }
 }
 
-// Keys (per channel) or values (per token) of one head, whose extremes are in s.
+// Keys (per channel) or values (per token) of one head, whose extremes are in s; false where a
+// scale or a minimum cannot be stored.
 template <int kBits, bool kKeys, typename T>
 bool SealPackedBlock(const Block<T>& block, const PageLayout& layout, const Scaling& s,
                      const Ranges& ranges, uint8_t* out) {
@@ -190,7 +196,7 @@ bool SealPackedBlock(const Block<T>& block, const PageLayout& layout, const Scal
   const int num_ranges = layout.clip ? kMaxRanges : 1;
   const bool byte_scales = layout.byte_scales != 0;
   const int64_t n = kKeys ? block.row_size : block.num_rows;
-  FindRanges(s, ranges, num_ranges, byte_scales, kLevels, n);
+  const bool storable = FindRanges(s, ranges, num_ranges, byte_scales, kLevels, n);
   if (num_ranges > 1) {
     if constexpr (kKeys) {
       ChannelErrors(block, ranges, kLevels);
@@ -198,7 +204,7 @@ bool SealPackedBlock(const Block<T>& block, const PageLayout& layout, const Scal
       TokenErrors(block, ranges, kLevels);
     }
   }
-  const bool finite = TakeBest(ranges, num_ranges, byte_scales, n, s);
+  TakeBest(ranges, num_ranges, n, s);
   const int64_t row_bytes = block.row_size * kBits / 8;
   for (int64_t row = 0; row < block.num_rows; ++row) {
     const T* x = block.Row(row);
@@ -209,7 +215,7 @@ bool SealPackedBlock(const Block<T>& block, const PageLayout& layout, const Scal
       EncodePackedRow<kBits>(x, block.row_size, token, out + row * row_bytes);
     }
   }
-  return finite;
+  return storable;
 }
 
 template <bool kKeys, typename T>
@@ -230,8 +236,8 @@ bool SealPackedBlock(const Block<T>& block, const PageLayout& layout, const Scal
 }
 
 template <typename T>
-bool SealPackedHead(const SealPagesParams& p, const Scaling& s, const Ranges& ranges, int64_t page,
-                    int64_t head) {
+int32_t SealPackedHead(const SealPagesParams& p, const Scaling& s, const Ranges& ranges,
+                       int64_t page, int64_t head) {
   const PageLayout& layout = p.layout;
   const int64_t d = layout.head_dim, page_size = layout.page_size;
   const auto block = [&](const void* data, const int64_t* strides) {
@@ -245,18 +251,19 @@ bool SealPackedHead(const SealPagesParams& p, const Scaling& s, const Ranges& ra
     T* low = reinterpret_cast<T*>(p.bounds + page * p.bounds_stride) + head * d;
     StoreBounds(s, d, low, low + layout.num_kv_heads * d);
   }
-  finite &=
+  bool storable =
       SealPackedBlock<true>(keys, layout, s, ranges, out + head * page_size * layout.RowBytes());
+  int32_t flags = FlagsOf(finite, storable);
   StorePackedScales(s, layout, head, d, out + layout.KeyScaleOffset());
-  if (layout.latent_dim > 0) return finite;
+  if (layout.latent_dim > 0) return flags;
 
   const Block<T> values = block(p.values, p.value_strides);
-  finite &= RowExtremes(values, s.low, s.high);
-  finite &= SealPackedBlock<false>(
+  finite = RowExtremes(values, s.low, s.high);
+  storable = SealPackedBlock<false>(
       values, layout, s, ranges,
       out + layout.ValueOffset() + head * page_size * layout.ValueRowBytes());
   StorePackedScales(s, layout, head, page_size, out + layout.ValueScaleOffset());
-  return finite;
+  return flags | FlagsOf(finite, storable);
 }
 
 inline SealPackedHeadFunction* SealPackedHeadOf(Dtype dtype) {

@@ -57,10 +57,11 @@ class Scratch {
   AlignedFloats floats_;
 };
 
-// Seals one KV head of one page; false where something is not finite.
-using SealHeadFunction = bool(const SealPagesParams&, const Scaling&, int64_t page, int64_t head);
-using SealPackedHeadFunction = bool(const SealPagesParams&, const Scaling&, const Ranges&,
-                                    int64_t page, int64_t head);
+// Seals one KV head of one page; returns what is noted of it.
+using SealHeadFunction = int32_t(const SealPagesParams&, const Scaling&, int64_t page,
+                                 int64_t head);
+using SealPackedHeadFunction = int32_t(const SealPagesParams&, const Scaling&, const Ranges&,
+                                       int64_t page, int64_t head);
 
 }  // namespace
 }  // namespace pikv_ds
@@ -102,21 +103,20 @@ void SealPagesCpu(const SealPagesParams& params) {
 
   const int64_t heads = layout.num_kv_heads, num_blocks = params.num_pages * heads;
   const int64_t num_elements = num_blocks * layout.page_size * layout.head_dim;
-  bool finite = true;
-#pragma omp parallel if (num_elements >= kParallelElements) reduction(&& : finite)
+  int32_t flags = 0;
+#pragma omp parallel if (num_elements >= kParallelElements) reduction(| : flags)
   {
     Scratch scratch(layout);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t page = block / heads, head = block % heads;
       if (head == 0) ZeroPadding(layout, params.out + page * params.out_stride);
-      finite =
-          (layout.Packed() ? seal_packed(params, scratch.scaling(), scratch.ranges(), page, head)
-                           : seal_head(params, scratch.scaling(), page, head)) &&
-          finite;
+      flags |= layout.Packed()
+                   ? seal_packed(params, scratch.scaling(), scratch.ranges(), page, head)
+                   : seal_head(params, scratch.scaling(), page, head);
     }
   }
-  if (!finite) *params.nonfinite = 1;
+  *params.flags |= flags;
 }
 
 }  // namespace pikv_ds

@@ -30,6 +30,11 @@ struct FiniteCheck {
   }
 };
 
+// What is noted of a head's keys or its values.
+inline int32_t FlagsOf(bool finite, bool storable) {
+  return !finite ? kNonFinite : storable ? 0 : kBeyondRange;
+}
+
 // Extremes of each channel over the rows. Rows come in fours to spare loads and stores of `low` and
 // `high`; at the end the last row stands in for the missing ones, which changes no extreme.
 template <typename T>
@@ -109,6 +114,13 @@ struct ScaleAndMinimum {
   Floats scale, minimum;
 };
 
+// Whether a lane is true nowhere.
+PIKV_INLINE bool NoLane(Ints lanes) {
+  bool none = true;
+  for (int lane = 0; lane < kLanes; ++lane) none &= lanes[lane] == 0;
+  return none;
+}
+
 // Those of integers from 0 to `levels`, in float16.
 PIKV_INLINE ScaleAndMinimum HalfScaling(Floats low, Floats high, float levels) {
   ScaleAndMinimum s;
@@ -145,9 +157,7 @@ bool FindScaling(const Scaling& s, int64_t n) {
     StoreBits(s.inverse + i, scale > 0.0f ? 1.0f / scale : Floats{});
     StoreBits(s.stored[0] + i, Narrow(half));
   }
-  bool finite = true;
-  for (int lane = 0; lane < kLanes; ++lane) finite &= infinite[lane] == 0;
-  return finite;
+  return NoLane(infinite);
 }
 
 // The scaling of a vector of elements: that of its channels, or that of its token.
@@ -262,7 +272,7 @@ inline void StoreScales(const Scaling& s, const PageLayout& layout, int64_t size
 }
 
 template <Element kElement, typename T>
-bool SealHead(const SealPagesParams& p, const Scaling& s, int64_t page, int64_t head) {
+int32_t SealHead(const SealPagesParams& p, const Scaling& s, int64_t page, int64_t head) {
   const PageLayout& layout = p.layout;
   const int64_t d = layout.head_dim, page_size = layout.page_size;
   const auto block = [&](const void* data, const int64_t* strides, int64_t page, int64_t head) {
@@ -281,33 +291,34 @@ bool SealHead(const SealPagesParams& p, const Scaling& s, int64_t page, int64_t 
   uint8_t* value_out = key_out + layout.ValueOffset();
   constexpr bool kPlain = ScaleRows(kElement) == 0;
 
-  bool finite = true;
+  bool finite;
   if (!kPlain || p.bounds != nullptr) {
-    finite &= ChannelExtremes(keys, s.low, s.high);
+    finite = ChannelExtremes(keys, s.low, s.high);
     if (p.bounds != nullptr) {
       T* low = reinterpret_cast<T*>(p.bounds + page * p.bounds_stride) + head * d;
       StoreBounds(s, d, low, low + layout.num_kv_heads * d);
     }
   } else {
-    finite &= AllFinite(keys);
+    finite = AllFinite(keys);
   }
   if constexpr (kPlain) {
     Copy(keys, key_out);
-    if (latent) return finite;
+    if (latent) return FlagsOf(finite, true);
     finite &= AllFinite(values);
     Copy(values, value_out);
+    return FlagsOf(finite, true);
   } else {
-    finite &= FindScaling<kElement>(s, d);
+    int32_t flags = FlagsOf(finite, FindScaling<kElement>(s, d));
     StoreScales(s, layout, d, out + layout.KeyScaleOffset() + head * d * 2);
     EncodePerChannel<kElement>(keys, s, values, key_out);
-    if (latent) return finite;
+    if (latent) return flags;
 
-    finite &= RowExtremes(values, s.low, s.high);
-    finite &= FindScaling<kElement>(s, page_size);
+    finite = RowExtremes(values, s.low, s.high);
+    flags |= FlagsOf(finite, FindScaling<kElement>(s, page_size));
     StoreScales(s, layout, page_size, out + layout.ValueScaleOffset() + head * page_size * 2);
     EncodePerToken<kElement>(values, s, next_keys, value_out);
+    return flags;
   }
-  return finite;
 }
 
 template <Element kElement>

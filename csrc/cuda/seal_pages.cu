@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 8)
 
   // Statistics: keys per channel over the page's tokens, values per token over the channels. Of 0.0
   // and -0.0 either may be found as an extreme; its sum with 0.0 is 0.0.
-  bool bad = false;
+  bool bad = false, beyond = false;
   const auto take = [&](float x, float* low, float* high) {
     *low = fminf(*low, x);
     *high = fmaxf(*high, x);
@@ -105,12 +105,12 @@ __global__ void __launch_bounds__(kThreads, 8)
     const int64_t at = int64_t{head} * count + i;
     const int64_t minimum_at = at + int64_t{layout.num_kv_heads} * count;
     scales[i] = s.scale;
+    beyond |= !s.storable;
     if (kPacked && layout.byte_scales != 0) {
       section[at] = static_cast<uint8_t>(s.scale_byte);
       section[minimum_at] = static_cast<uint8_t>(s.minimum_byte);
       return;
     }
-    bad |= !(fabsf(s.scale.scale) <= 65504.0f && fabsf(s.scale.minimum) <= 65504.0f);
     Store(section + 2 * at, FloatToHalf(s.scale.scale), launch.aligned);
     if (ScaleRows(kElement) == 2) {
       Store(section + 2 * minimum_at, FloatToHalf(s.scale.minimum), launch.aligned);
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, 8)
     if constexpr (kPacked) {
       return BestScale(layout, levels, low, high, error);
     } else {
-      return {MakeScale<kElement>(low, high), 0, 0};
+      const Scale scale = MakeScale<kElement>(low, high);
+      return {scale, 0, 0, FitsHalf(scale)};
     }
   };
   if (is_keys) {
@@ -181,7 +182,9 @@ __global__ void __launch_bounds__(kThreads, 8)
       }
     }
   }
-  if (__syncthreads_or(bad) && threadIdx.x == 0) *p.nonfinite = 1;
+  bad = __syncthreads_or(bad);
+  beyond = __syncthreads_or(beyond);
+  if (threadIdx.x == 0 && (bad || beyond)) atomicOr(p.flags, bad ? kNonFinite : kBeyondRange);
 
   // Data. Also a barrier above: all scales are there.
   const int64_t head_bytes = (is_keys ? layout.RowBytes() : layout.ValueRowBytes()) * num_tokens;

@@ -89,7 +89,7 @@ __device__ float ScaleOfByte(int byte) {
   return BitsFloat(FloatBits(power) + (static_cast<uint32_t>((byte >> 3) - 24) << 23));
 }
 
-// The nearest to a step; see BYTE_LIMITS.
+// The nearest to a step; see BYTE_LIMITS. More than 255 where that is none of a byte's.
 __device__ int ByteOfScale(float step) {
   const uint32_t bits = FloatBits(fmaxf(step, 5.9604644775390625e-8f));  // 2^-24
   const float mantissa = BitsFloat((bits & 0x7fffff) | 0x3f800000);
@@ -102,23 +102,36 @@ __device__ int ByteOfScale(float step) {
   byte += mantissa > 1.6104903319492543f;
   byte += mantissa > 1.7562521603732995f;
   byte += mantissa > 1.9152065613971474f;
-  return min(byte, 255);
+  return byte;
 }
 
 struct PackedScale {
   Scale scale;
   int scale_byte, minimum_byte;  // where scales are bytes
+  bool storable;
 };
+
+// Whether float16 holds both.
+__device__ bool FitsHalf(const Scale& s) {
+  return fabsf(s.scale) <= 65504.0f && fabsf(s.minimum) <= 65504.0f;
+}
 
 __device__ PackedScale MakePackedScale(const PageLayout& layout, float levels, float low,
                                        float high) {
-  if (layout.byte_scales == 0) return {HalfScale(low, high, levels), 0, 0};
+  if (layout.byte_scales == 0) {
+    const Scale scale = HalfScale(low, high, levels);
+    return {scale, 0, 0, FitsHalf(scale)};
+  }
   // The minimum must fit into a byte, too.
   const float least = Divide(fmaxf(fabsf(low), fabsf(high)), 24.0f);
-  const int byte = ByteOfScale(fmaxf(Divide(Subtract(high, low), levels), least));
+  const int nearest = ByteOfScale(fmaxf(Divide(Subtract(high, low), levels), least));
+  const int byte = min(nearest, 255);
   const float scale = ScaleOfByte(byte);
   const float quarters = rintf(fminf(fmaxf(Multiply(Divide(low, scale), 4.0f), -127.0f), 127.0f));
-  return {{scale, Multiply(Divide(quarters, 4.0f), scale)}, byte, static_cast<int>(quarters)};
+  return {{scale, Multiply(Divide(quarters, 4.0f), scale)},
+          byte,
+          static_cast<int>(quarters),
+          nearest <= 255};
 }
 
 // How far the r-th range is narrowed: reference.py's CLIPS.
@@ -127,13 +140,14 @@ __device__ float Share(int r) {
   return r == 0 ? 0.9f : r == 1 ? 0.8f : r == 2 ? 0.7f : r == 3 ? 0.6f : r == 4 ? 0.5f : 0.4f;
 }
 
-// The scale of the range with the least error, where ranges are narrowed; error(scale) is a sum in
-// the order of reference.py's _sum_in_order.
+// The scale of the range with the least error, where ranges are narrowed, storable where that of
+// the whole range is; error(scale) is a sum in the order of reference.py's _sum_in_order.
 template <typename Error>
 __device__ PackedScale BestScale(const PageLayout& layout, float levels, float low, float high,
                                  const Error& error) {
   PackedScale best = MakePackedScale(layout, levels, low, high);
   if (layout.clip == 0) return best;
+  const bool storable = best.storable;
   float least = error(best.scale);
   const float middle = Divide(Add(low, high), 2.0f), half = Divide(Subtract(high, low), 2.0f);
   for (int r = 0; r < kNarrowed; ++r) {
@@ -146,6 +160,7 @@ __device__ PackedScale BestScale(const PageLayout& layout, float levels, float l
       least = of_tried;
     }
   }
+  best.storable = storable;
   return best;
 }
 

@@ -94,6 +94,9 @@ class Ops:
                 self._take(name, importlib.import_module(f"pikv_ds.ops.{name}_ops"))
             elif backend != "auto":
                 raise ValueError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
+        missing = why_missing("cpp", device_type) if device_type == "cuda" and backend == "auto" else None
+        if missing is not None and self._owners:
+            _warn_once(f"the ops run on Triton, slower than with CUDA kernels: {missing}")
         if backend == "auto" and not self._owners:
             _warn_once(f"the ops run as plain torch, which is slow: {why_missing('cpp', device_type)}")
         elif backend == "auto" and self._owners:
@@ -145,6 +148,13 @@ def why_missing(backend: str, device_type: str) -> str | None:
         except ImportError as error:
             return f"the extension pikv_ds._C is not built ({error}); run: pip install --no-build-isolation -e ."
         if not importlib.import_module("pikv_ds.ops.cpp_ops").supported(device_type):
+            if device_type == "cuda":
+                cause = importlib.import_module("pikv_ds._C").why_no_cuda()
+                return (
+                    f"the extension pikv_ds._C was built without CUDA kernels ({cause}); install a torch for CUDA and "
+                    "the CUDA toolkit of its version, set CUDA_HOME to the toolkit, and run: "
+                    "pip install --no-build-isolation --force-reinstall --no-deps . in pikv-ds' folder"
+                )
             return f"the extension pikv_ds._C has no ops for device {device_type!r}"
         return None
     try:

@@ -25,9 +25,9 @@ def supported(device_type: str) -> frozenset[str]:
 
 
 def seal_pages(
-    keys: Tensor, values: Tensor | None, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+    keys: Tensor, values: Tensor | None, layout: PageLayout, out: Tensor, bounds: Tensor | None, flags: Tensor
 ) -> None:
-    _C.seal_pages(keys, values, layout.seal_code, *_layout(layout)[1:], out, bounds, nonfinite)
+    _C.seal_pages(keys, values, layout.seal_code, *_layout(layout)[1:], out, bounds, flags)
 
 
 def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:

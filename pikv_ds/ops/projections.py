@@ -68,6 +68,25 @@ def _by_head(x: Tensor, matrices: Tensor) -> Tensor:
     return (grouped @ matrices).unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
 
 
+MOST_UNEVEN = 8.0
+"""`unevenness` of a layer's keys from which a rotation costs more accuracy than it brings (docs/policies.md)."""
+
+
+def unevenness(keys: Tensor) -> Tensor:
+    """How far the channels of some pages differ in what their codes must span, one number on the device.
+
+    Of each page and head the largest range of a channel over the page's tokens, relative to the median channel's; the
+    mean over pages and heads. A rotation gives every channel about the root mean square of all ranges: with few
+    outliers the others' steps grow by nearly this factor. What is constant within a page costs nothing, as a page
+    stores minima, so magnitudes are not asked for.
+
+    Args:
+        keys: ``[N, K, S, D]``.
+    """
+    ranges = keys.amax(2).float() - keys.amin(2).float()
+    return (ranges.amax(-1) / ranges.median(-1).values).mean()
+
+
 def hadamard(size: int) -> Tensor:
     """An orthogonal matrix ``[size, size]`` whose entries are of one magnitude, so that it spreads outliers evenly.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_ds.layout import BITS, PageLayout, scale_rows
+from pikv_ds.layout import BITS, PageLayout, SealFlag, scale_rows
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
@@ -23,7 +23,7 @@ ZERO = 0.0
 
 
 def seal_pages(
-    keys: Tensor, values: Tensor | None, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+    keys: Tensor, values: Tensor | None, layout: PageLayout, out: Tensor, bounds: Tensor | None, flags: Tensor
 ) -> None:
     """Encodes full pages, in one pass over the input (KIVI, Liu et al. 2024, for the integers).
 
@@ -34,11 +34,12 @@ def seal_pages(
             bytes are written as 0.
         bounds: uint8 ``[N, bounds_bytes]`` likewise: each page's key minima and maxima per KV
             head and channel, ``[2, K, D]`` in ``layout.dtype`` (Quest); None: not wanted.
-        nonfinite: int32 ``[1]``, set to 1 if there is a NaN or infinity in the input, or a scale
-            or minimum beyond float16; such a page's bytes are undefined.
+        flags: int32 ``[1]``, to which is added (bitwise or), for each page and KV head and for keys
+            and values apart: `SealFlag.NON_FINITE` where there is a NaN or infinity among them; else
+            `SealFlag.BEYOND_RANGE` where a range from the smallest to the largest element has a scale
+            or minimum that cannot be stored. Such a page's bytes are undefined.
     """
     out.zero_()  # padding between sections: pages are compared and logged byte by byte
-    bad = torch.zeros((), dtype=torch.bool, device=keys.device)
     # keys per channel: over the page's tokens; values per token: over the channels
     sections = [(keys, layout.element, 2, 0, layout.key_scale_offset)]
     if layout.latent_dim is None:
@@ -46,15 +47,15 @@ def seal_pages(
         element = layout.value_element or layout.element
         sections.append((values, element, 3, layout.value_offset, layout.value_scale_offset))
     for x, element, dim, offset, scale_offset in sections:
-        bad |= ~x.isfinite().all()
-        codes, scales = _encode(x, element, layout, dim)
+        codes, scales, storable = _encode(x, element, layout, dim)
         _put(out, offset, codes.flatten(1))
+        finite = x.isfinite().flatten(2).all(2)
+        flags |= SealFlag.NON_FINITE * ~finite.all()
         if scales is not None:
-            bad |= ~scales.float().isfinite().all()
             _put(out, scale_offset, scales.flatten(1))
+            flags |= SealFlag.BEYOND_RANGE * (finite & ~storable.flatten(2).all(2)).any()
     if bounds is not None:
         _put(bounds, 0, torch.stack([keys.amin(2), keys.amax(2)], dim=1).add(ZERO).flatten(1))
-    nonfinite |= bad.to(nonfinite.dtype)
 
 
 def unseal_pages(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
@@ -392,14 +393,16 @@ def choose_victims(
     out[: len(order)] = candidates[order].to(out.dtype)
 
 
-def _encode(x: Tensor, element: str, layout: PageLayout, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Stored elements of ``x [N, K, S, D]``, and their scales ``[N, scale_rows, K, *]`` over ``dim``."""
+def _encode(x: Tensor, element: str, layout: PageLayout, dim: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Stored elements of ``x [N, K, S, D]``, their scales ``[N, scale_rows, K, *]`` over ``dim``, and whether those
+    can be stored, ``[N, K, ...]``."""
     if not scale_rows(element):
-        return x.to(layout.dtype).contiguous(), None
+        return x.to(layout.dtype).contiguous(), None, x.new_ones(()).bool()
     if element == "fp8":
-        return _to_fp8(x.float(), dim)
-    codes, scales = _quantize(x.float(), BITS[element], dim, layout)
-    return _pack(codes, BITS[element]), scales
+        codes, scales = _to_fp8(x.float(), dim)
+        return codes, scales, scales[:, 0].isfinite()
+    codes, scales, storable = _quantize(x.float(), BITS[element], dim, layout)
+    return _pack(codes, BITS[element]), scales, storable
 
 
 def _decode(data: Tensor, element: str, layout: PageLayout, shape: tuple[int, ...]) -> Tensor:
@@ -425,12 +428,13 @@ CLIPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """How far `PageLayout.clip` narrows ranges, beside not at all."""
 BYTE_SCALES = torch.tensor([2 ** (byte / 8 - 24) for byte in range(256)])
 """What a scale's byte stands for."""
-BYTE_LIMITS = torch.tensor([2 ** ((byte + 0.5) / 8 - 24) for byte in range(255)])
-"""Scales above these are nearer to the next byte's."""
+BYTE_LIMITS = torch.tensor([2 ** ((byte + 0.5) / 8 - 24) for byte in range(256)])
+"""Scales above these are nearer to the next byte's; above the last one no byte is near enough."""
 
 
-def _quantize(x: Tensor, bits: int, dim: int, layout: PageLayout) -> tuple[Tensor, Tensor]:
-    """Codes uint8 of x's shape, and (scale, minimum) stacked in dimension 1, without ``dim``."""
+def _quantize(x: Tensor, bits: int, dim: int, layout: PageLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 of x's shape, (scale, minimum) stacked in dimension 1, without ``dim``, and whether those of the
+    whole range can be stored."""
     low, high = x.amin(dim, keepdim=True) + ZERO, x.amax(dim, keepdim=True) + ZERO
     codes, scales, error = _quantize_between(x, low, high, bits, dim, layout)
     if layout.clip:
@@ -441,7 +445,7 @@ def _quantize(x: Tensor, bits: int, dim: int, layout: PageLayout) -> tuple[Tenso
             codes = torch.where(better, tried[0], codes)
             scales = torch.where(better.squeeze(dim)[:, None], tried[1], scales)
             error = torch.where(better, tried[2], error)
-    return codes, scales
+    return codes, scales, _storable(low, high, 2**bits - 1, layout)
 
 
 def _quantize_between(
@@ -485,11 +489,22 @@ def _scales_to(low: Tensor, high: Tensor, levels: int, layout: PageLayout) -> Te
         below = torch.nextafter(half, half.new_full((), -torch.inf))
         minimum = torch.where(half.float() > low, below, half).float()
         return torch.stack([((high - minimum).clamp(min=0) / levels).half(), minimum.half()], dim=1)
-    step = (high - low) / levels
-    step = torch.maximum(step, torch.maximum(low.abs(), high.abs()) / 24)  # so that the minimum fits into a byte
-    scale = torch.bucketize(step, BYTE_LIMITS.to(step.device))
+    step = _byte_step(low, high, levels)
+    scale = torch.bucketize(step, BYTE_LIMITS.to(step.device)).clamp(max=255)
     minimum = (low / BYTE_SCALES.to(step.device)[scale] * 4).round().clamp(-127, 127)
     return torch.stack([scale.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)], dim=1)
+
+
+def _byte_step(low: Tensor, high: Tensor, levels: int) -> Tensor:
+    """The scale that is rounded to a byte's: so large that the minimum fits into a byte, too."""
+    return torch.maximum((high - low) / levels, torch.maximum(low.abs(), high.abs()) / 24)
+
+
+def _storable(low: Tensor, high: Tensor, levels: int, layout: PageLayout) -> Tensor:
+    """Whether the scale and the minimum of a range are within what they are stored as."""
+    if layout.scales == 16:
+        return _scales_to(low, high, levels, layout).isfinite().all(1)
+    return _byte_step(low, high, levels) <= BYTE_LIMITS[-1].item()
 
 
 def _scales_from(stored: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pikv_ds.layout import PLAIN, PageLayout
+from pikv_ds.layout import PLAIN, PageLayout, SealFlag
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.ops.triton_kernels.attention import (
     compact_kernel,
@@ -71,7 +71,7 @@ def supported(device_type: str) -> frozenset[str]:
 
 
 def seal_pages(
-    keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, nonfinite: Tensor
+    keys: Tensor, values: Tensor, layout: PageLayout, out: Tensor, bounds: Tensor | None, flags: Tensor
 ) -> None:
     if keys.shape[0] == 0:
         return
@@ -89,7 +89,7 @@ def seal_pages(
         values,
         out,
         bounds,
-        nonfinite,
+        flags,
         *keys.stride()[:3],
         *values.stride()[:3],
         out.stride(0),
@@ -106,6 +106,8 @@ def seal_pages(
         PAGE_BYTES=layout.page_bytes,
         CHANNELS=channels,
         TOKENS=tokens,
+        NON_FINITE=int(SealFlag.NON_FINITE),
+        BEYOND_RANGE=int(SealFlag.BEYOND_RANGE),
         num_warps=8,
     )
 

@@ -159,6 +159,26 @@ class Codec:
         matrix = hadamard(head_dim).to(device).expand(num_kv_heads, -1, -1)
         return [Projections.of_bases(matrix, matrix)] * num_layers
 
+    def reach(self, dtype: torch.dtype) -> str:
+        """Which keys and values it can hold, in words: for each of its elements, by what its scales are stored as.
+
+        Args:
+            dtype: the model's.
+        """
+        words = []
+        for element in dict.fromkeys((self.name, self.values or self.name)):
+            if element == "none":
+                words.append(f"{PLAIN[dtype]} to {torch.finfo(dtype).max:,.4g}")
+            elif element == "fp8":
+                words.append(f"fp8 to {448 * 65504:,}")
+            elif self.scales == 16:
+                levels = 2 ** BITS[element] - 1
+                words.append(f"{element} from -65,504 on, the largest less the smallest to {levels * 65504:,}")
+            else:
+                levels, step = 2 ** BITS[element] - 1, 2 ** (255.5 / 8 - 24)
+                words.append(f"{element} to {24 * step:,.0f}, the largest less the smallest to {levels * step:,.0f}")
+        return "; ".join(words)
+
     @property
     def codecs(self) -> tuple[Codec, ...]:
         return (self,)

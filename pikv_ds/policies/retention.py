@@ -286,6 +286,18 @@ class ExpectedRetention(MassRetention):
         return weights
 
 
+UNFIT_PRESSES = {
+    "observedattention": "it needs the weights of eager attention, which are never formed here (the retention h2o "
+    "does the same without them)",
+    "criticalkv": "it rates by another press, which a name does not give",
+    "adakv": "it is no scorer of tokens (the budget ada does the same to any)",
+    "criticaladakv": "it is no scorer of tokens (the budget ada gives heads what they need)",
+    "chunkkv": "it is no scorer of tokens (the retention chunk does the same)",
+    "duoattention": "it is no scorer of tokens (the budget duo does the same)",
+}
+"""Presses of kvpress that cannot work here, beside those that `_why_unfit` finds out."""
+
+
 @dataclass(frozen=True)
 class KvpressRetention(MassRetention):
     """The scores of a press of kvpress (NVIDIA, ``ScorerPress``), e.g. ``"kvpress:knorm"``.
@@ -303,7 +315,7 @@ class KvpressRetention(MassRetention):
         self.build()
 
     def build(self) -> Any:
-        """The press; `ValueError` where there is none of the name."""
+        """The press; `ValueError` where there is none of the name, or it cannot work here."""
         try:
             import kvpress
         except ImportError as error:
@@ -313,12 +325,18 @@ class KvpressRetention(MassRetention):
         presses = {
             name.removesuffix("Press").lower(): kind
             for name, kind in vars(kvpress).items()
-            if isinstance(kind, type) and issubclass(kind, kvpress.ScorerPress) and kind is not kvpress.ScorerPress
+            if isinstance(kind, type) and issubclass(kind, kvpress.BasePress)
         }
-        kind = presses.get(self.press.lower().replace("_", "").removesuffix("press"))
-        if kind is None:
-            raise ValueError(f"press = {checks.shown(self.press)}: choose one of {', '.join(sorted(presses))}")
-        return kind()
+        for abstract in ("base", "scorer"):
+            presses.pop(abstract)
+        unfit = {name: why for name, kind in presses.items() if (why := _why_unfit(name, kind, kvpress))}
+        key = self.press.lower().replace("_", "").removesuffix("press")
+        if key not in presses or key in unfit:
+            why = f"{unfit[key]}; " if key in unfit else ""
+            raise ValueError(
+                f"press = {checks.shown(self.press)}: {why}choose one of {', '.join(sorted(presses.keys() - unfit))}"
+            )
+        return presses[key]()
 
     def scores(self, prompt: Prompt) -> Tensor:
         if prompt.source is None:
@@ -326,9 +344,29 @@ class KvpressRetention(MassRetention):
                 f"retention kvpress:{self.press} needs the attention's inputs, which only attached Hugging Face "
                 "models hand over; choose another retention here"
             )
+        press = self.build()
+        # What a press keeps anyway, it does not rate; of a prompt that has nothing else it makes an error.
+        window, sink, first, last = (getattr(press, name, 0) for name in _KEPT)
+        if prompt.length <= max(window, sink, first + last):
+            return torch.full_like(_recency(prompt), torch.inf)
         module, hidden, kwargs = prompt.source
-        scores = self.build().score(module, hidden, prompt.key[None], prompt.value[None], None, kwargs)
+        scores = press.score(module, hidden, prompt.key[None], prompt.value[None], None, kwargs)
         return scores[0].float()
+
+
+_KEPT = ("window_size", "n_sink", "sink_size_start", "sink_size_end")
+"""How presses name the tokens that they keep unrated."""
+
+
+def _why_unfit(name: str, kind: Any, kvpress: Any) -> str | None:
+    """Why a press of kvpress cannot rate prompts here, None if it can."""
+    if name in UNFIT_PRESSES:
+        return UNFIT_PRESSES[name]
+    if not issubclass(kind, kvpress.ScorerPress):
+        return "it is no scorer of tokens (kvpress.ScorerPress)"
+    if kind.post_init_from_model is not kvpress.BasePress.post_init_from_model:
+        return "it wants weights or statistics made for the model, which kvpress downloads and PiKV does not"
+    return None
 
 
 RETENTIONS: dict[str, type[Retention]] = {

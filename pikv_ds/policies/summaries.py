@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds import checks
-from pikv_ds.layout import PageLayout
+from pikv_ds.layout import PageLayout, SealFlag
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ class SubPages:
         vectors = layout.num_kv_heads * self.count(layout)
         return vectors * (2 * layout.head_dim * self.bits // 8 + 4)
 
-    def encode(self, keys: Tensor, layout: PageLayout) -> Tensor:
-        """Summaries of pages of keys ``[N, K, S, D]``: uint8 ``[N, num_bytes]``."""
+    def encode(self, keys: Tensor, layout: PageLayout, flags: Tensor | None = None) -> Tensor:
+        """Summaries of pages of keys ``[N, K, S, D]``: uint8 ``[N, num_bytes]``.
+
+        Args:
+            flags: int32 ``[1]``, gets `SealFlag.BEYOND_SUMMARY` where a scale is beyond float16.
+        """
         x = keys.float().unflatten(2, (self.count(layout), -1))  # [N, K, sub-pages, grain, D]
         low, high = x.amin(3), x.amax(3)
         centre, spread = (low + high) / 4 + x.mean(3) / 2, (high - low) / 4
@@ -68,6 +72,8 @@ class SubPages:
         centre_scale = _up(centre.abs().amax(-1) / middle)
         spread_scale = _up(spread.amax(-1) / levels)
         scales = torch.stack([centre_scale, spread_scale], dim=1)
+        if flags is not None:
+            flags |= SealFlag.BEYOND_SUMMARY * ~scales.isfinite().all()
         codes = [
             (centre / centre_scale.float().clamp(min=1e-30)[..., None]).round() + middle,
             (spread / spread_scale.float().clamp(min=1e-30)[..., None]).round(),

@@ -36,7 +36,7 @@ Layout = _struct(
 SlabRows = _struct("SlabRows", pointers=c_void_p, slab_rows=c_int64, row_bytes=c_int64)
 SealPages = _struct(
     "SealPages",
-    **_names(c_void_p, "keys values out bounds nonfinite"),
+    **_names(c_void_p, "keys values out bounds flags"),
     layout=Layout,
     dtype=c_int32,
     num_pages=c_int64,
@@ -152,14 +152,14 @@ class EmulatedOps:
         layout: PageLayout,
         out: Tensor,
         bounds: Tensor | None,
-        nonfinite: Tensor,
+        flags: Tensor,
     ) -> None:
         params = SealPages(
             keys.data_ptr(),
             None if values is None else values.data_ptr(),
             out.data_ptr(),
             None if bounds is None else bounds.data_ptr(),
-            nonfinite.data_ptr(),
+            flags.data_ptr(),
             _layout(layout, layout.seal_code),
             DTYPES.index(keys.dtype),
             len(keys),

@@ -334,6 +334,12 @@ T atomicAdd(T* at, T x) {
   *at += x;
   return before;
 }
+template <typename T>
+T atomicOr(T* at, T x) {
+  const T before = *at;
+  *at |= x;
+  return before;
+}
 
 // Row r of matrix i, as bits.
 inline void Matrices(uint32_t (&out)[4], const void* row, bool transposed) {

@@ -32,6 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("wire", ["528.0 │     528"]),
         ("memory", ["MiB"]),
         ("speed", ["cpp"]),
+        ("rotation", ["× 1 ", "× 64", "yes"]),
     ],
 )
 def test_a_reading(what: str, words: list[str], model: Path) -> None:

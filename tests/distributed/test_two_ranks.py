@@ -683,13 +683,14 @@ def generate_badly(
     pikv: Mapping[str, Any],
     nan_on: int | None,
     model: Mapping[str, Any],
+    nan: float,
 ) -> dict[str, Any]:
     """A call that fails, then a good one on the same engine."""
     whole = tiny.mixtral(**model)
     reference = copy.deepcopy(whole)
     engine = pikv_ds.initialize(whole, cases.settings(pikv))
     if nan_on == rank:  # only now: DeepSpeed gives every rank the weights of the first
-        engine.module.model.layers[1].self_attn.k_proj.weight[3, 5] = torch.nan
+        engine.module.model.layers[1].self_attn.k_proj.weight[3, 5] = nan
     with catching() as raised:
         arguments = {"max_new_tokens": works[rank].new, "do_sample": False, **calls[rank]}
         engine.module.generate(works[rank].ids(rank), **arguments)
@@ -708,6 +709,7 @@ def run_badly(ranks: Ranks, **arguments: Any) -> list[Raised]:
         "pikv": {},
         "nan_on": None,
         "model": {},
+        "nan": torch.nan,
     }
     results = ranks.run(generate_badly, **(defaults | arguments))
     for rank, result in enumerate(results):
@@ -743,6 +745,13 @@ def test_nan_on_one_rank(ranks: Ranks, new: int) -> None:
     works = (Work(1, 40, new), Work(1, 40, new))
     raised = run_badly(ranks, works=works, nan_on=1)
     assert_raised(raised, ["NonFiniteError"] * 2, "rank 1", "layer 1")
+
+
+@pytest.mark.parametrize("new", [1, 10])
+def test_keys_beyond_the_codec_on_one_rank(ranks: Ranks, new: int) -> None:
+    works = (Work(1, 40, new), Work(1, 40, new))
+    raised = run_badly(ranks, works=works, nan_on=1, nan=1e12, pikv={"codec": "int4"})
+    assert_raised(raised, ["OutOfRangeError"] * 2, "rank 1", "layer 1", "int4")
 
 
 def test_prompt_longer_than_the_context_on_one_rank(ranks: Ranks) -> None:

@@ -280,6 +280,14 @@ def test_what_would_be_wrong_is_refused_by_name(model: Any, key: str, value: Any
     assert not [m for m in model.modules() if any("pikv" in name for name in vars(m))]
 
 
+def test_a_retention_that_wants_hugging_face_is_refused(model: Any) -> None:
+    pytest.importorskip("kvpress")
+    settings = {"retention": "kvpress:knorm", "budget": {"name": "uniform", "prompt": 0.5}}
+    with pytest.raises(ConfigError, match=r"pikv.retention = .*knorm.* choose another retention"):
+        megatron_patch.patch_model(model, CONFIG | settings)
+    assert not [m for m in model.modules() if any("pikv" in name for name in vars(m))]
+
+
 def test_a_pool_that_could_never_hold_a_request_is_refused(model: Any) -> None:
     megatron_patch.patch_model(model, CONFIG | {"capacity_tokens": 120})
     with pytest.raises(ConfigError, match=r"max_sequence_length = 160 a rank may have to keep 208"):

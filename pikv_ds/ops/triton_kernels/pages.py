@@ -128,7 +128,7 @@ def seal_kernel(
     values,
     out,  # uint8 [N, page_bytes], rows out_stride bytes apart
     bounds,  # the keys' dtype, [N, 2, K, D], rows bounds_stride elements apart; or None
-    nonfinite,  # int32 [1]
+    flags,  # int32 [1]
     key_stride_n,
     key_stride_k,
     key_stride_s,
@@ -149,6 +149,8 @@ def seal_kernel(
     PAGE_BYTES: tl.constexpr,
     CHANNELS: tl.constexpr,  # of a part that are encoded at a time, keys
     TOKENS: tl.constexpr,  # that are encoded at a time, values
+    NON_FINITE: tl.constexpr,  # see SealFlag
+    BEYOND_RANGE: tl.constexpr,
 ):
     """Encodes the keys or the values of one page and KV head; grid (N, K, 2).
 
@@ -162,7 +164,7 @@ def seal_kernel(
     ROW: tl.constexpr = D * BITS // 8
     page = out + n * out_stride
     part = tl.arange(0, PARTS)
-    bad = 0
+    bad, beyond = 0, 0
     if tl.program_id(2) == 0:
         source = keys + n * key_stride_n + k * key_stride_k
         section, scales = page + k * S * ROW, (page + KEY_SCALES).to(tl.pointer_type(tl.float16)) + k * D
@@ -186,10 +188,10 @@ def seal_kernel(
             else:
                 codes, scale, minimum = _codes_of(x, low[None], high[None], BITS, FP8)
                 _store_codes(section, codes, token, column, column[None, :] < PART, ROW, BITS, PARTS)
-                bad = tl.maximum(bad, tl.max(_is_bad(scale)))
+                beyond = tl.maximum(beyond, tl.max(_is_bad(scale)))
                 tl.store(scales + channel[None], scale, mask=inside[None])
                 if SCALE_ROWS == 2:
-                    bad = tl.maximum(bad, tl.max(_is_bad(minimum)))
+                    beyond = tl.maximum(beyond, tl.max(_is_bad(minimum)))
                     tl.store(scales + K * D + channel[None], minimum, mask=inside[None])
     else:
         source = values + n * value_stride_n + k * value_stride_k
@@ -212,10 +214,10 @@ def seal_kernel(
                 high = tl.max(tl.max(tl.where(mask, x, float("-inf")), 2), 1)[:, None, None] + 0.0
                 codes, scale, minimum = _codes_of(x, low, high, BITS, FP8)
                 _store_codes(section, codes, token, column, column[None, :] < PART, ROW, BITS, PARTS)
-                bad = tl.maximum(bad, tl.max(_is_bad(scale)))
+                beyond = tl.maximum(beyond, tl.max(_is_bad(scale)))
                 tl.store(scales + token[:, None, None], scale)
                 if SCALE_ROWS == 2:
-                    bad = tl.maximum(bad, tl.max(_is_bad(minimum)))
+                    beyond = tl.maximum(beyond, tl.max(_is_bad(minimum)))
                     tl.store(scales + K * S + token[:, None, None], minimum)
     if k == 0:  # padding between sections: pages are compared and logged byte by byte
         gap = tl.arange(0, 16)
@@ -229,4 +231,5 @@ def seal_kernel(
             tl.store(page + end_values + gap, tl.zeros((16,), tl.uint8), mask=gap < VALUE_SCALES - end_values)
             end_page: tl.constexpr = VALUE_SCALES + 2 * SCALE_ROWS * K * S
             tl.store(page + end_page + gap, tl.zeros((16,), tl.uint8), mask=gap < PAGE_BYTES - end_page)
-    tl.store(nonfinite, 1, mask=bad > 0)  # whoever stores, stores 1
+    noted = tl.where(bad > 0, NON_FINITE, beyond * BEYOND_RANGE)
+    tl.atomic_or(flags, noted, mask=noted > 0)
