@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from megatron_patch import compat
 from pikv_ds import launch_env, ranks
-from pikv_ds.config import ConfigError, PiKVConfig, load_json
-from pikv_ds.errors import PiKVError
+from pikv_ds.config import ConfigError, PiKVConfig, load_config
+from pikv_ds.errors import PiKVError, UsageError
 
 EXAMPLES = """examples:
   launch/megatron_server.sh --model /models/Mixtral-8x7B --ranks 8
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[argparse.Namespace],
         if not launch_env.launched() and (args.ranks or 1) > 1:
             return ranks.run([sys.executable, *sys.orig_argv[1:]], args.ranks)
         return run(args, load or load_checkpoint)
-    except (ConfigError, PiKVError, compat.MegatronVersionError, ValueError, OSError) as error:
+    except (ConfigError, PiKVError, compat.MegatronVersionError, UsageError, OSError, UnicodeError) as error:
         if launch_env.world().rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -190,8 +190,7 @@ def pikv_config(args: argparse.Namespace) -> PiKVConfig | None:
     """The settings that ``--pikv-config`` names, the defaults without it, None with ``--no-pikv``."""
     if args.no_pikv:
         return None
-    settings = load_json(args.pikv_config) if args.pikv_config else {}
-    return PiKVConfig.from_dict(settings.get("pikv", settings))
+    return load_config(args.pikv_config) if args.pikv_config else PiKVConfig()
 
 
 def load_checkpoint(args: argparse.Namespace) -> Loaded:
