@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import pikv_ds
 from pikv_ds import ConfigError, PiKVConfig, checks
-from pikv_ds.config import POLICIES, load_json, section
+from pikv_ds.config import POLICIES, load_config, load_json, section
 from pikv_ds.policies.codecs import ELEMENTS, MOST_NUMBER, Codec
 
 HUGE = 10**5000
@@ -141,6 +141,10 @@ def test_no_setting_takes_what_is_of_no_kind(where: str, tmp_path: Path) -> None
         ({"codec": DEEP}, "pikv.codec.name = "),
         ({"retention": {"name": "kvpress", "press": 5}}, "pikv.retention.press = 5: name a press"),
         ({"retention": {"name": "kvpress"}}, 'pikv.retention.press: missing; "kvpress" needs it'),
+        (
+            {"budget": {"name": "pyramid", "tokens": 0}, "retention": "snap"},
+            "pikv.budget.tokens = 0: use a whole number of at least 1, or leave it out for no limit",
+        ),
         ({"two\nlines": 1}, "pikv.'two\\nlines' = 1: unknown setting"),
         ({5: 1}, "pikv.5 = 1: unknown setting"),
     ],
@@ -185,6 +189,28 @@ def test_a_section_that_is_no_object_is_refused(found: Any) -> None:
         section({"pikv": found}, "ds.json")
 
 
+@pytest.mark.parametrize("content", [{"pikv": {"page_size": 8}}, {"page_size": 8}])
+def test_a_file_has_the_settings_by_themselves_or_in_a_section(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    assert load_config(tmp_path / "ds.json") == PiKVConfig(page_size=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"pikv": [1]}, "pikv: expected an object with settings, got [1]"),
+        ({"pikv": {"page_size": 7}}, "pikv.page_size = 7: choose"),
+        ({"page_size": 7}, "pikv.page_size = 7: choose"),
+    ],
+)
+def test_errors_of_a_file_name_it(tmp_path: Path, content: Any, words: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+
+
 @pytest.mark.parametrize("table", [[], {}, ["abc"], [[1, 0]], [[]], [[True], "x"], 5])
 def test_a_file_of_heads_is_a_table_of_true_and_false(tmp_path: Path, table: Any) -> None:
     """A row of text had as many retrieval heads as letters."""
@@ -224,11 +250,13 @@ def test_bounds_are_those_of_the_checks() -> None:
 
 
 @pytest.mark.parametrize("where", [where for where in OWNERS if not where.startswith("codec")])
-def test_what_is_accepted_runs(where: str) -> None:
+def test_what_is_accepted_runs(where: str, tmp_path: Path) -> None:
     """Every number at the least and the most that is taken: nothing fails later."""
     key, _, name = where.partition(".")
     ids = tiny.prompt(2, 24)
     ran, limits = 0, bounds(where)
+    heads = tiny.mixtral(num_layers=1).config.num_key_value_heads
+    (tmp_path / "heads.json").write_text(json.dumps({"retrieval": [[True] + [False] * (heads - 1)]}))
     for field in dataclasses.fields(OWNERS[where]):
         if not field.init or ("int" not in str(field.type) and "float" not in str(field.type)):
             continue
@@ -239,6 +267,8 @@ def test_what_is_accepted_runs(where: str) -> None:
                 chosen["budget"] = {"prompt": 0.5, "tokens": 16, "name": "uniform"}
             if key == "budget":
                 chosen["retention"] = "snap"
+            if name == "duo":
+                chosen["budget"]["heads"] = f"{tmp_path}/heads.json"
             if chosen.get("budget") == {"name": "uniform", "prompt": 1}:  # keeps everything: no budget at all
                 continue
             taken.append(PiKVConfig.from_dict({"page_size": 8, **chosen}))

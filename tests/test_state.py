@@ -260,8 +260,12 @@ def test_what_one_rank_cannot_prepare_all_refuse(
     if what == "tokenizer":
         (folder / "tokenizer.json").unlink()
     if what == "weights":
-        (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors").symlink_to(folder / "model.safetensors")
+        identity = checkpoints.identity
+
+        def read_all(path: str) -> str:
+            return identity(path) if path == str(model) else Path("/").read_bytes().decode()  # an OSError
+
+        monkeypatch.setattr(checkpoints, "identity", read_all)
     if what == "bug":
         monkeypatch.setattr(generation, "my_prompts", lambda args, *_: [][args.rank] if args.rank else ([], [], []))
     (tmp_path / "ds.json").write_text("{}")
