@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples import generation
-from examples.state import State, fingerprint, is_done, until_end
+from examples.state import is_done, prepare, until_end
 from pikv_ds import checkpoints, launch_env
 
 EXAMPLES = """examples:
@@ -50,7 +50,6 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     import pikv_ds
 
     folder = generation.checkpoint(args.model, num_experts=6 if world.size in (3, 6) else 8, progress=world.rank == 0)
-    tokenizer = checkpoints.load_tokenizer(folder, "--model", padding_side="left")
     load = lambda: checkpoints.load_model(folder, getattr(torch, args.dtype), "--model")  # noqa: E731
     console.print(f"[bold]PiKV-DS[/] {world.size} rank(s), {args.dtype}, model {escape(Path(folder).name)}")
     started = time.perf_counter()
@@ -59,9 +58,9 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     console.print(f"model loaded and sharded in {time.perf_counter() - started:.1f} s")
 
     vocab_size = engine.module.config.get_text_config().vocab_size
-    mine, questions, prefixes = generation.my_prompts(args, tokenizer, world, vocab_size)
-    job = fingerprint(args, config, folder, mine, "deepspeed") if args.state else {}
-    state = State(args.state, world, job)
+    tokenizer, mine, questions, prefixes, state = prepare(
+        args, config, folder, world, vocab_size, "deepspeed", padding_side="left"
+    )
     ends = [] if args.ignore_eos else generation.end_tokens(engine.module)
     answers = [until_end(ids, ends, args.max_new_tokens) for ids in state.read(len(mine), vocab_size)]
     going = [i for i, ids in enumerate(answers) if not is_done(ids, ends, args.max_new_tokens)]

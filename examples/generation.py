@@ -7,7 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +16,9 @@ from examples import prompts
 from pikv_ds import checkpoints, checks, launch_env, metrics, tables
 from pikv_ds.command_line import RANKS, Parser, check_folders, guarded, whole
 from pikv_ds.config import ConfigError, PiKVConfig, load_json, section
-from pikv_ds.errors import PiKVError
+from pikv_ds.errors import PeerError, PiKVError, UsageError
+
+Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,6 +114,7 @@ def main(args: argparse.Namespace, launch: Callable[[int], int], run: Callable[.
     world = launch_env.world()
 
     def work() -> int:
+        check_folders(*(Path(file) for file in (args.state, args.json) if file not in (None, "-")))
         run(args, world)
         return 0
 
@@ -122,7 +125,7 @@ def _prepare(args: argparse.Namespace) -> int:
     launch_env.prepare()
     world = launch_env.world()
     if args.ranks not in (None, world.size):
-        raise ValueError(f"--ranks {args.ranks}, but the launcher started {world.size}; drop one")
+        raise UsageError(f"--ranks {args.ranks}, but the launcher started {world.size}; drop one")
     return 0
 
 
@@ -151,13 +154,12 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
         if not found:
             raise ConfigError(f"--set {checks.named(override)}: write KEY=VALUE, e.g. --set codec=int8")
         settings[key] = text  # a bare word
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UsageError):
             settings[key] = checks.parse_json(text)
     try:
         PiKVConfig.from_dict(settings)
     except ConfigError as error:
         raise ConfigError(f"{args.config}: {error}") from None
-    check_folders(*(Path(file) for file in (args.state, args.json) if file not in (None, "-")))
     return {**config, "pikv": settings}
 
 
@@ -177,7 +179,7 @@ def my_prompts(
     """Token ids of this rank's prompts, what is asked in each, and how the answers begin.
 
     Raises:
-        ValueError: a file that is missing, empty or no text, or a tokenizer of another model.
+        UsageError: a file that is missing, empty or no text, or a tokenizer of another model.
     """
     if args.prompt_file:
         everything = []
@@ -185,11 +187,11 @@ def my_prompts(
             try:
                 text = Path(file).read_text(encoding="utf-8")
             except OSError as error:
-                raise ValueError(f"--prompt-file {file}: {error.strerror}; name a text") from None
+                raise UsageError(f"--prompt-file {file}: {error.strerror}; name a text") from None
             except UnicodeDecodeError:
-                raise ValueError(f"--prompt-file {file}: not a text in UTF-8; convert it") from None
+                raise UsageError(f"--prompt-file {file}: not a text in UTF-8; convert it") from None
             if not text.strip():
-                raise ValueError(f"--prompt-file {file}: is empty; write a prompt into it")
+                raise UsageError(f"--prompt-file {file}: is empty; write a prompt into it")
             everything.append((encode(tokenizer, text, args.question), args.question or Path(file).name, ""))
     else:
         lengths = (args.prompt_tokens, args.prompt_tokens // 2)
@@ -198,11 +200,11 @@ def my_prompts(
                 (prompts.long_prompt(tokenizer, length, question, document, prefix), question, prefix)
                 for (document, question, prefix), length in zip(DEMOS, lengths, strict=True)
             ]
-        except ValueError as error:
-            raise ValueError(f"--prompt-tokens {args.prompt_tokens}, half of it for the second: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"--prompt-tokens {args.prompt_tokens}, half of it for the second: {error}") from None
     largest = max(max(ids) for ids, _, _ in everything)
     if largest >= vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"--model {args.model}: its tokenizer gives token {largest}, the model has {vocab_size}; copy the "
             "tokenizer that came with the weights"
         )
@@ -277,6 +279,27 @@ def gather(own: dict[str, Any], world: launch_env.World) -> list[dict[str, Any]]
     return everyone
 
 
+def together(work: Callable[[], Result], world: launch_env.World) -> Result:
+    """Does what may fail on one rank alone, such as reading its files. Every rank of the job calls it.
+
+    Raises:
+        Exception: whatever `work` raised on this rank.
+        PeerError: it failed on another one; without it this rank would wait for that one.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:  # the others have to know of our own mistakes, too
+        failure = error
+    everyone = gather({"problem": None if failure is None else checks.one_line(failure)}, world)
+    if failure is not None:
+        raise failure
+    for rank, one in enumerate(everyone):
+        if one["problem"] is not None:
+            raise PeerError(f"rank {rank}: {one['problem']}")
+    return cast(Result, result)
+
+
 def raise_if_different(everyone: list[dict[str, Any]]) -> None:
     """With --verify, tokens that are not the unsharded model's are an error."""
     if any(r.get("equal_tokens", 0) != r.get("verified_tokens", 0) for r in everyone):
@@ -327,13 +350,17 @@ def report(
     facts.add_row("prefill", f"{figures['prefill_tokens_per_s']:,.0f} tokens/s, all ranks")
     facts.add_row("decode", f"{figures['decode_tokens_per_s']:,.1f} tokens/s, all ranks")
     if args.verify:
-        same = figures["equal_tokens"] == figures["verified_tokens"]
-        verdict = "[green]all equal[/]" if same else "[red]DIFFERENT[/]"
         facts.add_row(
-            "tokens equal to the unsharded model's",
-            f"{figures['equal_tokens']} of {figures['verified_tokens']} {verdict}",
+            "tokens equal to the unsharded model's", verdict(figures["equal_tokens"], figures["verified_tokens"])
         )
     console.print(facts)
+
+
+def verdict(equal: int, verified: int) -> str:
+    """What the table says of --verify."""
+    if not verified:
+        return "[yellow]nothing was compared[/]: the job was stopped before, or had no tokens left to generate"
+    return f"{equal} of {verified} " + ("[green]all equal[/]" if equal == verified else "[red]DIFFERENT[/]")
 
 
 def equal_tokens(want: Any, got: Any, start: int) -> int:

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from examples import generation
-from examples.state import State, fingerprint, is_done, until_end
+from examples.state import is_done, prepare, until_end
 from pikv_ds import checkpoints, launch_env
 
 EXAMPLES = """examples:
@@ -71,12 +71,9 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     share = loaded.read_bytes / loaded.checkpoint_bytes
     console.print(f"{share:.0%} of the weights loaded by this rank in {time.perf_counter() - started:.1f} s")
 
-    tokenizer = checkpoints.load_tokenizer(folder, "--model")
+    tokenizer, mine, questions, prefixes, state = prepare(args, config, folder, world, model.vocab_size, "megatron")
     eos = None if args.ignore_eos else tokenizer.eos_token_id
     ends = [] if eos is None else [eos]
-    mine, questions, prefixes = generation.my_prompts(args, tokenizer, world, model.vocab_size)
-    job = fingerprint(args, config, folder, mine, "megatron") if args.state else {}
-    state = State(args.state, world, job)
     answers = [until_end(ids, ends, args.max_new_tokens) for ids in state.read(len(mine), model.vocab_size)]
     going = [i for i, ids in enumerate(answers) if not is_done(ids, ends, args.max_new_tokens)]
     served = engine.dynamic_engine(

@@ -7,6 +7,7 @@ document are spread over all ranks.
 from __future__ import annotations
 
 import argparse
+import http.client
 import re
 import sys
 import threading
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from examples import prompts
 from pikv_ds.command_line import Parser, guarded, real, whole
+from pikv_ds.errors import UsageError
 
 EXAMPLES = """examples:
   python examples/openai_client.py --url http://localhost:8000
@@ -109,6 +111,8 @@ def wait_for(url: str, seconds: float) -> None:
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
                 raise OSError(f"{url} does not answer ({error}); start launch/megatron_server.sh first") from None
+        except (ValueError, http.client.InvalidURL) as error:
+            raise UsageError(f"--url {url}: {error}; write e.g. http://localhost:8000") from None
         time.sleep(0.5)
 
 

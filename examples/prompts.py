@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pikv_ds.errors import UsageError
 from pikv_ds.eval.text import chat_parts, sentences
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -47,7 +48,7 @@ def long_prompt(
         more = tokenizer(sentence, add_special_tokens=False).input_ids
         if len(ids) + len(more) + len(tail) > num_tokens:
             if len(ids) + len(tail) == smallest:
-                raise ValueError(f"num_tokens is {num_tokens}: give at least {smallest + len(more)}")
+                raise UsageError(f"num_tokens is {num_tokens}: give at least {smallest + len(more)}")
             return ids + tail
         ids += more
-    raise ValueError(f"num_tokens is {num_tokens}: all of {document} is {len(ids) + len(tail)}")
+    raise UsageError(f"num_tokens is {num_tokens}: all of {document} is {len(ids) + len(tail)}")

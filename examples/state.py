@@ -18,6 +18,7 @@ from typing import Any
 from examples import generation
 from pikv_ds import checkpoints, checks, launch_env
 from pikv_ds.config import PiKVConfig, section
+from pikv_ds.errors import UsageError
 
 VERSION = 2
 WITHOUT_EFFECT = {"trace", "debug", "timeout_s", "slab_pages", "watermark", "capacity_tokens"}
@@ -46,6 +47,37 @@ def fingerprint(
     }
 
 
+def prepare(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    folder: str,
+    world: launch_env.World,
+    vocab_size: int,
+    engine: str,
+    **kwargs: Any,
+) -> tuple[Any, list[list[int]], list[str], list[str], State]:
+    """The tokenizer, this rank's prompts, what is asked in each and how the answers begin, and its file of `--state`.
+
+    Every rank of the job calls it.
+
+    Args:
+        config, folder, engine: of `fingerprint`.
+        kwargs: of the tokenizer.
+
+    Raises:
+        UsageError: a file that this rank cannot use.
+        PeerError: another rank cannot use one of its own.
+    """
+
+    def work() -> tuple[Any, list[list[int]], list[str], list[str], State]:
+        tokenizer = checkpoints.load_tokenizer(folder, "--model", **kwargs)
+        mine, questions, prefixes = generation.my_prompts(args, tokenizer, world, vocab_size)
+        job = fingerprint(args, config, folder, mine, engine) if args.state else {}
+        return tokenizer, mine, questions, prefixes, State(args.state, world, job)
+
+    return generation.together(work, world)
+
+
 class State:
     """This rank's file.
 
@@ -65,64 +97,72 @@ class State:
         """Tokens after each prompt, none where nothing was noted. Every rank of the job calls it.
 
         Raises:
-            ValueError: a rank's file is of another job or damaged, or the ranks' files are of several runs; on every
-                rank, whoever found it.
+            UsageError: this rank's file is of another job, damaged or cannot be read, or the ranks' files are of
+                several runs.
+            PeerError: another rank has refused its file.
         """
         if self.path is None:
             return [[] for _ in range(num_prompts)]
-        found: dict[str, Any] = {"answers": [[] for _ in range(num_prompts)]}
-        problem = None
-        try:
-            if self.path.exists():
-                found = self._load(num_prompts, vocab_size)
-        except ValueError as error:
-            problem = f"--state: {self.path} {error}; remove it to begin anew, or name another file"
-        everyone = generation.gather({"problem": problem, "run": found.get("run"), "new": self.run}, self.world)
-        if problems := [one["problem"] for one in everyone if one["problem"]]:
-            raise ValueError(problem or problems[0])
+        found = generation.together(lambda: self._found(num_prompts, vocab_size), self.world)
+        everyone = generation.gather({"run": found.get("run"), "new": self.run}, self.world)
         runs = {rank: one["run"] for rank, one in enumerate(everyone) if one["run"]}
         if len(set(runs.values())) > 1:
             first = min(runs)
             other = next(rank for rank in runs if runs[rank] != runs[first])
-            raise ValueError(
+            raise UsageError(
                 f"--state: the files of ranks {first} and {other} ({self.path.stem}.rank…) are of different runs; "
                 "remove all of them to begin anew, or name another file"
             )
         self.run = next(iter(runs.values()), everyone[0]["new"])
         return list(found["answers"])
 
-    def _load(self, num_prompts: int, vocab_size: int) -> dict[str, Any]:
+    def _found(self, num_prompts: int, vocab_size: int) -> dict[str, Any]:
+        """What the file holds; no tokens where there is none."""
         assert self.path is not None
         try:
-            content = checks.read_json(self.path)
-        except ValueError as error:
-            raise ValueError(f"is damaged ({error})") from None
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return {"answers": [[] for _ in range(num_prompts)]}
+        except OSError as error:
+            raise UsageError(f"--state: {self.path} cannot be read ({error.strerror}); name another file") from None
+        try:
+            return self._load(data, num_prompts, vocab_size)
+        except UsageError as error:
+            raise UsageError(f"--state: {self.path} {error}; remove it to begin anew, or name another file") from None
+
+    def _load(self, data: bytes, num_prompts: int, vocab_size: int) -> dict[str, Any]:
+        try:
+            content = checks.parse_json(data.decode())
+        except UnicodeDecodeError:
+            raise UsageError("is damaged (not a text in UTF-8)") from None
+        except UsageError as error:
+            raise UsageError(f"is damaged ({error})") from None
         if not isinstance(content, dict) or "answers" not in content:
-            raise ValueError("holds no tokens of a job")
+            raise UsageError("holds no tokens of a job")
         if content.get("version") != VERSION:
             found = checks.shown(content.get("version", 1))
-            raise ValueError(f"is of version {found} of this file, this program writes {VERSION}")
+            raise UsageError(f"is of version {found} of this file, this program writes {VERSION}")
         checksum = content.pop("sha256", None)
         if checksum != _digest(content):
-            raise ValueError("is damaged (its checksum differs)")
+            raise UsageError("is damaged (its checksum differs)")
         for key in ("ranks", "rank"):
             if content[key] != self.job[key]:
-                raise ValueError(f"is of rank {content['rank']} of {content['ranks']}, not {self._place()}")
+                raise UsageError(f"is of rank {content['rank']} of {content['ranks']}, not {self._place()}")
         if content["model"] != self.job["model"]:
-            raise ValueError("belongs to another model (config.json or weights differ)")
+            raise UsageError("belongs to another model (config.json or weights differ)")
         if content["prompts"] != self.job["prompts"]:
-            raise ValueError("belongs to other prompts")
+            raise UsageError("belongs to other prompts")
         theirs, ours = content["settings"], json.loads(json.dumps(self.job["settings"]))
         for key in sorted({*theirs, *ours}):
             if theirs.get(key) != ours.get(key):
                 there, here = checks.shown(theirs.get(key)), checks.shown(ours.get(key))
-                raise ValueError(f"belongs to other settings ({key}: {there} there, {here} here)")
+                raise UsageError(f"belongs to other settings ({key}: {there} there, {here} here)")
         answers = content["answers"]
         whole = isinstance(answers, list) and len(answers) == num_prompts
         if not whole or not all(
             isinstance(ids, list) and all(type(x) is int and 0 <= x < vocab_size for x in ids) for ids in answers
         ):
-            raise ValueError(f"has no lists of token ids for {num_prompts} prompts")
+            raise UsageError(f"has no lists of token ids for {num_prompts} prompts")
         return content
 
     def _place(self) -> str:

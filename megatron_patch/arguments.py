@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pikv_ds.config import PiKVConfig, load_json
+from pikv_ds.config import PiKVConfig, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -27,5 +27,4 @@ def config_from_args(args: argparse.Namespace) -> PiKVConfig | None:
     """
     if getattr(args, "pikv_config", None) is None:
         return None
-    settings = load_json(args.pikv_config)
-    return PiKVConfig.from_dict(settings.get("pikv", settings))
+    return load_config(args.pikv_config)

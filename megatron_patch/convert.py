@@ -62,7 +62,7 @@ class Checkpoint:
     """The tensors of a folder with safetensors files, read in slices, one file open at a time.
 
     Raises:
-        CheckpointError: no such files, or one that cannot be read.
+        CheckpointError: no such files, one that cannot be read, or a tensor that two of them have.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -77,8 +77,7 @@ class Checkpoint:
         self._paths: dict[str, Path] = {}  # the file of each tensor
         self._file: tuple[Path, Any] | None = None  # the open one
         self._mapped_bytes = 0
-        for path in self._files():
-            file = self._open(path)
+        for path, file in checkpoints.open_files(self._files()):
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(name)
                 self.nbytes += math.prod(part.get_shape()) * STORED.get(part.get_dtype(), 1)
@@ -122,7 +121,7 @@ class Checkpoint:
         files = checkpoints.safetensors_files(self.directory)
         if not files:
             raise CheckpointError(
-                f"{self.directory}: neither model.safetensors nor {checkpoints.INDEX} there; "
+                f"{self.directory}: neither {checkpoints.WHOLE} nor {checkpoints.INDEX} there; "
                 "PiKV loads safetensors only"
             )
         return files

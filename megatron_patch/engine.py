@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_patch import compat, cpu
 from pikv_ds import launch_env
+from pikv_ds.errors import UsageError
 
 DEFAULT_SEED = 1234
 
@@ -118,7 +119,7 @@ def dynamic_engine(
     compat.repair()
     cpu.install()
     if max_tokens < max_requests:
-        raise ValueError(f"max_tokens = {max_tokens} is less than max_requests = {max_requests}: one token each")
+        raise UsageError(f"max_tokens = {max_tokens} is less than max_requests = {max_requests}: one token each")
     from megatron.core import parallel_state
     from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.engines import DynamicInferenceEngine
@@ -130,7 +131,7 @@ def dynamic_engine(
     if buffer_gib is None:
         buffer_gib = (max_requests * blocks_per_sequence + 1) * block_bytes * (1 + 1e-9) / 2**30
     elif buffer_gib * 2**30 < smallest:
-        raise ValueError(
+        raise UsageError(
             f"a buffer of {buffer_gib:g} GiB cannot hold one sequence of {context_length} tokens: "
             f"use at least {math.ceil(smallest / 2**30 * 1000) / 1000:g} GiB or a shorter context"
         )

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from megatron_patch import compat, cpu
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 
 
-class UnsupportedCheckpointError(ValueError):
+class UnsupportedCheckpointError(UsageError):
     """Megatron would compute something else than the checkpoint means; the message names the setting."""
 
 

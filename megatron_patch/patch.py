@@ -24,6 +24,7 @@ from pikv_ds import metrics
 from pikv_ds.api import compare, with_backend
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.config import ConfigError, PiKVConfig
+from pikv_ds.errors import UsageError
 from pikv_ds.exchange import Exchange, make_group
 from pikv_ds.sequences import SequenceBatch
 
@@ -31,7 +32,7 @@ KEY = "_pikv_attachment"
 STATIC_BATCHES = {"auto": None, "shared": True, "own": False}
 
 
-class UnsupportedMegatronError(ValueError):
+class UnsupportedMegatronError(UsageError):
     """The model or the way it is parallelised would give wrong results; the message names it."""
 
 
@@ -47,7 +48,7 @@ class Attachment:
 
     def __init__(self, config: PiKVConfig, exchange: Exchange, static_batches: str) -> None:
         if static_batches not in STATIC_BATCHES:
-            raise ValueError(f"static_batches = {static_batches!r}: choose one of {', '.join(STATIC_BATCHES)}")
+            raise UsageError(f"static_batches = {static_batches!r}: choose one of {', '.join(STATIC_BATCHES)}")
         self.config, self.exchange = config, exchange
         self.static_batches = static_batches
         self.layers: list[nn.Module] = []
@@ -62,7 +63,7 @@ class Attachment:
     def add(self, attention: Any, router: nn.Module | None) -> None:
         """Takes in the next layer."""
         if self._store is not None:
-            raise ValueError("layers cannot join a model that has been used; patch the whole model")
+            raise UsageError("layers cannot join a model that has been used; patch the whole model")
         check_attention(attention)
         kind = latent.LatentTap if latent.is_latent(attention) else LayerTap
         tap = kind(self, len(self.layers), router is not None, compat.softmax_scale(attention))
@@ -284,7 +285,7 @@ def attachment_of(model: nn.Module) -> Attachment:
     """
     attachment = _attached(model)
     if attachment is None:
-        raise ValueError("PiKV is not under this model; call megatron_patch.patch_model")
+        raise UsageError("PiKV is not under this model; call megatron_patch.patch_model")
     return attachment
 
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron_patch import compat
 from pikv_ds import launch_env, ranks
 from pikv_ds.command_line import GIB, RANKS, Parser, guarded, real, whole
-from pikv_ds.config import ConfigError, PiKVConfig, load_json
+from pikv_ds.config import ConfigError, PiKVConfig, load_config
 
 EXAMPLES = """examples:
   launch/megatron_server.sh --model /models/Mixtral-8x7B --ranks 8
@@ -208,8 +208,7 @@ def pikv_config(args: argparse.Namespace) -> PiKVConfig | None:
     """The settings that ``--pikv-config`` names, the defaults without it, None with ``--no-pikv``."""
     if args.no_pikv:
         return None
-    settings = load_json(args.pikv_config) if args.pikv_config else {}
-    return PiKVConfig.from_dict(settings.get("pikv", settings))
+    return load_config(args.pikv_config) if args.pikv_config else PiKVConfig()
 
 
 def load_checkpoint(args: argparse.Namespace) -> Loaded:

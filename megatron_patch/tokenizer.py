@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pikv_ds.checkpoints import load_tokenizer
+from pikv_ds.errors import UsageError
 
 
 class HFTokenizer:
@@ -73,7 +74,7 @@ class HFTokenizer:
             ValueError: the tokenizer has no chat template.
         """
         if not self.has_chat_template:
-            raise ValueError("the model's tokenizer has no chat template: use /v1/completions")
+            raise UsageError("the model's tokenizer has no chat template: use /v1/completions")
         if kwargs.get("tokenize", True):
             kwargs["return_dict"] = False  # ids, not a dictionary of them
         return self.hf.apply_chat_template(list(messages), **kwargs)

@@ -16,8 +16,8 @@ from torch import nn
 
 from pikv_ds import launch_env, metrics, trace
 from pikv_ds.cache import ExpertShardedKVCache, ModelShape
-from pikv_ds.config import ConfigError, PiKVConfig
-from pikv_ds.errors import PeerError
+from pikv_ds.config import ConfigError, PiKVConfig, section
+from pikv_ds.errors import PeerError, UsageError
 from pikv_ds.exchange import Exchange, make_group
 from pikv_ds.ops import BACKENDS
 from pikv_ds.routers import find_choices, same_number
@@ -44,7 +44,7 @@ def initialize(model: nn.Module, config: Mapping[str, Any], **kwargs: Any) -> An
     Raises:
         ConfigError: a setting that cannot work, with its key, value and remedy.
     """
-    settings = PiKVConfig.from_dict(config.get("pikv", {}))
+    settings = PiKVConfig.from_dict(section(config))
     from pikv_ds import deepspeed_moe, hf
 
     hf.check_supported(model)
@@ -80,7 +80,7 @@ def attach(
 
     module = _module(model)
     if _KEY in module.__dict__:
-        raise ValueError("PiKV is already attached to this model; detach it first")
+        raise UsageError("PiKV is already attached to this model; detach it first")
     hf.check_supported(module)
     choices, group = find_choices(module), ep_group
     if "deepspeed" in sys.modules:
@@ -90,7 +90,7 @@ def attach(
         group = group or deepspeed_moe.expert_group(module)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if group is None and world > 1:
-        raise ValueError(
+        raise UsageError(
             "the model has no expert-parallel layers; name the ranks that share KV: attach(..., ep_group=…)"
         )
     device = next(module.parameters()).device
@@ -158,7 +158,7 @@ def attachment_of(model: Any) -> Attachment:
     """
     attachment = _module(model).__dict__.get(_KEY)
     if attachment is None:
-        raise ValueError("PiKV is not attached to this model; call pikv_ds.attach or pikv_ds.initialize")
+        raise UsageError("PiKV is not attached to this model; call pikv_ds.attach or pikv_ds.initialize")
     return attachment
 
 

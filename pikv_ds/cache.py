@@ -20,7 +20,7 @@ from torch import Tensor
 from pikv_ds.attention import ShardedAttention
 from pikv_ds.config import PiKVConfig
 from pikv_ds.demotion import Demoter
-from pikv_ds.errors import NonFiniteError, OutOfRangeError, PeerError, PiKVError, PoolFullError
+from pikv_ds.errors import NonFiniteError, OutOfRangeError, PeerError, PiKVError, PoolFullError, UsageError
 from pikv_ds.eviction import Evictor
 from pikv_ds.exchange import SHARED_SOURCE, Exchange, StepPlan
 from pikv_ds.formats import describe_flags, make_formats, num_streams
@@ -117,7 +117,7 @@ class ExpertShardedKVCache:
         self.device = torch.device(device)
         self.topology = Topology(shape.num_experts, self.exchange.size)
         if shape.latent_dim is not None and config.retention is not None:
-            raise ValueError(
+            raise UsageError(
                 f'pikv.retention = "{config.retention.name}": prompts of latent attention are attended to elsewhere, '
                 "so their tokens cannot be rated here; leave retention and budget out"
             )
@@ -244,7 +244,7 @@ class ExpertShardedKVCache:
             ValueError: a shared batch with a budget: ranks that round differently would drop different tokens.
         """
         if shared and self.evictor.cuts:
-            raise ValueError("a batch that every rank has cannot be kept within a budget; use each rank's own batches")
+            raise UsageError("a batch that every rank has cannot be kept within a budget; use each rank's own batches")
         ids = [self._new_id(shared) for _ in range(size)]
         layers, ranks, size = self.shape.num_layers, self.exchange.size, self.config.page_size
         batch = SequenceBatch(ids, layers, ranks, size, shared, self.streams)

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 
 FOLDER = "name the folder of a Hugging Face checkpoint"
 SAMPLES, SAMPLE = 64, 2**16
 NAMED = 3
 """Tensors that a message names of each kind."""
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD = "pytorch_model*.bin"
+WEIGHTS = ("*.safetensors", OLD)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """The files are not the weights of this model; the message names the folder and the file or the tensors."""
 
 
@@ -101,13 +103,14 @@ def check_files(folder: str | Path, option: str = "") -> None:
     try:
         config = checks.read_json(path / "config.json")
         if not isinstance(config, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
+            raise UsageError("no JSON object")
+    except UsageError as error:
         raise CheckpointError(f"{where}: config.json: {error}; {remedy}") from None
-    if not any(True for pattern in WEIGHTS for _ in path.glob(pattern)):
-        raise CheckpointError(f"{where}: no weights there ({', '.join(WEIGHTS)}); {remedy}")
-    for file in safetensors_files(path):
-        open_safetensors(file)
+    files = safetensors_files(path)
+    if not files and not any(path.glob(OLD)):
+        raise CheckpointError(f"{where}: no weights there ({WHOLE}, {INDEX} or {OLD}); {remedy}")
+    for _ in open_files(files):
+        pass
 
 
 def identity(folder: str | Path) -> str:
@@ -116,9 +119,14 @@ def identity(folder: str | Path) -> str:
     Of a large file `SAMPLES` pieces of `SAMPLE` bytes are read, spread over it: enough to tell two trainings of one
     model apart, without reading hundreds of gigabytes.
     """
-    path, digest = Path(folder), hashlib.sha256()
+    path = Path(folder)
     files = [path / "config.json", path / "generation_config.json", path / INDEX]
-    files += sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
+    return sampled([*files, *sorted(file for pattern in WEIGHTS for file in path.glob(pattern))])
+
+
+def sampled(files: Iterable[Path]) -> str:
+    """SHA-256 of names, sizes and `SAMPLES` pieces of files; those that are missing are left out."""
+    digest = hashlib.sha256()
     for file in files:
         if not file.is_file():
             continue
@@ -133,18 +141,41 @@ def identity(folder: str | Path) -> str:
 
 
 def safetensors_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder: those of its index, or all.
+    """The safetensors files that are a folder's model: `WHOLE` or those of its index, as transformers chooses.
+
+    Others that lie there (an adapter, ``consolidated.safetensors``) are not of the model.
 
     Raises:
         CheckpointError: the index cannot be read.
     """
+    if (path / WHOLE).is_file():
+        return [path / WHOLE]
     if not (path / INDEX).is_file():
-        return sorted(path.glob("*.safetensors"))
+        return []
     try:
         table = checks.read_json(path / INDEX)["weight_map"]
         return [path / name for name in sorted(set(table.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / INDEX}: no table of tensors and files in it ({error!r})") from None
+
+
+def open_files(files: Iterable[Path]) -> Iterator[tuple[Path, Any]]:
+    """Each of a model's safetensors files with its name, open.
+
+    Raises:
+        CheckpointError: one cannot be read, or two have a tensor of the same name.
+    """
+    owners: dict[str, Path] = {}
+    for path in files:
+        file = open_safetensors(path)
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name in owners:
+                raise CheckpointError(
+                    f"{path}: has {name}, and so has {owners[name].name}; the files are of different "
+                    "checkpoints, copy one of them anew"
+                )
+            owners[name] = path
+        yield path, file
 
 
 def open_safetensors(file: Path) -> Any:

@@ -1,6 +1,6 @@
 """Checks of what comes from outside: settings, JSON, file names. Every error is one short line.
 
-A check names the key, the value and the remedy in a `ValueError`; whoever reads the settings puts the way to the key
+A check names the key, the value and the remedy in a `UsageError`; whoever reads the settings puts the way to the key
 in front of it (``pikv.lookup.budget = 2: use …``). Values are shown in at most `SHOWN` characters, however long,
 nested or strange they are.
 """
@@ -13,6 +13,8 @@ import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pikv_ds.errors import UsageError
 
 MOST = 2**31 - 1
 """Of any whole number among the settings: tables of pages and tokens are int32."""
@@ -57,36 +59,58 @@ def one_line(error: BaseException | str) -> str:
 
 def refuse(key: Any, value: Any, remedy: str) -> None:
     """Raises the error of a key with a value that cannot work."""
-    raise ValueError(f"{named(key)} = {shown(value)}: {remedy}")
+    raise UsageError(f"{named(key)} = {shown(value)}: {remedy}")
 
 
-def whole(owner: Any, *keys: str, least: int = 1, most: int = MOST, because: str = "", optional: bool = False) -> None:
+def whole_problem(value: Any, least: int, most: int, because: str = "") -> str | None:
+    """What to use instead of a value that is no whole number from `least` to `most`; None where it is one.
+
+    Args:
+        because: what the least is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        return f"use a whole number of at least {least}" + (f" ({because})" if because else "")
+    return f"use a whole number of at most {most}" if value > most else None
+
+
+def is_real(value: Any, low: float, high: float, above: bool = False) -> bool:
+    """Whether a value is a number from `low` to `high`; with `above`, `low` itself is none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and low <= value <= high and not (above and value == low)
+
+
+def whole_attributes(
+    owner: Any,
+    *keys: str,
+    least: int = 1,
+    most: int = MOST,
+    because: str = "",
+    optional: bool = False,
+    without: str = "",
+) -> None:
     """Attributes that must be whole numbers.
 
     Args:
         because: what the least is.
         optional: None will do.
+        without: what None means, e.g. "no limit".
     """
-    reason = f" ({because})" if because else ""
     for key in keys:
         value = getattr(owner, key)
         if optional and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            refuse(key, value, f"use a whole number of at least {least}{reason}")
-        if value > most:
-            refuse(key, value, f"use a whole number of at most {most}")
+        if problem := whole_problem(value, least, most, because):
+            refuse(key, value, problem + (f", or leave it out for {without}" if without else ""))
 
 
-def real(owner: Any, key: str, low: float, high: float, remedy: str, above: bool = False) -> None:
+def real_attribute(owner: Any, key: str, low: float, high: float, remedy: str, above: bool = False) -> None:
     """An attribute that must be a number from `low` to `high`.
 
     Args:
         above: `low` itself is too low.
     """
     value = getattr(owner, key)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (above and value == low):
+    if not is_real(value, low, high, above):
         refuse(key, value, remedy)
 
 
@@ -127,29 +151,29 @@ def parse_json(text: str) -> Any:
     """Any JSON value.
 
     Raises:
-        ValueError: where and why it cannot be read.
+        UsageError: where and why it cannot be read.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise UsageError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise UsageError("nested too deeply") from None
     except ValueError:  # Python's limit
-        raise ValueError("has a number of thousands of digits") from None
+        raise UsageError("has a number of thousands of digits") from None
 
 
 def read_json(file: str | Path) -> Any:
     """Any JSON value from a file.
 
     Raises:
-        ValueError: why it cannot be read; the caller names the file and the remedy.
+        UsageError: why it cannot be read; the caller names the file and the remedy.
     """
     try:
         return parse_json(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError("no such file") from None
+        raise UsageError("no such file") from None
     except OSError as error:
-        raise ValueError(error.strerror or str(error)) from None
+        raise UsageError(error.strerror or str(error)) from None
     except UnicodeDecodeError:
-        raise ValueError("not a text in UTF-8") from None
+        raise UsageError("not a text in UTF-8") from None

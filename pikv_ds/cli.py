@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from pikv_ds import tables, trace_command
-from pikv_ds.command_line import GIB, THREADS, Parser, device, guarded, real, tokens, whole
+from pikv_ds.command_line import GIB, THREADS, Parser, check_folders, device, guarded, picture, real, tokens, whole
+from pikv_ds.errors import UsageError
 from pikv_ds.eval import calibrate_command, command, tune_command
 from pikv_ds.ops import BACKENDS
 from pikv_ds.plan import command as plan_command
@@ -108,7 +109,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     size = real(0, GIB, f"use a size above 0 and at most {GIB}", above=True)
     bench.add_argument("--gib", type=size, default=1.0, help="working set of each contender; default: 1")
     bench.add_argument("--json", type=Path, metavar="FILE", help="writes the figures")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draws them as a PNG")
+    bench.add_argument("--plot", type=picture, metavar="FILE", help="draws them as a PNG")
     bench.set_defaults(run=_bench)
 
 
@@ -116,16 +117,15 @@ def _bench(args: argparse.Namespace) -> int:
     from pikv_ds.bench import attention, ggml, show
 
     if args.heads % args.kv_heads:
-        raise ValueError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
+        raise UsageError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
     for codec in args.codecs:
         attention.codec_of(codec)
     if args.plot and args.op == "seal":
-        raise ValueError("--plot: draws figures against context, which --op seal has not; use --json")
+        raise UsageError("--plot: draws figures against context, which --op seal has not; use --json")
     for context in args.context:
         if args.op != "seal" and context % args.page_size:
-            raise ValueError(f"--context = {context}: use a multiple of --page-size = {args.page_size}")
-    for path in filter(None, (args.json, args.plot)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            raise UsageError(f"--context = {context}: use a multiple of --page-size = {args.page_size}")
+    check_folders(args.json, args.plot)
     dtype = getattr(torch, args.dtype)
     shape = args.heads, args.kv_heads, args.head_dim, args.page_size
     setting = attention.Setting(*shape, dtype, args.device, int(args.gib * 2**30))

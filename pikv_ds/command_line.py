@@ -8,19 +8,23 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from pikv_ds.checks import MOST, named, one_line, shown
-from pikv_ds.errors import PiKVError
+from pikv_ds import checks
+from pikv_ds.checks import MOST, named, one_line
+from pikv_ds.errors import PiKVError, UsageError
 
-KNOWN = (ValueError, OSError, PiKVError, MemoryError, torch.OutOfMemoryError)
-"""What somebody at the command line can set right; anything else is our fault and shows where it happened."""
+KNOWN = (UsageError, OSError, UnicodeError, PiKVError, MemoryError, torch.OutOfMemoryError)
+"""What somebody at the command line can set right, texts and terminals of another encoding included. Anything else,
+a bare ValueError too, is our fault and shows where it happened."""
 
 
 THREADS, RANKS, GIB = 2**12, 2**16, 2**20
 """Most of each that an option takes."""
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,12 +63,12 @@ def whole(least: int = 1, most: int = MOST) -> Callable[[str], int]:
     """The type of an option: a whole number."""
 
     def parse(text: str) -> int:
-        digits = text.removeprefix("-")
-        number = int(text) if digits.isdecimal() and digits.isascii() and len(digits) <= 18 else None
-        if number is None or number < least:
-            raise argparse.ArgumentTypeError(f"{named(text)}: use a whole number of at least {least}")
-        if number > most:
-            raise argparse.ArgumentTypeError(f"{named(text)}: use a whole number of at most {most}")
+        number = _digits(text.removeprefix("-"))
+        if number is not None and text.startswith("-"):
+            number = -number
+        if problem := checks.whole_problem(number, least, most):
+            raise argparse.ArgumentTypeError(f"{named(text)}: {problem}")
+        assert number is not None
         return number
 
     return parse
@@ -83,7 +87,7 @@ def real(low: float, high: float, remedy: str, above: bool = False) -> Callable[
             number = float(text)
         except ValueError:
             number = math.nan
-        if not low <= number <= high or (above and number == low):
+        if not checks.is_real(number, low, high, above):
             raise argparse.ArgumentTypeError(f"{named(text)}: {remedy}")
         return number
 
@@ -100,16 +104,54 @@ def device(text: str) -> torch.device:
 
 def tokens(text: str) -> int:
     """The type of an option: ``4096`` or ``4k``."""
-    digits = text.lower().removesuffix("k")
-    number = int(digits) if digits.isdecimal() and digits.isascii() and len(digits) <= 18 else 0
-    number *= 1024 if text.lower().endswith("k") else 1
-    if not 0 < number <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is no number of tokens up to {MOST}; write 4096 or 4k")
+    number = (_digits(text.lower().removesuffix("k")) or 0) * (1024 if text.lower().endswith("k") else 1)
+    if checks.whole_problem(number, 1, MOST):
+        raise argparse.ArgumentTypeError(f"{checks.shown(text)} is no number of tokens up to {MOST}; write 4096 or 4k")
     return number
 
 
+def _digits(text: str) -> int | None:
+    """The number that plain digits write, not too many of them; None for anything else."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) <= 18 else None
+
+
+def picture(text: str) -> Path:
+    """The type of an option: a file that a picture is written to, of a kind that matplotlib can write."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{named(text)}: use a name that ends in {', '.join(PICTURES)}")
+    return Path(text)
+
+
+def name_or_json(option: str, text: str) -> Any:
+    """A policy as it is written on a command line: ``int4``, or ``{"name": "int4", "rotate": true}``.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    try:
+        return checks.parse_json(text) if text.lstrip().startswith("{") else text
+    except UsageError as error:
+        raise UsageError(f"--{option} {named(text)}: {error}; write a name or a JSON object") from None
+
+
+def settings_of(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Settings as they are written on a command line, ``NAME={"codec": "int4"}`` or without the name.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    name, body = ("", text) if text.lstrip().startswith("{") else text.partition("=")[::2]
+    try:
+        settings = checks.parse_json(body)
+    except UsageError as error:
+        raise UsageError(f"--{option} {named(text)}: {error}; write a JSON object") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--{option} {named(text)}: write a JSON object, or NAME=JSON object")
+    return name, settings
+
+
 def check_folders(*files: Path | None) -> None:
-    """Raises ValueError where a file that is to be written has no folder: before the work, not after it."""
+    """Raises UsageError where a file that is to be written has no folder: before the work, not after it."""
     for file in files:
         if file is not None and not file.parent.is_dir():
-            raise ValueError(f"{file}: there is no folder {file.parent}")
+            raise UsageError(f"{file}: there is no folder {file.parent}")

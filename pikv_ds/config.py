@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 from pikv_ds.ops import BACKENDS
 from pikv_ds.policies.budgets import BUDGETS, Budget, UniformBudget
 from pikv_ds.policies.codecs import CODECS, Codec, CodecPolicy, parse_codec
@@ -37,7 +38,7 @@ POLICIES: dict[str, tuple[Any, Mapping[str, Any]]] = {
 """The settings that are policies: their kind, and what there is of it by name."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A setting that cannot work. The message names the key, the value and the remedy."""
 
 
@@ -111,17 +112,17 @@ class PiKVConfig:
     def __post_init__(self) -> None:
         try:
             self._check()
-        except ValueError as error:
+        except UsageError as error:
             raise ConfigError(f"pikv.{error}") from None
 
     def _check(self) -> None:
         checks.choice(self, "page_size", PAGE_SIZES, f"choose one of {', '.join(map(str, PAGE_SIZES))}")
         for key in ("capacity_tokens", "prefill_chunk_tokens"):
-            checks.whole(self, key, least=self.page_size, because="one page", optional=True)
-        checks.whole(self, "slab_pages", most=MOST_SLAB_PAGES)
-        checks.whole(self, "group_size", optional=True)
+            checks.whole_attributes(self, key, least=self.page_size, because="one page", optional=True)
+        checks.whole_attributes(self, "slab_pages", most=MOST_SLAB_PAGES)
+        checks.whole_attributes(self, "group_size", optional=True)
         for key, low, high in (("watermark", 0.0, 0.5), ("timeout_s", 1.0, 86400.0)):
-            checks.real(self, key, low, high, f"use a number between {low:g} and {high:g}")
+            checks.real_attribute(self, key, low, high, f"use a number between {low:g} and {high:g}")
         for key, allowed in (("partial_dtype", PARTIAL_DTYPES), ("backend", BACKENDS)):
             checks.choice(self, key, allowed, _choices(getattr(self, key), allowed))
         checks.path(self, "trace", "name a folder, or leave it out for no trace", optional=True)
@@ -148,10 +149,8 @@ class PiKVConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> PiKVConfig:
         """Builds a configuration from plain JSON values. Unknown keys are errors."""
-        if not isinstance(settings, Mapping):
-            raise ConfigError(f"pikv: expected an object with settings, got {checks.shown(settings)}")
         known = [f.name for f in dataclasses.fields(cls)]
-        values = dict(settings)
+        values = _object(settings, "pikv")
         try:
             for key, value in values.items():
                 if key not in known:
@@ -164,7 +163,7 @@ class PiKVConfig:
                     values[key] = _policy(key, values[key], table)
             if values.get("demote") is not None:
                 values["demote"] = parse_codec(values["demote"], "demote")
-        except ValueError as error:
+        except UsageError as error:
             raise ConfigError(f"pikv.{error}") from None
         return cls(**values)
 
@@ -191,51 +190,42 @@ def load_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file, or a `ConfigError` that names the file, the line and the cause."""
     try:
         settings = checks.read_json(path)
-    except ValueError as error:
+    except UsageError as error:
         raise ConfigError(f"{path}: {error}; name a configuration, which must be JSON") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(settings).__name__}")
     return settings
 
 
-def section(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+def section(settings: Mapping[str, Any], source: str | Path = "") -> dict[str, Any]:
     """A copy of the ``"pikv"`` section of a DeepSpeed configuration, empty where there is none.
 
     Args:
         source: where the configuration is from, for the error.
     """
-    found = settings.get("pikv", {})
+    where = f"{source}: " if source else ""
+    return _object(settings.get("pikv", {}), f"{where}pikv")
+
+
+def load_config(path: str | Path) -> PiKVConfig:
+    """The settings of a file that has them by themselves or, as DeepSpeed's, under ``"pikv"``.
+
+    Raises:
+        ConfigError: naming the file, and the key, the value and the remedy.
+    """
+    settings = load_json(path)
+    found = section(settings, path) if "pikv" in settings else settings
+    try:
+        return PiKVConfig.from_dict(found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _object(found: Any, where: str) -> dict[str, Any]:
+    """A copy of an object with settings, or a `ConfigError`."""
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{source}: pikv: expected an object with settings, got {checks.shown(found)}")
+        raise ConfigError(f"{where}: expected an object with settings, got {checks.shown(found)}")
     return dict(found)
-
-
-def name_or_json(option: str, text: str) -> Any:
-    """A policy as it is written on a command line: ``int4``, or ``{"name": "int4", "rotate": true}``.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    try:
-        return checks.parse_json(text) if text.lstrip().startswith("{") else text
-    except ValueError as error:
-        raise ValueError(f"--{option} {checks.named(text)}: {error}; write a name or a JSON object") from None
-
-
-def settings_of(option: str, text: str) -> tuple[str, dict[str, Any]]:
-    """Settings as they are written on a command line, ``NAME={"codec": "int4"}`` or without the name.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    name, body = ("", text) if text.lstrip().startswith("{") else text.partition("=")[::2]
-    try:
-        settings = checks.parse_json(body)
-    except ValueError as error:
-        raise ValueError(f"--{option} {checks.named(text)}: {error}; write a JSON object") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--{option} {checks.named(text)}: write a JSON object, or NAME=JSON object")
-    return name, settings
 
 
 def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
@@ -255,14 +245,14 @@ def _policy(key: str, value: Any, table: Mapping[str, Any]) -> Any:
     for option, setting in options.items():
         if option not in [f.name for f in fields]:
             takes = _choices(option, [f.name for f in fields]) if fields else f'"{name}" takes no options'
-            raise ValueError(f"{key}.{checks.named(option)} = {checks.shown(setting)}: {takes}")
+            raise UsageError(f"{key}.{checks.named(option)} = {checks.shown(setting)}: {takes}")
     for f in fields:
         if f.name not in options and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f'{key}.{f.name}: missing; "{name}" needs it')
+            raise UsageError(f'{key}.{f.name}: missing; "{name}" needs it')
     try:
         return kind(**options)
-    except ValueError as error:
-        raise ValueError(f"{key}.{error}") from None
+    except UsageError as error:
+        raise UsageError(f"{key}.{error}") from None
 
 
 def _choices(value: Any, allowed: Iterable[Any]) -> str:

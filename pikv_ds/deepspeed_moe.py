@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pikv_ds import checks
 from pikv_ds.config import ConfigError
+from pikv_ds.errors import UsageError
 from pikv_ds.routers import ExpertChoice, find_choices, same_number
 
 WORLD_TIMEOUT = datetime.timedelta(hours=2)
@@ -56,8 +58,11 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     parallel = settings.get("expert_parallel")
     if parallel is not None and parallel.get("enabled", False):
         settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
-    with _recorders_by_name():
-        engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
+    try:
+        with _recorders_by_name():
+            engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
+    except ValueError as error:  # pydantic's among them
+        raise ConfigError(f"DeepSpeed refuses its configuration: {checks.one_line(error)}") from error
     engine.eval()
     launch_env.return_freed_memory()  # the other ranks' experts
     group = expert_group(engine.module)
@@ -196,7 +201,7 @@ def _read_gate(output: Any, k: int) -> Tensor:
     if len(output) == 4:
         weights, experts = output[1].sum(-1).topk(k, dim=1)
         return experts.masked_fill(weights == 0, -1)
-    raise ValueError(f"unknown gate output with {len(output)} entries; this DeepSpeed is not supported")
+    raise UsageError(f"unknown gate output with {len(output)} entries; this DeepSpeed is not supported")
 
 
 def expert_group(model: nn.Module) -> dist.ProcessGroup | None:

@@ -1,4 +1,4 @@
-"""Errors of a running cache. Whatever one rank finds, every rank of the group raises."""
+"""Errors of a running cache (whatever one rank finds, every rank of the group raises), and of what it is given."""
 
 from __future__ import annotations
 
@@ -27,5 +27,12 @@ class LostRankError(PeerError):
     """Another rank died or fell silent: the group cannot be used any more."""
 
 
-class LaunchError(ValueError):
+class UsageError(ValueError):
+    """What somebody outside can set right: a setting, an argument, a file. The message says which, and how.
+
+    Its own class, since a bare ValueError may as well be a mistake of ours (`zip` of unequal lengths, torch's).
+    """
+
+
+class LaunchError(UsageError):
     """A launcher's variables are missing or contradict each other. The message names them and a command that works."""

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pikv_ds.errors import LostRankError, PeerError
+from pikv_ds.errors import LostRankError, PeerError, UsageError
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """One name until torch 2.12, the other since."""
@@ -328,7 +328,7 @@ def make_group(
     if size is not None:
         if len(mine) % size:
             divisors = [n for n in range(1, len(mine) + 1) if len(mine) % n == 0]
-            raise ValueError(
+            raise UsageError(
                 f"pikv.group_size = {size}: the expert-parallel group has {len(mine)} ranks; use one of {divisors}"
             )
         first = mine.index(dist.get_rank()) // size * size

@@ -12,14 +12,14 @@ from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pikv_ds.cache import ExpertShardedKVCache
-from pikv_ds.errors import PiKVError
+from pikv_ds.errors import PiKVError, UsageError
 from pikv_ds.sequences import SequenceBatch
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
 """transformers' name for a cache among arguments and outputs: ``past_key_values``, later ``cache``."""
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UsageError):
     """The model does something with its keys and values that this cache would get wrong."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from pikv_ds.errors import LostRankError, PeerError, PiKVError
+from pikv_ds.errors import LostRankError, PeerError, PiKVError, UsageError
 from pikv_ds.exchange import talking
 from pikv_ds.hf_cache import CACHE, PiKVCache
 
@@ -134,50 +134,50 @@ def _take_cache_argument(kwargs: dict[str, Any]) -> None:
         if name != CACHE and name in kwargs:
             given = kwargs.pop(name)
             if kwargs.get(CACHE) is not None and given is not None:
-                raise ValueError("generate: past_key_values and cache are the same argument; pass one of them")
+                raise UsageError("generate: past_key_values and cache are the same argument; pass one of them")
             kwargs[CACHE] = kwargs.get(CACHE) if given is None else given
 
 
 def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> None:
     """Raises ValueError for what cannot work."""
     if kwargs.get("inputs_embeds") is not None:
-        raise ValueError("generate: inputs_embeds are not supported; pass input_ids")
+        raise UsageError("generate: inputs_embeds are not supported; pass input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = f"a tensor of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"generate: pass input_ids of shape [batch, tokens], not {got}")
+        raise UsageError(f"generate: pass input_ids of shape [batch, tokens], not {got}")
     wanted = {key: kwargs.get(key, getattr(settings, key, None)) for key in _REFUSED}
     for key, (neutral, remedy) in _REFUSED.items():
         value = wanted[key]
         if value not in neutral:
             shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
-            raise ValueError(f"generate: {key} = {shown} is not supported: {remedy}")
+            raise UsageError(f"generate: {key} = {shown} is not supported: {remedy}")
     if kwargs.get("synced_gpus") is False and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError("generate: synced_gpus=False would hang the other ranks when this one finishes; leave it out")
+        raise UsageError("generate: synced_gpus=False would hang the other ranks when this one finishes; leave it out")
     own = kwargs.get(CACHE)
     if own is not None and not isinstance(own, PiKVCache):
-        raise ValueError(
+        raise UsageError(
             f"generate: past_key_values is a {type(own).__name__}; use pikv_ds.new_cache(model), or detach first"
         )
     if own is not None and own.attachment is not attachment:
-        raise ValueError(
+        raise UsageError(
             f"generate: past_key_values is not a cache of this {type(attachment.model).__name__}, or one from before "
             "PiKV was detached from it; make a new one: pikv_ds.new_cache(model)"
         )
     problem = attachment.other_attention(attachment.model)
     if problem is not None:
-        raise ValueError(f"generate: {problem}")
+        raise UsageError(f"generate: {problem}")
     positions = kwargs.get("position_ids")
     if positions is not None and positions.dim() > 2:
-        raise ValueError(f"generate: position_ids must be [batch, tokens], got {list(positions.shape)}")
+        raise UsageError(f"generate: position_ids must be [batch, tokens], got {list(positions.shape)}")
     vocabulary = attachment.model.get_input_embeddings().weight.shape[0]
     if len(ids) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
-        raise ValueError(
+        raise UsageError(
             f"generate: input_ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}"
         )
     limit = getattr(attachment.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     new = kwargs.get("max_new_tokens", settings.max_new_tokens) or 1
     if limit is not None and len(ids) and ids.shape[1] + new > limit:
-        raise ValueError(
+        raise UsageError(
             f"generate: a prompt of {ids.shape[1]} tokens and {new} new ones exceed the model's context of {limit}; "
             "shorten the prompt or lower max_new_tokens"
         )
@@ -186,10 +186,10 @@ def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwarg
 def _check_mask(mask: Tensor, ids: Tensor) -> None:
     """Refuses rows that end in padding: the next token would follow a token that is none."""
     if mask.dim() != 2 or len(mask) != len(ids):
-        raise ValueError(f"generate: attention_mask must be [{len(ids)}, tokens], got {list(mask.shape)}")
+        raise UsageError(f"generate: attention_mask must be [{len(ids)}, tokens], got {list(mask.shape)}")
     ended = (mask[:, -1:] == 0).any(1).nonzero().flatten().tolist()
     if ended:
-        raise ValueError(
+        raise UsageError(
             f"generate: row {ended[0]} ends in padding (attention_mask or pad_token_id); pad on the left: "
             'tokenizer.padding_side = "left"'
         )
@@ -198,18 +198,18 @@ def _check_mask(mask: Tensor, ids: Tensor) -> None:
 def _check_chunks(ids: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> None:
     """Refuses what cannot be cut into chunks of the prompt."""
     if mask.shape != ids.shape:
-        raise ValueError(
+        raise UsageError(
             f"generate: attention_mask has {mask.shape[1]} columns and input_ids {ids.shape[1]}; with "
             "pikv.prefill_chunk_tokens pass the whole text, what is in the cache included"
         )
     positions = kwargs.get("position_ids")
     if positions is not None and positions.shape[-1] != ids.shape[1]:
-        raise ValueError(
+        raise UsageError(
             f"generate: position_ids has {positions.shape[-1]} columns and input_ids {ids.shape[1]}; pass one for each"
         )
     for name in ("token_type_ids", "mm_token_type_ids"):
         if kwargs.get(name) is not None:
-            raise ValueError(
+            raise UsageError(
                 f"generate: {name} is not supported with pikv.prefill_chunk_tokens; leave one of them out"
             )
 

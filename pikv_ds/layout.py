@@ -38,6 +38,8 @@ from enum import IntFlag
 import torch
 from torch import Tensor
 
+from pikv_ds.errors import UsageError
+
 ALIGNMENT = 16
 """Bytes; each section starts aligned, so that kernels can use 128-bit loads."""
 
@@ -94,7 +96,7 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         if self.latent_dim is not None and not 0 < self.latent_dim <= self.head_dim:
-            raise ValueError(
+            raise UsageError(
                 f"latent_dim = {self.latent_dim}: the values are that many of the keys' {self.head_dim} channels; "
                 f"use 1 to {self.head_dim}, or None for values of their own"
             )

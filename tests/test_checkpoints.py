@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pikv_ds import cli
-from pikv_ds.checkpoints import CheckpointError, load_model, load_tokenizer
+from pikv_ds.checkpoints import CheckpointError, load_model, load_tokenizer, safetensors_files
 
 
 @pytest.fixture
@@ -34,6 +34,12 @@ def without(folder: Path, wanted: Callable[[str], bool]) -> None:
     """Leaves tensors out."""
     path = folder / "model.safetensors"
     save_file({k: v for k, v in load_file(path).items() if wanted(k)}, path, {"format": "pt"})
+
+
+def index(folder: Path, content: str) -> None:
+    """An index instead of the one file."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
 
 
 def message(folder: Path) -> str:
@@ -112,16 +118,39 @@ def test_a_tensor_of_its_own(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "no weights there"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "incomplete or damaged"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 99), "incomplete or damaged"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("5"), "no table of tensors and files"),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}'),
-            "gone.safetensors",
-        ),
+        (lambda f: (f / "model.safetensors").rename(f / "other.safetensors"), "no weights there"),
+        (lambda f: index(f, "5"), "no table of tensors and files"),
+        (lambda f: index(f, '{"weight_map": {"x": "gone.safetensors"}}'), "gone.safetensors"),
     ],
 )
 def test_damaged_folders_are_one_line(folder: Path, damage: Callable[[Path], Any], words: str) -> None:
     damage(folder)
     assert re.search(words, message(folder))
+
+
+def test_files_beside_a_model_are_not_of_it(folder: Path) -> None:
+    """As transformers has it: `model.safetensors` goes before an index, and other files are not looked at."""
+    expected = load_model(folder, torch.float32).state_dict()
+    other = {name: x + 1 for name, x in load_file(folder / "model.safetensors").items()}
+    for name in ("adapter_model.safetensors", "consolidated.safetensors", "model-00001-of-00001.safetensors"):
+        save_file(other, folder / name, {"format": "pt"})
+    (folder / "broken.safetensors").write_bytes(b"x")
+    names = json.dumps({"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")})
+    (folder / "model.safetensors.index.json").write_text(names)
+    assert safetensors_files(folder) == [folder / "model.safetensors"]
+    actual = load_model(folder, torch.float32).state_dict()
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+    (folder / "model.safetensors").unlink()
+    assert safetensors_files(folder) == [folder / "model-00001-of-00001.safetensors"]
+
+
+def test_a_tensor_that_two_files_have_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "a.safetensors", {"format": "pt"})
+    save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, folder / "b.safetensors", {"format": "pt"})
+    files = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    index(folder, json.dumps({"weight_map": files}))
+    assert "b.safetensors: has model.norm.weight, and so has a.safetensors" in message(folder)
 
 
 def test_a_file_that_was_cut_off_is_named(folder: Path) -> None:

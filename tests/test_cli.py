@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.metadata
 import json
 import re
@@ -20,10 +21,16 @@ from benchmarks.gpu import extension, timings
 from pikv_ds import report
 from pikv_ds.bench.attention import Setting, paged, torch_baselines
 from pikv_ds.bench.timing import Contender, measure
+from pikv_ds.checkpoints import CheckpointError
 from pikv_ds.cli import main
 from pikv_ds.command_line import guarded, real, tokens, whole
-from pikv_ds.errors import PoolFullError
+from pikv_ds.config import ConfigError
+from pikv_ds.errors import LaunchError, PoolFullError, UsageError
+from pikv_ds.hf_cache import UnsupportedModelError
 from pikv_ds.ops import OPS
+from pikv_ds.routers import UnknownRouterError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_report_names_each_op_and_each_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +74,7 @@ def test_the_other_apex_is_not_nvidias(inside: str, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("op", ["decode", "lookup", "seal"])
 def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures, picture = tmp_path / "new" / "figures.json", tmp_path / "picture.png"
+    figures, picture = tmp_path / "figures.json", tmp_path / "picture.png"
     small = [
         "--gib",
         "0.001",
@@ -101,6 +108,8 @@ def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.Captur
         (["--codecs", "int4", "int3/int9"], "codec 'int3/int9': 'int9' is none of none, fp8, int8"),
         (["--codecs", "int3+clipped"], "codec 'int3+clipped': 'clipped' is none of"),
         (["--codecs", "none+clip"], "clip = True: is of integers"),
+        (["--json", "nowhere/x.json"], "nowhere/x.json: there is no folder nowhere"),
+        (["--plot", "nowhere/x.png"], "nowhere/x.png: there is no folder nowhere"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +163,17 @@ def test_contenders_take_turns_and_walk_through_their_copies() -> None:
         (["eval", "--pikv", "x={"], "--pikv x={: line 1, column 2"),
         (["tune", "--out", "x.json", "--objective", "9**9**9*latency"], "it has no value at"),
         (["heads", "--out", "x.json", "--share", "nan"], "--share: nan: use a share of the heads"),
+        *(
+            ([*command, "x.doc"], f"{command[-1]}: x.doc: use a name that ends in .png, .pdf, .svg")
+            for command in (
+                ["bench", "--plot"],
+                ["eval", "--plot"],
+                ["tune", "--plot"],
+                ["heads", "--plot"],
+                ["plan", "--plot"],
+                ["trace", "plot", "x", "--out"],
+            )
+        ),
         (["nothing"], "invalid choice"),
     ],
 )
@@ -211,12 +231,13 @@ def test_types_of_options_take_their_bounds() -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (ValueError("--x 1:\n  use 2\n"), "cmd: --x 1: use 2"),
+        (UsageError("--x 1:\n  use 2\n"), "cmd: --x 1: use 2"),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range"), "cmd: 'ascii' codec can't encode"),
         (PoolFullError("no room"), "cmd: no room"),
         (OSError(28, "No space left on device"), "cmd: [Errno 28] No space left on device"),
         (MemoryError(), "cmd: MemoryError"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "cmd: DefaultCPUAllocator: can't"),
-        (ValueError("x" * 10**6), "cmd: xxx"),
+        (UsageError("x" * 10**6), "cmd: xxx"),
     ],
 )
 def test_known_errors_are_a_line(error: Exception, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,9 +251,21 @@ def test_known_errors_are_a_line(error: Exception, words: str, capsys: pytest.Ca
 
 
 def test_our_own_mistakes_are_not_hidden() -> None:
-    for error in (RuntimeError("shapes differ"), AssertionError(), KeyError("x"), TypeError()):
+    for error in (ValueError("unequal"), RuntimeError("shapes differ"), AssertionError(), KeyError("x"), TypeError()):
         with pytest.raises(type(error)):
             guarded("cmd", lambda error=error: (_ for _ in ()).throw(error))
+
+
+def test_whatever_refuses_input_is_known() -> None:
+    """Nothing raises a bare ValueError on purpose, and every error class for input is a `UsageError`."""
+    sources = [p for folder in ("pikv_ds", "examples", "megatron_patch") for p in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 80
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            raised = node.exc.func if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None
+            assert not (isinstance(raised, ast.Name) and raised.id == "ValueError"), f"{path}:{node.lineno}"
+    for kind in (ConfigError, CheckpointError, LaunchError, UnsupportedModelError, UnknownRouterError):
+        assert issubclass(kind, UsageError)
 
 
 @pytest.mark.parametrize(("closed", "words"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left")])

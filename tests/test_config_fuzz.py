@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 import pikv_ds
 from pikv_ds import ConfigError, PiKVConfig, checks
-from pikv_ds.config import POLICIES, load_json, section
+from pikv_ds.config import POLICIES, load_config, load_json, section
 from pikv_ds.policies.codecs import ELEMENTS, MOST_NUMBER, Codec
 
 HUGE = 10**5000
@@ -139,6 +141,10 @@ def test_no_setting_takes_what_is_of_no_kind(where: str, tmp_path: Path) -> None
         ({"codec": DEEP}, "pikv.codec.name = "),
         ({"retention": {"name": "kvpress", "press": 5}}, "pikv.retention.press = 5: name a press"),
         ({"retention": {"name": "kvpress"}}, 'pikv.retention.press: missing; "kvpress" needs it'),
+        (
+            {"budget": {"name": "pyramid", "tokens": 0}, "retention": "snap"},
+            "pikv.budget.tokens = 0: use a whole number of at least 1, or leave it out for no limit",
+        ),
         ({"two\nlines": 1}, "pikv.'two\\nlines' = 1: unknown setting"),
         ({5: 1}, "pikv.5 = 1: unknown setting"),
     ],
@@ -183,6 +189,28 @@ def test_a_section_that_is_no_object_is_refused(found: Any) -> None:
         section({"pikv": found}, "ds.json")
 
 
+@pytest.mark.parametrize("content", [{"pikv": {"page_size": 8}}, {"page_size": 8}])
+def test_a_file_has_the_settings_by_themselves_or_in_a_section(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    assert load_config(tmp_path / "ds.json") == PiKVConfig(page_size=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"pikv": [1]}, "pikv: expected an object with settings, got [1]"),
+        ({"pikv": {"page_size": 7}}, "pikv.page_size = 7: choose"),
+        ({"page_size": 7}, "pikv.page_size = 7: choose"),
+    ],
+)
+def test_errors_of_a_file_name_it(tmp_path: Path, content: Any, words: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"{path}: {words}")
+
+
 @pytest.mark.parametrize("table", [[], {}, ["abc"], [[1, 0]], [[]], [[True], "x"], 5])
 def test_a_file_of_heads_is_a_table_of_true_and_false(tmp_path: Path, table: Any) -> None:
     """A row of text had as many retrieval heads as letters."""
@@ -191,32 +219,66 @@ def test_a_file_of_heads_is_a_table_of_true_and_false(tmp_path: Path, table: Any
         PiKVConfig.from_dict({"codec": {"name": "per_head", "heads": f"{tmp_path}/heads.json"}})
 
 
+def bounds(where: str) -> dict[str, tuple[float, float]]:
+    """The least and the most that the checks of a policy, or of the configuration itself, take of each number."""
+    found: dict[str, tuple[float, float]] = {}
+
+    def whole(owner: Any, *keys: str, least: int = 1, most: int = checks.MOST, **_: Any) -> None:
+        found.update(dict.fromkeys(keys, (least, most)))
+
+    def real(owner: Any, key: str, low: float, high: float, remedy: str, above: bool = False) -> None:
+        found[key] = (math.nextafter(low, high) if above else low, high)
+
+    def choice(owner: Any, key: str, allowed: Any, remedy: str, name: str = "") -> None:
+        numbers = [one for one in allowed if type(one) is int]
+        if numbers:
+            found[name or key] = (min(numbers), max(numbers))
+
+    key, _, name = where.partition(".")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ConfigError):
+        patch.setattr(checks, "whole_attributes", whole)
+        patch.setattr(checks, "real_attribute", real)
+        patch.setattr(checks, "choice", choice)
+        PiKVConfig.from_dict({"page_size": 8, **({key: {"name": name}} if name else {})})
+    return found
+
+
+def test_bounds_are_those_of_the_checks() -> None:
+    assert bounds("").items() >= {"timeout_s": (1.0, 86400.0), "watermark": (0.0, 0.5), "page_size": (1, 256)}.items()
+    assert bounds("placement.balanced")["alpha"] == (0, 100)
+    assert bounds("retention.snap")["kernel"] == (1, 1023)
+
+
 @pytest.mark.parametrize("where", [where for where in OWNERS if not where.startswith("codec")])
-def test_what_is_accepted_runs(where: str) -> None:
+def test_what_is_accepted_runs(where: str, tmp_path: Path) -> None:
     """Every number at the least and the most that is taken: nothing fails later."""
     key, _, name = where.partition(".")
     ids = tiny.prompt(2, 24)
-    ran = 0
+    ran, limits = 0, bounds(where)
+    heads = tiny.mixtral(num_layers=1).config.num_key_value_heads
+    (tmp_path / "heads.json").write_text(json.dumps({"retrieval": [[True] + [False] * (heads - 1)]}))
     for field in dataclasses.fields(OWNERS[where]):
         if not field.init or ("int" not in str(field.type) and "float" not in str(field.type)):
             continue
         taken = []
-        for value in (0, 1e-300, 1, 8, 1023, 2**16, checks.MOST):
+        for value in limits[field.name]:
             chosen: dict[str, Any] = {key: {"name": name, field.name: value}} if name else {field.name: value}
             if key == "retention":
                 chosen["budget"] = {"prompt": 0.5, "tokens": 16, "name": "uniform"}
             if key == "budget":
                 chosen["retention"] = "snap"
-            try:
-                taken.append(PiKVConfig.from_dict({"page_size": 8, **chosen}))
-            except ConfigError:
+            if name == "duo":
+                chosen["budget"]["heads"] = f"{tmp_path}/heads.json"
+            if chosen.get("budget") == {"name": "uniform", "prompt": 1}:  # keeps everything: no budget at all
                 continue
-        least = [] if field.name == "capacity_tokens" else taken[:1]  # of one page, in which no prompt has room
-        for config in {str(c): c for c in least + taken[-1:]}.values():
+            taken.append(PiKVConfig.from_dict({"page_size": 8, **chosen}))
+        if field.name == "capacity_tokens":
+            taken = taken[-1:]  # the least is one page, in which no prompt has room
+        for config in {str(c): c for c in taken}.values():
             model = tiny.mixtral(num_layers=1)
             pikv_ds.attach(model, config)
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
             assert out.shape == (2, 34)
             pikv_ds.detach(model)
             ran += 1
-    assert ran or name in ("duo", "exact", "expert", "interleave", "lru", "h2o", "tova", "flexgen", "kvpress")
+    assert ran or name in ("exact", "expert", "interleave", "lru", "h2o", "tova", "flexgen", "kvpress")

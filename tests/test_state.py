@@ -18,8 +18,10 @@ import tiny
 from safetensors.torch import load_file, save_file
 
 from examples import generation
-from examples.state import State, fingerprint, is_done, until_end
-from pikv_ds import checkpoints
+from examples.state import State, fingerprint, is_done, prepare, until_end
+from pikv_ds import checkpoints, checks
+from pikv_ds.checkpoints import CheckpointError
+from pikv_ds.errors import PeerError, UsageError
 from pikv_ds.launch_env import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,7 +189,14 @@ def test_only_token_ids_of_the_model_are_taken(path: Path, model: Path, answers:
 
 
 def on_two_ranks(monkeypatch: pytest.MonkeyPatch, states: list[State]) -> list[Any]:
-    """What `read` gives or raises on each rank, gathered as a job gathers."""
+    """What `read` gives on each rank, or the message of its error."""
+    results = together(monkeypatch, lambda rank: states[rank].read(1, VOCAB))
+    assert all(isinstance(r, (list, UsageError, PeerError)) for r in results)
+    return [str(r) if isinstance(r, Exception) else r for r in results]
+
+
+def together(monkeypatch: pytest.MonkeyPatch, do: Callable[[int], Any]) -> list[Any]:
+    """What each rank gives or raises, gathered as a job gathers."""
     barrier, told, results = threading.Barrier(2, timeout=30), [None, None], [None, None]
 
     def gather(own: Any, world: World) -> list[Any]:
@@ -201,9 +210,9 @@ def on_two_ranks(monkeypatch: pytest.MonkeyPatch, states: list[State]) -> list[A
 
     def work(rank: int) -> None:
         try:
-            results[rank] = states[rank].read(1, VOCAB)
-        except ValueError as error:
-            results[rank] = str(error)
+            results[rank] = do(rank)
+        except Exception as error:
+            results[rank] = error
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -227,8 +236,52 @@ def test_what_one_rank_refuses_all_refuse(model: Path, tmp_path: Path, monkeypat
     assert {state.run for state in again} == {states[0].run}  # a stopped run stays the same run
     (tmp_path / "state.rank1").write_text("5")
     first, second = on_two_ranks(monkeypatch, two_states(tmp_path / "state", model))
-    assert first == second
-    assert "state.rank1 holds no tokens of a job" in first
+    assert first == f"rank 1: {second}"
+    assert second.startswith(f"--state: {tmp_path}/state.rank1 holds no tokens of a job")
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_all(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "state.rank1").mkdir()
+    first, second = on_two_ranks(monkeypatch, two_states(tmp_path / "state", model))
+    assert first == f"rank 1: {second}"
+    assert second == f"--state: {tmp_path}/state.rank1 cannot be read (Is a directory); name another file"
+
+
+@pytest.mark.parametrize("what", ["prompt", "tokenizer", "weights", "bug"])
+def test_what_one_rank_cannot_prepare_all_refuse(
+    what: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt, a tokenizer or weights that one node lacks, and a mistake of ours: the other rank does not wait."""
+    (tmp_path / "prompt.txt").write_text("The whale")
+    folder = tmp_path / "rank1"
+    shutil.copytree(model, folder)
+    if what == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+    if what == "weights":
+        identity = checkpoints.identity
+
+        def read_all(path: str) -> str:
+            return identity(path) if path == str(model) else Path("/").read_bytes().decode()  # an OSError
+
+        monkeypatch.setattr(checkpoints, "identity", read_all)
+    if what == "bug":
+        monkeypatch.setattr(generation, "my_prompts", lambda args, *_: [][args.rank] if args.rank else ([], [], []))
+    (tmp_path / "ds.json").write_text("{}")
+
+    def work(rank: int) -> Any:
+        prompt = f"{tmp_path}/gone.txt" if what == "prompt" and rank else f"{tmp_path}/prompt.txt"
+        options = ["--config", f"{tmp_path}/ds.json", "--prompt-file", prompt, "--state", f"{tmp_path}/state"]
+        args = generation.parse_arguments(options, None, "", "")
+        args.rank = rank
+        return prepare(args, {}, str(folder if rank else model), World(rank, 2, rank), 999, "deepspeed")
+
+    first, second = together(monkeypatch, work)
+    assert type(first) is PeerError
+    assert str(first) == f"rank 1: {checks.one_line(second)}"
+    wanted = {"prompt": UsageError, "tokenizer": CheckpointError, "weights": OSError, "bug": IndexError}
+    assert isinstance(second, wanted[what])
 
 
 def test_files_of_several_runs_are_not_mixed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pikv_ds.bench.timing import Contender
+from pikv_ds.errors import UsageError
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.policies.codecs import ELEMENTS, Codec
@@ -60,7 +61,7 @@ def codec_of(text: str) -> Codec:
         x for x in options if x not in ("clip", "scales8")
     ]
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"codec {text!r}: {unknown[0]!r} is none of {', '.join(ELEMENTS)}; write it as int4, int3/int2 "
             "(keys/values) or int3+clip+scales8"
         )

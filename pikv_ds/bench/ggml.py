@@ -17,6 +17,7 @@ import torch
 
 from pikv_ds.bench.attention import Setting, label
 from pikv_ds.bench.timing import Contender
+from pikv_ds.errors import UsageError
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # enum ggml_type
 TYPES = {"f16": (F16, 16), "q8_0": (Q8_0, 8.5), "q4_0": (Q4_0, 4.5)}
@@ -61,7 +62,7 @@ def _library() -> Callable[[str], Callable[..., Any]]:
                 function = getattr(library, name)
                 function.restype, function.argtypes = signatures[name]
                 return function
-        raise ValueError(f"the installed llama-cpp-python has no {name}")
+        raise UsageError(f"the installed llama-cpp-python has no {name}")
 
     return find
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pikv_ds.errors import UsageError
 from pikv_ds.eval.snapshot import LayerInputs, Snapshot
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
@@ -59,9 +60,9 @@ def fit(snapshot: Snapshot, method: str, rank: int, codec: Codec, page_size: int
     """
     size = snapshot.layers[0].key.shape[-1]
     if method not in METHODS:
-        raise ValueError(f"--method {method}: choose of {', '.join(METHODS)}")
+        raise UsageError(f"--method {method}: choose of {', '.join(METHODS)}")
     if not 1 <= rank <= size:
-        raise ValueError(f"--rank {rank}: use 1 to {size}, the head size")
+        raise UsageError(f"--rank {rank}: use 1 to {size}, the head size")
     if method == "lora":
         return [_lora(layer, rank, codec, page_size, index) for index, layer in enumerate(snapshot.layers)]
     out = []
@@ -196,5 +197,5 @@ def prompt_ids(tokenizer: object, texts: list[str], num_tokens: int) -> Tensor:
     share = num_tokens // len(texts)
     ids = [i for text in texts for i in encode(text[: 12 * share], add_special_tokens=False).input_ids[:share]]  # type: ignore[attr-defined]
     if not ids:
-        raise ValueError("--text: no tokens in it")
+        raise UsageError("--text: no tokens in it")
     return torch.tensor([ids])

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from pikv_ds import tables
-from pikv_ds.command_line import THREADS, check_folders, whole
+from pikv_ds.command_line import THREADS, check_folders, name_or_json, whole
+from pikv_ds.errors import UsageError
 from pikv_ds.eval.command import example_texts, load
 
 
@@ -52,7 +53,7 @@ CODECS = """examples:
 
 
 def _codec(text: str) -> Any:
-    from pikv_ds.config import PiKVConfig, name_or_json
+    from pikv_ds.config import PiKVConfig
 
     return PiKVConfig.from_dict({"codec": name_or_json("codec", text)}).codec
 
@@ -64,7 +65,7 @@ def _snapshots(args: argparse.Namespace, shares: Sequence[float]) -> list[Any]:
     from pikv_ds.eval.text import read
 
     if args.tokens < 8 * args.page_size:
-        raise ValueError(f"--tokens {args.tokens}: use at least {8 * args.page_size}, eight pages")
+        raise UsageError(f"--tokens {args.tokens}: use at least {8 * args.page_size}, eight pages")
     torch.set_num_threads(args.threads)
     texts = read(args.text or example_texts())
     console = Console(stderr=True)
@@ -82,10 +83,10 @@ def calibrate(args: argparse.Namespace) -> int:
     from pikv_ds.eval import calibrate as calibration
 
     if len(args.codec) > 1:
-        raise ValueError("--codec: bases are for one codec; name one")
+        raise UsageError("--codec: bases are for one codec; name one")
     codec = _codec(args.codec[0] if args.codec else "none")
     if args.method not in calibration.METHODS:
-        raise ValueError(f"--method {args.method}: choose of {', '.join(calibration.METHODS)}")
+        raise UsageError(f"--method {args.method}: choose of {', '.join(calibration.METHODS)}")
     check_folders(args.out)
     seen, unseen = _snapshots(args, (0.75, 0.25))
     bases = calibration.fit(seen, args.method, args.rank, codec, args.page_size)

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pikv_ds import tables
-from pikv_ds.command_line import THREADS, check_folders, whole
+from pikv_ds.command_line import THREADS, check_folders, picture, settings_of, whole
+from pikv_ds.errors import UsageError
 
 EXAMPLES = """examples:
   pikv eval --cases 6 --lengths 1000                       a first look, a few minutes
@@ -62,7 +63,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--resume", action="store_true", help="goes on with what --json FILE has")
     parser.add_argument("--show", action="store_true", help="shows what --json FILE has, and runs nothing")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="writes the tables")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws quality against bytes")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draws quality against bytes")
     parser.set_defaults(run=main)
 
 
@@ -145,16 +146,16 @@ def check(args: argparse.Namespace) -> None:
 
     for task in args.tasks:
         if task not in TASKS:
-            raise ValueError(f"--tasks {task}: choose of {', '.join(TASKS)}")
+            raise UsageError(f"--tasks {task}: choose of {', '.join(TASKS)}")
     for option in ("resume", "show"):
         if getattr(args, option) and not args.json:
-            raise ValueError(f"--{option}: name the file with --json")
+            raise UsageError(f"--{option}: name the file with --json")
     check_folders(args.json, args.markdown, args.plot)
 
 
 def methods_of(args: argparse.Namespace) -> Sequence[Any]:
     """The methods that the options name."""
-    from pikv_ds.config import PiKVConfig, settings_of
+    from pikv_ds.config import PiKVConfig
     from pikv_ds.eval import methods
 
     suite = args.suite or ("none" if args.pikv or args.presses else "pikv")
@@ -183,20 +184,28 @@ def load(name: str, dtype: str, console: Console) -> tuple[Any, Any]:
         if name == "reference-dense":
             model, tokenizer = reference_model.load_dense(kind)
             return model.eval(), tokenizer
-        folder = str(reference_model.build(progress=True)) if name == "reference" else name
+        folder = folder_of(name)
         checkpoints.check_files(folder, "--model")
         tokenizer = checkpoints.load_tokenizer(folder, "--model")
         return checkpoints.load_model(folder, kind, "--model"), tokenizer
 
 
 def identity(name: str) -> str:
-    """What tells a model from others of the same name: of a folder, what is in it."""
-    from pikv_ds import checkpoints
+    """What tells a model from others of the same name: what is in its folder, or in the file that it is made of."""
+    from pikv_ds import checkpoints, reference_model
 
-    if name in ("reference", "reference-dense"):
-        return name
-    checkpoints.check_files(name, "--model")
-    return checkpoints.identity(name)
+    if name == "reference-dense":
+        return checkpoints.sampled([reference_model.gguf_path()])
+    folder = folder_of(name)
+    checkpoints.check_files(folder, "--model")
+    return checkpoints.identity(folder)
+
+
+def folder_of(name: str) -> str:
+    """The folder of the checkpoint that `--model` names; the reference model is built where it is not yet."""
+    from pikv_ds import reference_model
+
+    return str(reference_model.build(progress=True)) if name == "reference" else name
 
 
 def example_texts() -> list[Path]:

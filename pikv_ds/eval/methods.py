@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 import pikv_ds
 from pikv_ds.api import attachment_of
+from pikv_ds.errors import UsageError
 from pikv_ds.eval.snapshot import Snapshot
 
 
@@ -128,14 +129,14 @@ class Press:
         try:
             import kvpress
         except ImportError as error:
-            raise ValueError(
+            raise UsageError(
                 f"--presses {self.press}: kvpress cannot be imported ({error}); pip install kvpress"
             ) from None
 
         def kind(name: str) -> Any:
             if not hasattr(kvpress, f"{name}Press"):
                 known = sorted(n.removesuffix("Press") for n in dir(kvpress) if n.endswith("Press"))
-                raise ValueError(f"--presses {name}: choose of {', '.join(known)}")
+                raise UsageError(f"--presses {name}: choose of {', '.join(known)}")
             return getattr(kvpress, f"{name}Press")
 
         outer, _, inner = self.press.partition("+")
@@ -254,7 +255,7 @@ def parse_press(text: str) -> Press:
     """``SnapKV:0.5``."""
     match = re.fullmatch(r"([A-Za-z+]+):(0?\.\d+)", text)
     if match is None:
-        raise ValueError(f"--presses {text}: write NAME:RATIO, e.g. SnapKV:0.5")
+        raise UsageError(f"--presses {text}: write NAME:RATIO, e.g. SnapKV:0.5")
     press = Press(match[1], float(match[2]))
     press.build()
     return press

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 from pikv_ds.eval import tasks
 from pikv_ds.eval.methods import Full, Method, Prepared
 from pikv_ds.eval.snapshot import Snapshot, take
@@ -168,7 +169,7 @@ def read(path: Path) -> tuple[dict[tuple[str, str], Outcome], dict[str, Any]]:
         content = checks.read_json(path)
         return {(o["case"], o["method"]): Outcome(**o) for o in content["outcomes"]}, dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"--json {path}: no results of `pikv eval` ({checks.one_line(error)}); name another file"
         ) from None
 
@@ -191,7 +192,7 @@ def load(path: Path, settings: dict[str, Any]) -> tuple[dict[tuple[str, str], Ou
     for key in sorted({*there, *here}):
         if there.get(key) != here.get(key):
             values = f"{checks.shown(there.get(key))} there, {checks.shown(here.get(key))} here"
-            raise ValueError(
+            raise UsageError(
                 f"--json {path}: holds results of other settings ({key}: {values}); name another file, or leave out "
                 "--resume"
             )

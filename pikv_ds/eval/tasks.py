@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pikv_ds.errors import UsageError
 from pikv_ds.eval.text import chat_parts, sentences
 
 NEEDLE = " The special magic {what} for {city} is: {answer}."
@@ -84,7 +85,7 @@ class Haystack:
         """
         room = length - len(head) - sum(len(ids) for _, ids in pieces)
         if room <= 0:
-            raise ValueError(f"lengths has {length}: the smallest is {length - room + 1}")
+            raise UsageError(f"lengths has {length}: the smallest is {length - room + 1}")
         start = self.rng.randrange(len(self.prose))
         waiting = sorted(pieces, key=lambda p: p[0])
         body: list[int] = []

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pikv_ds.errors import UsageError
+
 
 def sentences(text: str) -> list[str]:
     """Split English prose at sentence ends; every piece keeps the white space in front of it, so
@@ -47,13 +49,13 @@ def read(paths: Sequence[Path]) -> list[str]:
         ValueError: there is none, or it cannot be read.
     """
     if not paths:
-        raise ValueError("no text to hide needles in: name files with --text")
+        raise UsageError("no text to hide needles in: name files with --text")
     out = []
     for path in paths:
         try:
             out.append(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--text {path}: {error}; name a text in UTF-8") from None
+            raise UsageError(f"--text {path}: {error}; name a text in UTF-8") from None
         if not out[-1].strip():
-            raise ValueError(f"--text {path}: is empty; name a text in UTF-8")
+            raise UsageError(f"--text {path}: is empty; name a text in UTF-8")
     return out

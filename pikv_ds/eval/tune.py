@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 from pikv_ds.eval.run import Outcome
 
 FIGURES = ("latency", "memory", "fidelity")
@@ -58,25 +59,25 @@ class Objective:
         self.text = text
         remedy = f"--objective {checks.shown(text)}: write sums and products of {', '.join(FIGURES)} and numbers"
         if len(text) > MOST_TEXT:
-            raise ValueError(f"{remedy}, of at most {MOST_TEXT} characters")
+            raise UsageError(f"{remedy}, of at most {MOST_TEXT} characters")
         try:
             tree = ast.parse(text, mode="eval")
         except (SyntaxError, ValueError) as error:  # ValueError: a NUL
-            raise ValueError(f"{remedy} ({getattr(error, 'msg', error)})") from None
+            raise UsageError(f"{remedy} ({getattr(error, 'msg', error)})") from None
         for node in ast.walk(tree):
             if not isinstance(node, self.ALLOWED):
-                raise ValueError(f"{remedy}, no {type(node).__name__}")
+                raise UsageError(f"{remedy}, no {type(node).__name__}")
             if isinstance(node, ast.Name) and node.id not in FIGURES:
-                raise ValueError(f"{remedy}, no {node.id!r}")
+                raise UsageError(f"{remedy}, no {node.id!r}")
             if isinstance(node, ast.Constant) and type(node.value) not in (int, float):
-                raise ValueError(f"{remedy}, no {node.value!r}")
+                raise UsageError(f"{remedy}, no {node.value!r}")
             if isinstance(node, ast.Constant) and not abs(node.value) < 1e300:  # type: ignore[arg-type]
-                raise ValueError(f"{remedy}, no number as large as {checks.shown(node.value)}")
+                raise UsageError(f"{remedy}, no number as large as {checks.shown(node.value)}")
         if not any(isinstance(node, ast.Name) for node in ast.walk(tree)):
-            raise ValueError(f"{remedy}; it names none of the figures")
+            raise UsageError(f"{remedy}; it names none of the figures")
         self._tree = tree.body
         if not math.isfinite(self.of(Point("", {}, *TRIED))):
-            raise ValueError(f"{remedy}; it has no value at {dict(zip(FIGURES, TRIED, strict=False))}")
+            raise UsageError(f"{remedy}; it has no value at {dict(zip(FIGURES, TRIED, strict=False))}")
 
     def of(self, point: Point) -> float:
         """Its value at a point; the least is the best. Infinite where it has none, as one divided by zero."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pikv_ds import tables
-from pikv_ds.command_line import THREADS, check_folders, real, whole
+from pikv_ds.command_line import THREADS, check_folders, name_or_json, picture, real, whole
 from pikv_ds.eval.command import example_texts, load, machine, progress_bar
 
 TUNE = """examples:
@@ -57,7 +57,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         )
         parser.add_argument("--seed", type=whole(0), default=0)
         parser.add_argument("--threads", type=whole(most=THREADS), default=torch.get_num_threads(), metavar="N")
-        parser.add_argument("--plot", type=Path, metavar="FILE", help="draws the result as a PNG")
+        parser.add_argument("--plot", type=picture, metavar="FILE", help="draws the result as a PNG")
 
 
 def _cases(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> list[Any]:
@@ -70,7 +70,7 @@ def _cases(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> list[A
 
 def tune(args: argparse.Namespace) -> int:
     """Measures the grid and writes the best configuration."""
-    from pikv_ds.config import PiKVConfig, load_json, name_or_json, section
+    from pikv_ds.config import PiKVConfig, load_json, section
     from pikv_ds.eval import methods, run
     from pikv_ds.eval import tune as controller
 

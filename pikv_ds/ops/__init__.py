@@ -29,6 +29,7 @@ import logging
 from functools import cache
 from typing import Any
 
+from pikv_ds.errors import UsageError
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
 from pikv_ds.ops.state import UtilityState
@@ -82,7 +83,7 @@ class Ops:
     def __init__(self, backend: str = "auto", device_type: str = "cpu", layout: PageLayout | None = None) -> None:
         self.backend, self.device_type, self.layout = backend, device_type, layout
         if backend not in ("auto", "reference") and self._unable(backend):
-            raise ValueError(
+            raise UsageError(
                 f'pikv.backend = "{backend}": it has no kernels for {self._kind} on device {device_type!r}; '
                 'use "auto" or "reference"'
             )
@@ -93,7 +94,7 @@ class Ops:
             if missing is None:
                 self._take(name, importlib.import_module(f"pikv_ds.ops.{name}_ops"))
             elif backend != "auto":
-                raise ValueError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
+                raise UsageError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
         missing = why_missing("cpp", device_type) if device_type == "cuda" and backend == "auto" else None
         if missing is not None and self._owners:
             _warn_once(f"the ops run on Triton, slower than with CUDA kernels: {missing}")

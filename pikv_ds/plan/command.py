@@ -15,7 +15,8 @@ from rich.console import Console
 
 from pikv_ds import launch_env, tables
 from pikv_ds.checks import named
-from pikv_ds.command_line import GIB, RANKS, check_folders, real, tokens, whole
+from pikv_ds.command_line import GIB, RANKS, check_folders, name_or_json, picture, real, settings_of, tokens, whole
+from pikv_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from pikv_ds.config import PiKVConfig
@@ -83,7 +84,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--assume", metavar="JSON",
                         help="of --simulate: other figures of the cluster, or a file with them")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws them as a PNG")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draws them as a PNG")
     parser.set_defaults(run=main)
 
 
@@ -92,9 +93,9 @@ def main(args: argparse.Namespace) -> int:
     from pikv_ds.plan import planner
 
     if args.measure is not None and args.simulate is not None:
-        raise ValueError("--measure and --simulate: one after the other")
+        raise UsageError("--measure and --simulate: one after the other")
     if args.assume is not None and args.simulate is None:
-        raise ValueError(f"--assume {named(args.assume)}: is of --simulate TRACE; name a trace, or leave it out")
+        raise UsageError(f"--assume {named(args.assume)}: is of --simulate TRACE; name a trace, or leave it out")
     check_folders(args.json, args.plot)
     shape = planner.shape_of(args.model, getattr(torch, args.dtype))
     configs = _configs(args)
@@ -108,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _configs(args: argparse.Namespace) -> dict[str, PiKVConfig]:
     """Ways to keep the KV by name."""
-    from pikv_ds.config import PiKVConfig, name_or_json, settings_of
+    from pikv_ds.config import PiKVConfig
 
     settings = {"page_size": args.page_size, "lookup": name_or_json("lookup", args.lookup)}
     out: dict[str, PiKVConfig] = {}
@@ -118,7 +119,7 @@ def _configs(args: argparse.Namespace) -> dict[str, PiKVConfig]:
         name, changes = settings_of("pikv", text)
         out[f"PiKV {name or text}"] = PiKVConfig.from_dict({**settings, **changes})
     if len({config.page_size for config in out.values()}) > 1:
-        raise ValueError("--pikv: one page_size for all, or they cannot be compared")
+        raise UsageError("--pikv: one page_size for all, or they cannot be compared")
     return out
 
 
@@ -207,11 +208,11 @@ def _measure(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str, 
         launch_env.normalise()
         world = launch_env.world()
         if args.measure not in ([], [world.size]):
-            raise ValueError(f"--measure {' '.join(map(str, args.measure))}: the launcher started {world.size} ranks")
+            raise UsageError(f"--measure {' '.join(map(str, args.measure))}: the launcher started {world.size} ranks")
         sizes = [world.size]
     for ranks in sizes:
         if shape.num_experts % ranks:
-            raise ValueError(f"--measure {ranks}: {shape.num_experts} experts cannot be spread over so many ranks")
+            raise UsageError(f"--measure {ranks}: {shape.num_experts} experts cannot be spread over so many ranks")
     results: dict[str, Any] = {}
     for ranks in sizes:
         found = measure.rank(spec) if launched else measure.local_ranks(spec, ranks)
@@ -237,10 +238,10 @@ def _simulate(args: argparse.Namespace, shape: ModelShape, configs: Mapping[str,
     from pikv_ds.plan import show, simulate
 
     if any(config.lookup.summary is not None for config in configs.values()):
-        raise ValueError("--simulate: knows exact lookups only; leave --lookup out")
+        raise UsageError("--simulate: knows exact lookups only; leave --lookup out")
     cluster = simulate.Cluster.of(simulate.read_assumptions(args.assume or "{}"))
     if args.ranks < cluster.ranks_per_node:
-        raise ValueError(f"--ranks {args.ranks}: begin with a node, {cluster.ranks_per_node} ranks")
+        raise UsageError(f"--ranks {args.ranks}: begin with a node, {cluster.ranks_per_node} ranks")
     console = Console(stderr=True)
 
     def progress(todo: list[Any]) -> Iterable[Any]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 from pikv_ds.shape import ModelShape
 
 
@@ -67,7 +68,7 @@ class Costs:
         """
         unknown = [codec for codec in work.pages if codec not in self.byte]
         if unknown:
-            raise ValueError(f"codec {unknown[0]} was not measured, only {', '.join(self.byte)}; pikv plan --measure")
+            raise UsageError(f"codec {unknown[0]} was not measured, only {', '.join(self.byte)}; pikv plan --measure")
         reading = sum(num_bytes * self.byte[codec] for codec, num_bytes in work.pages.items())
         network = 2 * self.alpha + self.beta * work.wire
         return self.step + self.alpha + work.layers * (self.layer + network + self.row * work.rows + reading)
@@ -140,7 +141,7 @@ def load(path: Path) -> dict[str, Costs]:
     try:
         return {key: _entry(**entry) for key, entry in checks.read_json(path).items()}
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path}: not a file of costs ({checks.one_line(error)}); remove it and run pikv plan --measure"
         ) from None
 
@@ -155,7 +156,7 @@ def _entry(**values: Any) -> Costs:
     numbers = [entry.alpha, entry.beta, entry.step, entry.layer, entry.row, *entry.byte.values()]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
-            raise ValueError(f"{checks.shown(number)} is no cost")
+            raise UsageError(f"{checks.shown(number)} is no cost")
     return entry
 
 

@@ -26,6 +26,7 @@ from rich.progress import track
 from pikv_ds import launch_env, ranks
 from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import UsageError
 from pikv_ds.exchange import Exchange, make_group
 from pikv_ds.metrics import wire_bytes_per_token_layer
 from pikv_ds.plan import costs
@@ -234,7 +235,7 @@ def local_ranks(spec: Spec, num_ranks: int) -> dict[str, Any]:
         spec_path.write_text(spec.to_json())
         code = ranks.run([sys.executable, "-m", "pikv_ds.plan.measure", str(spec_path), str(out)], num_ranks)
         if code:
-            raise ValueError(f"--measure: the job of {num_ranks} ranks ended with exit code {code}")
+            raise UsageError(f"--measure: the job of {num_ranks} ranks ended with exit code {code}")
         return json.loads(out.read_text())
 
 

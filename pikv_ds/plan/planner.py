@@ -18,6 +18,7 @@ import torch
 from pikv_ds import checks
 from pikv_ds.cache import Announcement
 from pikv_ds.config import PAGE_SIZES, PiKVConfig
+from pikv_ds.errors import UsageError
 from pikv_ds.formats import make_formats, num_streams
 from pikv_ds.placement import Topology, rank_bound
 from pikv_ds.plan.costs import Costs, Work
@@ -57,23 +58,23 @@ def shape_of(model: str, dtype: torch.dtype) -> ModelShape:
         return ModelShape(dtype=dtype, **PRESETS[model.lower()])  # type: ignore[arg-type]
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     if not path.is_file():
-        raise ValueError(f"--model {model}: no preset ({', '.join(PRESETS)}), and no folder with a config.json")
+        raise UsageError(f"--model {model}: no preset ({', '.join(PRESETS)}), and no folder with a config.json")
     try:
         config = checks.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"--model {model}: {path} cannot be read ({error})") from None
+    except UsageError as error:
+        raise UsageError(f"--model {model}: {path} cannot be read ({error})") from None
     config = config.get("text_config", config) if isinstance(config, dict) else config
     if not isinstance(config, dict):
-        raise ValueError(f"--model {model}: {path} has no JSON object in it")
+        raise UsageError(f"--model {model}: {path} has no JSON object in it")
 
     def size(name: str, otherwise: int | None = None) -> int:
         value = config.get(name)
         if value is None and otherwise is not None:
             return otherwise
         if value is None:
-            raise ValueError(f"--model {model}: {path} names no {name}")
+            raise UsageError(f"--model {model}: {path} names no {name}")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_SIZE:
-            raise ValueError(
+            raise UsageError(
                 f"--model {model}: {path}: {name} = {checks.shown(value)}: use a whole number from 1 to {MOST_SIZE}"
             )
         return value

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pikv_ds import checks
 from pikv_ds.config import PiKVConfig
+from pikv_ds.errors import UsageError
 from pikv_ds.placement import Topology, page_limits
 from pikv_ds.plan import planner
 from pikv_ds.plan.planner import DP, PLAN_BYTES, Load
@@ -92,19 +93,19 @@ class Cluster:
 
 def _changed(value: Any, changes: Any, path: str) -> Any:
     if not isinstance(changes, Mapping):
-        raise ValueError(f"--assume {path or 'JSON'}: use an object with figures")
+        raise UsageError(f"--assume {path or 'JSON'}: use an object with figures")
     known = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     for key, change in changes.items():
         if key not in known:
-            raise ValueError(f"--assume {path}{checks.named(key)}: unknown; choose one of {', '.join(known)}")
+            raise UsageError(f"--assume {path}{checks.named(key)}: unknown; choose one of {', '.join(known)}")
         if dataclasses.is_dataclass(known[key]):
             known[key] = _changed(known[key], change, f"{path}{key}.")
         elif isinstance(change, bool) or not isinstance(change, (int, float)) or not 0 <= change <= MOST:
-            raise ValueError(f"--assume {path}{key} = {checks.shown(change)}: use a number from 0 to {MOST:g}")
+            raise UsageError(f"--assume {path}{key} = {checks.shown(change)}: use a number from 0 to {MOST:g}")
         elif key in ("gb_per_s", "read_gb_per_s") and change <= 0:
-            raise ValueError(f"--assume {path}{key} = {checks.shown(change)}: use a number above 0")
+            raise UsageError(f"--assume {path}{key} = {checks.shown(change)}: use a number above 0")
         elif key == "ranks_per_node" and change not in range(1, int(MOST)):
-            raise ValueError(f"--assume {path}{key} = {checks.shown(change)}: use a whole number above 0")
+            raise UsageError(f"--assume {path}{key} = {checks.shown(change)}: use a whole number above 0")
         else:
             known[key] = int(change) if key == "ranks_per_node" else float(change)
     return type(value)(**known)
@@ -159,7 +160,7 @@ def routings(traces: Sequence[RankTrace], num_experts: int, layers: int = LAYERS
     """
     recorded = traces[0].facts["experts"]
     if recorded != num_experts:
-        raise ValueError(
+        raise UsageError(
             f"--simulate: the trace is of a model with {recorded} experts, this one has {num_experts}; record one of "
             'this model, with "trace": "FOLDER" in its settings'
         )
@@ -170,7 +171,7 @@ def routings(traces: Sequence[RankTrace], num_experts: int, layers: int = LAYERS
                 pages = by_layer.setdefault(seal.layer, {}).setdefault((trace.rank, seal.sequence), {})
                 pages[seal.page_idx] = tuple(expert for expert, _ in seal.votes)
     if not by_layer:
-        raise ValueError("--simulate: no page in the trace has a home expert; was a prompt ever longer than a page?")
+        raise UsageError("--simulate: no page in the trace has a home expert; was a prompt ever longer than a page?")
     names = sorted(by_layer)
     chosen = [names[i * len(names) // min(layers, len(names))] for i in range(min(layers, len(names)))]
     out = []
@@ -339,8 +340,8 @@ def read_assumptions(text: str) -> Mapping[str, Any]:
     """
     try:
         found = checks.parse_json(text) if text.lstrip().startswith("{") else checks.read_json(text)
-    except ValueError as error:
-        raise ValueError(
+    except UsageError as error:
+        raise UsageError(
             f"--assume {checks.named(text)}: {error}; write a JSON object, or name a file with one"
         ) from None
     return found

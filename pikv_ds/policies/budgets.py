@@ -57,8 +57,9 @@ class Budget(Protocol):
 
 
 def _check(budget: Any) -> None:
-    checks.real(budget, "prompt", 0, 1, "use the share of a prompt that is kept, above 0 and at most 1", above=True)
-    checks.whole(budget, "tokens", because="without it there is no limit", optional=True)
+    remedy = "use the share of a prompt that is kept, above 0 and at most 1"
+    checks.real_attribute(budget, "prompt", 0, 1, remedy, above=True)
+    checks.whole_attributes(budget, "tokens", optional=True, without="no limit")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class PyramidBudget:
 
     def __post_init__(self) -> None:
         _check(self)
-        checks.real(self, "slope", 0, 1, "use a number between 0 (uniform) and 1")
+        checks.real_attribute(self, "slope", 0, 1, "use a number between 0 (uniform) and 1")
 
     def split(self, mean: float, layer: int, num_layers: int, num_heads: int, scores: Tensor | None) -> list[float]:
         if num_layers == 1 or math.isinf(mean):
@@ -118,7 +119,7 @@ class AdaBudget:
 
     def __post_init__(self) -> None:
         _check(self)
-        checks.real(self, "safeguard", 0, 1, "use a share of the budget between 0 and 1")
+        checks.real_attribute(self, "safeguard", 0, 1, "use a share of the budget between 0 and 1")
 
     def split(self, mean: float, layer: int, num_layers: int, num_heads: int, scores: Tensor | None) -> list[float]:
         if scores is None or math.isinf(mean):
@@ -153,7 +154,7 @@ class DuoBudget:
     tokens = None
 
     def __post_init__(self) -> None:
-        checks.whole(self, "sink", "recent")
+        checks.whole_attributes(self, "sink", "recent")
         checks.path(self, "heads", HEADS_REMEDY)
         _ = self.retrieval
 

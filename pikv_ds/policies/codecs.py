@@ -25,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 from pikv_ds.layout import BITS, PLAIN, PageLayout
 from pikv_ds.ops.projections import Projections, hadamard
 from pikv_ds.policies.heads import HEADS_REMEDY, check_heads, read_heads
@@ -97,11 +98,11 @@ class Codec:
         elements = [self.name, self.values or self.name]
         for key, unset in (("clip", False), ("scales", 16)):
             if getattr(self, key) != unset and not any(e.startswith("int") for e in elements):
-                raise ValueError(f"{key} = {getattr(self, key)!r}: is of integers, the codec is {self.name!r}")
+                raise UsageError(f"{key} = {getattr(self, key)!r}: is of integers, the codec is {self.name!r}")
         if self.scales == 8 and "fp8" in elements:
-            raise ValueError("scales = 8: fp8 has float16 scales; leave it out")
+            raise UsageError("scales = 8: fp8 has float16 scales; leave it out")
         if self.rotate and self.projections is not None:
-            raise ValueError(
+            raise UsageError(
                 f"rotate = True: projections = {checks.shown(self.projections)} take its place; leave one out"
             )
 
@@ -125,9 +126,9 @@ class Codec:
                 eight), the model's type cannot be stored, or there are more latent than key channels.
         """
         if dtype not in PLAIN:
-            raise ValueError(f"keys and values of type {dtype}: pages take float32, bfloat16 or float16")
+            raise UsageError(f"keys and values of type {dtype}: pages take float32, bfloat16 or float16")
         if latent_dim is not None and (self.rotate or self.projections is not None or self.values is not None):
-            raise ValueError(
+            raise UsageError(
                 f'pikv.codec = "{self.name}": latent pages (multi-head latent attention) take neither rotate, '
                 "projections nor values of their own; leave these options out"
             )
@@ -135,7 +136,7 @@ class Codec:
         for name, channels in ((self.name, head_dim), (self.values or self.name, value_rank or head_dim)):
             per_byte = {"int4": 2, "int2": 4, "int3": 8, "int1": 8}.get(name, 1)
             if channels % per_byte:
-                raise ValueError(
+                raise UsageError(
                     f'pikv.codec = "{name}": packs {per_byte} channels into a byte, but head_dim is {channels}; '
                     'use "int8"'
                 )
@@ -222,13 +223,13 @@ def load_projections(
     try:
         tensors = load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"pikv.codec.projections = {path!r}: {error}; write the file with `pikv calibrate`") from None
+        raise UsageError(f"pikv.codec.projections = {path!r}: {error}; write the file with `pikv calibrate`") from None
     out = []
     for layer in range(num_layers):
         names = [f"{layer}.{f.name}" for f in dataclasses.fields(Projections)]
         found = [list(tensors[name].shape) if name in tensors else None for name in names]
         if any(shape is None or shape[:2] != [num_kv_heads, head_dim] for shape in found):
-            raise ValueError(
+            raise UsageError(
                 f"pikv.codec.projections = {path!r}: layer {layer} has {found}, this model wants "
                 f"[{num_kv_heads}, {head_dim}, rank]; calibrate it for this model"
             )
@@ -247,27 +248,27 @@ def parse_codec(setting: Any, key: str) -> Codec:
     options = {"name": setting} if isinstance(setting, str) else setting
     known = [f.name for f in dataclasses.fields(Codec)]
     if not isinstance(options, Mapping) or options.get("name") not in ELEMENTS:
-        raise ValueError(f"{key} = {checks.shown(setting)}: name a codec, one of {', '.join(ELEMENTS)}")
+        raise UsageError(f"{key} = {checks.shown(setting)}: name a codec, one of {', '.join(ELEMENTS)}")
     for option, value in options.items():
         if option not in known:
-            raise ValueError(f"{key}.{checks.named(option)} = {checks.shown(value)}: choose one of {', '.join(known)}")
+            raise UsageError(f"{key}.{checks.named(option)} = {checks.shown(value)}: choose one of {', '.join(known)}")
     try:
         return Codec(**options)
-    except ValueError as error:
-        raise ValueError(f"{key}.{error}") from None
+    except UsageError as error:
+        raise UsageError(f"{key}.{error}") from None
 
 
 def _parse_ranges(table: Any, key: str) -> dict[int, Codec]:
     """``{"0-2": "int8", "7": "int4"}`` by number."""
     if not isinstance(table, Mapping) or not table:
-        raise ValueError(f'{key} = {checks.shown(table)}: write e.g. {{"0-2": "int8", "7": "int4"}}')
+        raise UsageError(f'{key} = {checks.shown(table)}: write e.g. {{"0-2": "int8", "7": "int4"}}')
     out: dict[int, Codec] = {}
     for numbers, setting in table.items():
         first, last = _range(numbers, key)
         codec = parse_codec(setting, f"{key}.{numbers}")
         for number in range(first, last + 1):
             if number in out:
-                raise ValueError(f"{key}: {number} is named twice")
+                raise UsageError(f"{key}: {number} is named twice")
             out[number] = codec
     return out
 
@@ -277,13 +278,13 @@ def _range(numbers: Any, key: str) -> tuple[int, int]:
     text = str(numbers) if type(numbers) is int and 0 <= numbers <= MOST_NUMBER else numbers
     match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f'{key}: {checks.shown(numbers)} is no number and no range; write e.g. "3" or "0-2"')
+        raise UsageError(f'{key}: {checks.shown(numbers)} is no number and no range; write e.g. "3" or "0-2"')
     ends = [end.lstrip("0") or "0" for end in (match[1], match[2] or match[1])]
     if any(len(end) > 9 or int(end) > MOST_NUMBER for end in ends):
-        raise ValueError(f"{key}: {checks.shown(numbers)}: use numbers of at most {MOST_NUMBER}")
+        raise UsageError(f"{key}: {checks.shown(numbers)}: use numbers of at most {MOST_NUMBER}")
     first, last = map(int, ends)
     if last < first:
-        raise ValueError(f"{key}: {checks.shown(numbers)} has no numbers; write the smaller one first")
+        raise UsageError(f"{key}: {checks.shown(numbers)} has no numbers; write the smaller one first")
     return first, last
 
 
@@ -328,7 +329,7 @@ class RangesCodec:
     def _check(self, what: str, count: int) -> None:
         if max(self._table) >= count:
             key, _ = self._ranges
-            raise ValueError(f"pikv.codec.{key}: names {what} {max(self._table)}, the model has 0 to {count - 1}")
+            raise UsageError(f"pikv.codec.{key}: names {what} {max(self._table)}, the model has 0 to {count - 1}")
 
     def settings(self) -> Any:
         key, ranges = self._ranges

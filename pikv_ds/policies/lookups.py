@@ -113,7 +113,7 @@ class SparseLookup:
     """Where an audit finds less than this on average, the budget grows by a quarter."""
 
     def __post_init__(self) -> None:
-        checks.whole(self, "sink_pages", "local_pages", "audit_every", least=0)
+        checks.whole_attributes(self, "sink_pages", "local_pages", "audit_every", least=0)
         _share(self, "floor", "a share of the attention mass")
 
 
@@ -152,7 +152,7 @@ class TopkLookup(SparseLookup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.whole(self, "pages")
+        checks.whole_attributes(self, "pages")
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
         return _select(ops, pages, _bounds(ops, query, pages), pages.at_most(self.pages), self)
@@ -181,7 +181,7 @@ class TwoStageLookup(SparseLookup):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "budget")
-        checks.real(self, "shortlist", 1, 100, "use a factor of at least 1 and at most 100")
+        checks.real_attribute(self, "shortlist", 1, 100, "use a factor of at least 1 and at most 100")
         _ = self.summary
 
     @property
@@ -222,7 +222,7 @@ class AdaptiveLookup(TwoStageLookup):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "mass", "a share of the attention mass")
-        checks.whole(self, "min_pages")
+        checks.whole_attributes(self, "min_pages")
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
         shares, _ = self.shares(ops, query, pages)
@@ -254,7 +254,7 @@ class CacheAwareLookup(TwoStageLookup):
     def __post_init__(self) -> None:
         super().__post_init__()
         _share(self, "recall", "a share of the attention mass")
-        checks.real(self, "penalty", 0, 1, "use a number between 0 and 1")
+        checks.real_attribute(self, "penalty", 0, 1, "use a number between 0 and 1")
 
     def select(self, ops: Any, query: Tensor, pages: Candidates) -> Tensor:
         shares, shortlist = self.shares(ops, query, pages)
@@ -303,7 +303,7 @@ def _smallest_set(shares: Tensor, mass: float) -> Tensor:
 
 
 def _share(policy: Any, key: str, of: str = "a share of the pages") -> None:
-    checks.real(policy, key, 0, 1, f"use {of}, above 0 and at most 1", above=True)
+    checks.real_attribute(policy, key, 0, 1, f"use {of}, above 0 and at most 1", above=True)
 
 
 LOOKUPS: dict[str, type[Lookup]] = {

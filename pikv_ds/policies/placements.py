@@ -74,7 +74,7 @@ class HashPlacement:
     name = "hash"
 
     def __post_init__(self) -> None:
-        checks.whole(self, "period")
+        checks.whole_attributes(self, "period")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -98,7 +98,7 @@ class BalancedPlacement:
     name = "balanced"
 
     def __post_init__(self) -> None:
-        checks.real(self, "alpha", 0, 100, "use a number between 0 (votes alone) and 100")
+        checks.real_attribute(self, "alpha", 0, 100, "use a number between 0 (votes alone) and 100")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -124,7 +124,7 @@ class HierarchicalPlacement:
     name = "hierarchical"
 
     def __post_init__(self) -> None:
-        checks.whole(self, "ranks_per_node")
+        checks.whole_attributes(self, "ranks_per_node")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -158,9 +158,9 @@ class EplbPlacement(ExpertPlacement):
     name = "eplb"
 
     def __post_init__(self) -> None:
-        checks.whole(self, "every", "moves")
-        checks.whole(self, "redundant", least=0)
-        checks.real(self, "slack", 1, 100, "use a factor of at least 1 and at most 100")
+        checks.whole_attributes(self, "every", "moves")
+        checks.whole_attributes(self, "redundant", least=0)
+        checks.real_attribute(self, "slack", 1, 100, "use a factor of at least 1 and at most 100")
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()

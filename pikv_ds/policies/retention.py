@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pikv_ds import checks
+from pikv_ds.errors import UsageError
 
 SUM = 1 - 2**-20
 """A decay so slow that the moving average is a sum, times ``1 - SUM``."""
@@ -121,7 +122,7 @@ class LruPlusRetention:
     whole_pages = False
 
     def __post_init__(self) -> None:
-        checks.real(self, "frequency", 0, 100, "use a weight between 0 and 100")
+        checks.real_attribute(self, "frequency", 0, 100, "use a weight between 0 and 100")
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -144,7 +145,7 @@ class StreamingRetention:
     whole_pages = False
 
     def __post_init__(self) -> None:
-        checks.whole(self, "sink")
+        checks.whole_attributes(self, "sink")
 
     def scores(self, prompt: Prompt) -> Tensor:
         scores = _recency(prompt)
@@ -224,8 +225,8 @@ class SnapRetention(MassRetention):
     name = "snap"
 
     def __post_init__(self) -> None:
-        checks.whole(self, "window")
-        checks.whole(self, "kernel", most=MOST_KERNEL)
+        checks.whole_attributes(self, "window")
+        checks.whole_attributes(self, "kernel", most=MOST_KERNEL)
         if self.kernel % 2 == 0:
             checks.refuse("kernel", self.kernel, "use an odd number, so that it has a middle")
 
@@ -250,7 +251,7 @@ class ChunkRetention(MassRetention):
     whole_pages = True
 
     def __post_init__(self) -> None:
-        checks.whole(self, "window")
+        checks.whole_attributes(self, "window")
 
     def scores(self, prompt: Prompt) -> Tensor:
         return prompt.attention(self.window).mean((1, 2))
@@ -270,7 +271,7 @@ class ExpectedRetention(MassRetention):
     name = "expected"
 
     def __post_init__(self) -> None:
-        checks.whole(self, "window", "sink")
+        checks.whole_attributes(self, "window", "sink")
 
     def scores(self, prompt: Prompt) -> Tensor:
         heads = prompt.key.shape[0]
@@ -319,7 +320,7 @@ class KvpressRetention(MassRetention):
         try:
             import kvpress
         except ImportError as error:
-            raise ValueError(
+            raise UsageError(
                 f"press = {self.press!r}: kvpress cannot be imported ({error}); pip install kvpress"
             ) from None
         presses = {
@@ -333,14 +334,14 @@ class KvpressRetention(MassRetention):
         key = self.press.lower().replace("_", "").removesuffix("press")
         if key not in presses or key in unfit:
             why = f"{unfit[key]}; " if key in unfit else ""
-            raise ValueError(
+            raise UsageError(
                 f"press = {checks.shown(self.press)}: {why}choose one of {', '.join(sorted(presses.keys() - unfit))}"
             )
         return presses[key]()
 
     def scores(self, prompt: Prompt) -> Tensor:
         if prompt.source is None:
-            raise ValueError(
+            raise UsageError(
                 f"retention kvpress:{self.press} needs the attention's inputs, which only attached Hugging Face "
                 "models hand over; choose another retention here"
             )

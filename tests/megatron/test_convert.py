@@ -484,12 +484,45 @@ def test_a_configuration_with_more_or_less_than_the_weights(
     assert str(folder) in str(error.value)
 
 
-def rewrite(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
-    """Changes or drops tensors of a checkpoint, and forgets its index."""
+def rewrite(
+    folder: Path,
+    change: Callable[[str, torch.Tensor], torch.Tensor | None],
+    extra: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Changes, drops or adds tensors of a checkpoint, and makes one file of it."""
     (folder / "model.safetensors.index.json").unlink()
+    changed = dict(extra or {})
     for path in folder.glob("*.safetensors"):
-        changed = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-        save_file({name: x.contiguous() for name, x in changed.items() if x is not None}, path, {"format": "pt"})
+        changed |= {name: change(name, tensor) for name, tensor in load_file(path).items()}
+        path.unlink()
+    whole = {name: x.contiguous() for name, x in changed.items() if x is not None}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_only_the_files_of_the_model_are_loaded(tmp_path: Path) -> None:
+    """`consolidated.safetensors` has the same weights by other names, an adapter has others by the same."""
+    folder = save(tmp_path, "mixtral")
+    expected = megatron_logits(folder, 1, 1)[0]
+    norm = convert.Checkpoint(folder).read("model.norm.weight")
+    for files in ("sharded", "one file"):
+        save_file({"model.norm.weight": norm + 1, "output.weight": norm}, folder / "zzz.safetensors", {"format": "pt"})
+        assert "output.weight" not in convert.Checkpoint(folder)
+        assert torch.equal(megatron_logits(folder, 1, 1)[0], expected), files
+        (folder / "zzz.safetensors").unlink()
+        if files == "sharded":
+            rewrite(folder, lambda name, tensor: tensor)
+
+
+def test_a_tensor_that_two_files_have_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, "mixtral")
+    norm = convert.Checkpoint(folder).read("model.norm.weight")
+    save_file({"model.norm.weight": norm + 1}, folder / "zzz.safetensors", {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["model.norm.weight"] = "zzz.safetensors"
+    index.write_text(json.dumps(table))
+    with pytest.raises(convert.CheckpointError, match=r"zzz\.safetensors: has model\.norm\.weight, and so has model-"):
+        megatron_logits(folder, 1, 1)
 
 
 @pytest.mark.parametrize("extra", ["model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight", "model.extra"])
@@ -498,8 +531,7 @@ def test_tensors_that_a_model_does_without(extra: str, tmp_path: Path) -> None:
     folder = save(tmp_path, "mixtral-tied")
     expected = hf_logits(folder)
     embeddings = convert.Checkpoint(folder).read("model.embed_tokens.weight")
-    rewrite(folder, lambda name, tensor: tensor)
-    save_file({extra: embeddings}, folder / "more.safetensors")
+    rewrite(folder, lambda name, tensor: tensor, {extra: embeddings})
     if extra == "model.extra":
         with pytest.raises(convert.CheckpointError, match=r"the model has no place for model\.extra\. Use"):
             megatron_logits(folder, 1, 1)
