@@ -12,7 +12,7 @@ pytest.importorskip("hypercorn")
 pytest.importorskip("prometheus_client")
 
 from megatron_patch import compat, server
-from pikv_ds.errors import PiKVError
+from pikv_ds.errors import PiKVError, UsageError
 
 WHOLE = ("--ranks", "--tp", "--port", "--context-length", "--max-requests", "--max-queue", "--max-tokens")
 REAL = ("--body-timeout", "--buffer-gib")
@@ -78,7 +78,7 @@ def test_numbers_at_the_bounds() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        ValueError("the shard is damaged:\n  layer 3"),
+        UsageError("the shard is damaged:\n  layer 3"),
         PiKVError("the shard is damaged:\n  layer 3"),
         OSError("the shard is damaged:\n  layer 3"),
         compat.MegatronVersionError("the shard is damaged:\n  layer 3"),
