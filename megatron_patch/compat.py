@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pikv_ds.errors import UsageError
+
 OLDEST, NEWEST = "0.13", "0.16.1"
 """Versions that this package was tried with, both included."""
 
@@ -33,7 +35,7 @@ _APEX_USERS = (
 """Modules that look for apex by a bare ``import apex``, at import, on the way to a GPTModel."""
 
 
-class MegatronVersionError(ValueError):
+class MegatronVersionError(UsageError):
     """The installed Megatron-Core is not one that this package supports."""
 
 
