@@ -126,7 +126,7 @@ demo: $(READY)  ## serve an MoE model on RANKS ranks (default 2) and verify its 
 
 server-demo: $(READY)  ## start Megatron's inference server on RANKS ranks, ask it, stop it
 	@export $(RUN) PYTHONPATH="$$PWD" PYTHONWARNINGS=ignore PYTHON=python; \
-	model=$$(python -c 'from pikv_ds import reference_model; print(reference_model.build())'); \
+	model=$$(python -c 'from pikv_ds.tools import reference_model; print(reference_model.build())'); \
 	command=(launch/megatron_server.sh --model "$$model" --ranks $(RANKS) --port $(PORT)); \
 	echo "$${command[*]} &"; "$${command[@]}" & server=$$!; \
 	trap 'kill -TERM $$server 2>/dev/null || true; wait $$server || true' EXIT; \

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import generation, megatron_generate, prompts
-from pikv_ds import checkpoints, launch_env
+from pikv_ds import launch_env
+from pikv_ds.integrations.hf import checkpoints
 
 
 def parse_arguments() -> argparse.Namespace:

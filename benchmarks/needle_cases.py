@@ -21,8 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
 
 from examples.prompts import texts
-from pikv_ds.eval.tasks import CITIES, found
-from pikv_ds.eval.text import chat_parts, sentences
+from pikv_ds.tools.eval.tasks import CITIES, found
+from pikv_ds.tools.eval.text import chat_parts, sentences
 
 NEEDLE = " The special magic number for {city} is: {number}."
 INSTRUCTION = (
@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from pikv_ds import checkpoints
-    from pikv_ds.reference_model import build
+    from pikv_ds.integrations.hf import checkpoints
+    from pikv_ds.tools.reference_model import build
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle_cases")
     parser.add_argument("--num-experts", type=int, default=8)

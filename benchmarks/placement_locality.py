@@ -25,15 +25,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pikv_ds import tables
-from pikv_ds.eval.calibrate import prompt_ids
-from pikv_ds.eval.command import example_texts, load
-from pikv_ds.eval.snapshot import LayerInputs, take
-from pikv_ds.eval.text import read
-from pikv_ds.placement import Topology, choose_owner, page_limits
+from pikv_ds.core.placement import choose_owner, page_limits
+from pikv_ds.core.rebalance import pack
+from pikv_ds.core.sealing import home_expert
 from pikv_ds.policies.placements import PLACEMENTS, HierarchicalPlacement
-from pikv_ds.rebalance import pack
-from pikv_ds.sealing import home_expert
+from pikv_ds.policies.topology import Topology
+from pikv_ds.tools import tables
+from pikv_ds.tools.eval.calibrate import prompt_ids
+from pikv_ds.tools.eval.command import example_texts, load
+from pikv_ds.tools.eval.snapshot import LayerInputs, take
+from pikv_ds.tools.eval.text import read
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if "python" in line)
 UNLIMITED = 2**40

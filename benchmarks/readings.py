@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from pikv_ds import checkpoints, launch_env
+from pikv_ds import launch_env
+from pikv_ds.integrations.hf import checkpoints
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if "deepspeed" in line)
 DS_CONFIG = {"expert_parallel": {"enabled": True}}
@@ -40,7 +41,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         from transformers.utils import logging
 
-        from pikv_ds import reference_model
+        from pikv_ds.tools import reference_model
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()

@@ -4,9 +4,10 @@
 
 The reference model is SmolLM2-135M, sparsely upcycled: its experts are copies of one FFN, so its hidden states do not
 depend on its router. That lets routers with any number of experts be put beside the dense model: centroids of its
-hidden states (spherical k-means, as in `pikv_ds.reference_model`), found on the beginnings of the books and applied to
-what follows. Each token chooses its `--top-k` nearest; each page of tokens is written as the cache's own trace writes
-it, with its home expert and votes. Real text, and a real model's hidden states; the router is ours, not a trained one.
+hidden states (spherical k-means, as in `pikv_ds.tools.reference_model`), found on the beginnings of the books and
+applied to what follows. Each token chooses its `--top-k` nearest; each page of tokens is written as the cache's own
+trace writes it, with its home expert and votes. Real text, and a real model's hidden states; the router is ours, not a
+trained one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from rich.progress import track
 
-from pikv_ds.reference_model import example_texts, ffn_inputs, load_dense, router_weight
-from pikv_ds.sealing import home_expert
-from pikv_ds.trace import PageTrace
+from pikv_ds.core.sealing import home_expert
+from pikv_ds.core.trace import PageTrace
+from pikv_ds.tools.reference_model import example_texts, ffn_inputs, load_dense, router_weight
 
 EXAMPLES = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if "python" in line)
 

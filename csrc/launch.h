@@ -156,7 +156,7 @@ struct PageScoresParams {
 
 // Rows begin with codes of centres and spreads [2, K, C, D] of `bits` bits, C sub-pages to a page;
 // of 4 bits channel i shares a byte with channel i + D / 2, as the lower half. Then float16 scales
-// [2, K, C]. See pikv_ds/policies/summaries.py.
+// [2, K, C]. See pikv_ds/ops/summaries.py.
 struct SubpageScoresParams {
   const void* query;      // [R, H, D] of dtype
   Slabs summaries;        // see above

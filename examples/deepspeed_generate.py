@@ -22,7 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from examples import generation
 from examples.state import is_done, prepare, until_end
-from pikv_ds import checkpoints, launch_env
+from pikv_ds import launch_env
+from pikv_ds.integrations.hf import checkpoints
 
 EXAMPLES = """examples:
   deepspeed --num_accelerators 2 examples/deepspeed_generate.py --config launch/ds_inference.json --verify

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from examples import prompts
-from pikv_ds import checkpoints, checks, launch_env, metrics, tables
-from pikv_ds.command_line import RANKS, Parser, check_folders, guarded, whole
+from pikv_ds import checks, launch_env
 from pikv_ds.config import ConfigError, PiKVConfig, load_json, section
 from pikv_ds.errors import PeerError, PiKVError, UsageError
+from pikv_ds.integrations.hf import checkpoints
+from pikv_ds.observe import metrics
+from pikv_ds.tools import tables
+from pikv_ds.tools.command_line import RANKS, Parser, check_folders, guarded, whole
 
 Result = TypeVar("Result")
 
@@ -166,7 +169,7 @@ def read_config(args: argparse.Namespace) -> dict[str, Any]:
 def checkpoint(model: str | None, num_experts: int, progress: bool) -> str:
     """The checkpoint folder, checked, or the reference model's."""
     if model is None:
-        from pikv_ds import reference_model
+        from pikv_ds.tools import reference_model
 
         return str(reference_model.build(num_experts=num_experts, progress=progress))
     checkpoints.check_files(model, "--model")

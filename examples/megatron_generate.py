@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from examples import generation
 from examples.state import is_done, prepare, until_end
-from pikv_ds import checkpoints, launch_env
+from pikv_ds import launch_env
+from pikv_ds.integrations.hf import checkpoints
 
 EXAMPLES = """examples:
   torchrun --nproc-per-node 2 examples/megatron_generate.py --config launch/ds_inference.json --verify
@@ -38,7 +39,7 @@ PASS_TOKENS = 512
 
 def main(argv: list[str]) -> int:
     def launch(count: int) -> int:
-        from pikv_ds import ranks
+        from pikv_ds.tools import local_ranks as ranks
 
         return ranks.run([sys.executable, __file__, *argv], count)
 

@@ -24,8 +24,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from examples import prompts
-from pikv_ds.command_line import Parser, guarded, real, whole
 from pikv_ds.errors import UsageError
+from pikv_ds.tools.command_line import Parser, guarded, real, whole
 
 EXAMPLES = """examples:
   python examples/openai_client.py --url http://localhost:8000

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pikv_ds.errors import UsageError
-from pikv_ds.eval.text import chat_parts, sentences
+from pikv_ds.tools.eval.text import chat_parts, sentences
 
 DATA = Path(__file__).resolve().parent / "data"
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from examples import generation
-from pikv_ds import checkpoints, checks, launch_env
+from pikv_ds import checks, launch_env
 from pikv_ds.config import PiKVConfig, section
 from pikv_ds.errors import UsageError
+from pikv_ds.integrations.hf import checkpoints
 
 VERSION = 2
 WITHOUT_EFFECT = {"trace", "debug", "timeout_s", "slab_pages", "watermark", "capacity_tokens"}

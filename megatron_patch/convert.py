@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_patch import models
-from pikv_ds import checkpoints
-from pikv_ds.checkpoints import CheckpointError
+from pikv_ds.integrations.hf import checkpoints
+from pikv_ds.integrations.hf.checkpoints import CheckpointError
 
 
 class MissingTensorError(CheckpointError):

@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from pikv_ds import prometheus
+from pikv_ds.observe import prometheus
 
 PREFIX = "megatron:"
 USAGE = PREFIX + "kv_cache_usage_perc"
@@ -58,7 +58,7 @@ HELP = {
 
 class Metrics:
     """What ``/metrics`` shows. Names are vLLM's, where it has the same figure; those of the KV store are PiKV's own
-    (`pikv_ds.prometheus`).
+    (`pikv_ds.observe.prometheus`).
 
     Args:
         board: where the ranks publish.

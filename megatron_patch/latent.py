@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megatron_patch import dynamic
 from megatron_patch.attention import MARK, LayerTap, PiKVAttention
 from megatron_patch.requests import Pass
-from pikv_ds.attention import prompt_attention, token_places
+from pikv_ds.core.attention import prompt_attention, token_places
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "cache_mla_latents": ((False,), "it is Megatron's own cache of latents; turn it off, PiKV keeps latents anyway"),

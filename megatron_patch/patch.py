@@ -20,13 +20,13 @@ from torch import nn
 from megatron_patch import compat, dynamic, latent
 from megatron_patch.attention import MARK, LayerTap, arm, disarm, router_ran
 from megatron_patch.requests import DynamicRequests, IdlePass, Pass, StaticRequests
-from pikv_ds import metrics
 from pikv_ds.api import compare, with_backend
-from pikv_ds.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.config import ConfigError, PiKVConfig
+from pikv_ds.core.cache import ExpertShardedKVCache, ModelShape
+from pikv_ds.core.exchange import Exchange, make_group
+from pikv_ds.core.sequences import SequenceBatch
 from pikv_ds.errors import UsageError
-from pikv_ds.exchange import Exchange, make_group
-from pikv_ds.sequences import SequenceBatch
+from pikv_ds.observe import metrics
 
 KEY = "_pikv_attachment"
 STATIC_BATCHES = {"auto": None, "shared": True, "own": False}

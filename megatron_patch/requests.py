@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_patch import compat, dynamic
-from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import ConfigError
-from pikv_ds.sequences import SequenceBatch
+from pikv_ds.core.cache import ExpertShardedKVCache
+from pikv_ds.core.sequences import SequenceBatch
 
 if TYPE_CHECKING:
     from megatron_patch.attention import LayerTap

@@ -26,9 +26,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch import compat
-from pikv_ds import launch_env, ranks
-from pikv_ds.command_line import GIB, RANKS, Parser, guarded, real, whole
+from pikv_ds import launch_env
 from pikv_ds.config import ConfigError, PiKVConfig, load_config
+from pikv_ds.tools import local_ranks as ranks
+from pikv_ds.tools.command_line import GIB, RANKS, Parser, guarded, real, whole
 
 EXAMPLES = """examples:
   launch/megatron_server.sh --model /models/Mixtral-8x7B --ranks 8
@@ -59,8 +60,8 @@ class Loaded(NamedTuple):
         model: a GPTModel on this rank's device.
         tokenizer: such as `tokenizer.HFTokenizer`.
         context_length: the model's own, in tokens.
-        kv_stats: where PiKV is under the model: figures of this rank's KV store (`pikv_ds.prometheus.reading`), shown
-            in ``/metrics``; called between two steps of the engine.
+        kv_stats: where PiKV is under the model: figures of this rank's KV store
+            (`pikv_ds.observe.prometheus.reading`), shown in ``/metrics``; called between two steps of the engine.
     """
 
     model: Any
@@ -251,7 +252,7 @@ def _progress(parameters: Iterable[Any]) -> Iterable[Any]:
 def kv_figures(model: Any) -> Figures:
     """What a rank's KV store holds and did, for ``/metrics``; needs no other rank."""
     from megatron_patch import attachment_of
-    from pikv_ds.prometheus import reading
+    from pikv_ds.observe.prometheus import reading
 
     store = attachment_of(model).store
 

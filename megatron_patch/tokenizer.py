@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pikv_ds.checkpoints import load_tokenizer
 from pikv_ds.errors import UsageError
+from pikv_ds.integrations.hf.checkpoints import load_tokenizer
 
 
 class HFTokenizer:

@@ -14,18 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pikv_ds import launch_env, metrics, trace
-from pikv_ds.cache import ExpertShardedKVCache, ModelShape
+from pikv_ds import launch_env
 from pikv_ds.config import ConfigError, PiKVConfig, section
+from pikv_ds.core import trace
+from pikv_ds.core.cache import ExpertShardedKVCache, ModelShape
+from pikv_ds.core.exchange import Exchange, make_group
 from pikv_ds.errors import PeerError, UsageError
-from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.integrations.routers import find_choices, same_number
+from pikv_ds.observe import metrics
 from pikv_ds.ops import BACKENDS
-from pikv_ds.routers import find_choices, same_number
 from pikv_ds.version import __version__
 
 if TYPE_CHECKING:
-    from pikv_ds.hf import Attachment, PiKVCache
-    from pikv_ds.prometheus import Server
+    from pikv_ds.integrations.hf.attachment import Attachment, PiKVCache
+    from pikv_ds.observe.prometheus import Server
 
 _KEY = "_pikv_attachment"
 
@@ -45,13 +47,14 @@ def initialize(model: nn.Module, config: Mapping[str, Any], **kwargs: Any) -> An
         ConfigError: a setting that cannot work, with its key, value and remedy.
     """
     settings = PiKVConfig.from_dict(section(config))
-    from pikv_ds import deepspeed_moe, hf
+    from pikv_ds.integrations import deepspeed as deepspeed_moe
+    from pikv_ds.integrations.hf import attachment as hf
 
     hf.check_supported(model)
     engine = deepspeed_moe.initialize(model, config, settings.timeout_s, **kwargs)
     attachment = attach(engine, settings)
     if getattr(getattr(engine, "monitor", None), "enabled", False):  # of DeepSpeed's configuration
-        from pikv_ds.prometheus import Watcher, monitor_events
+        from pikv_ds.observe.prometheus import Watcher, monitor_events
 
         watcher = Watcher(then=lambda figures: engine.monitor.write_events(monitor_events(figures)))
         attachment.store.watchers.append(watcher)
@@ -76,7 +79,7 @@ def attach(
         PeerError: the ranks have different settings or versions.
     """
     settings = with_backend(config if isinstance(config, PiKVConfig) else PiKVConfig.from_dict(config or {}))
-    from pikv_ds import hf
+    from pikv_ds.integrations.hf import attachment as hf
 
     module = _module(model)
     if _KEY in module.__dict__:
@@ -84,7 +87,7 @@ def attach(
     hf.check_supported(module)
     choices, group = find_choices(module), ep_group
     if "deepspeed" in sys.modules:
-        from pikv_ds import deepspeed_moe
+        from pikv_ds.integrations import deepspeed as deepspeed_moe
 
         choices = deepspeed_moe.choices(module) or choices
         group = group or deepspeed_moe.expert_group(module)
@@ -145,7 +148,7 @@ def serve_metrics(model: Any, port: int = 9400, interval_s: float = 1.0, address
     Raises:
         ValueError: PiKV is not attached, prometheus_client is missing, or the address or port cannot be listened on.
     """
-    from pikv_ds import prometheus
+    from pikv_ds.observe import prometheus
 
     return prometheus.serve(attachment_of(model).store, port, interval_s, address)
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pikv_ds import ExpertShardedKVCache, PiKVConfig
-from pikv_ds.cache import ModelShape
-from pikv_ds.exchange import Exchange
-from pikv_ds.pages import POISON_BYTE
+from pikv_ds.core.cache import ModelShape
+from pikv_ds.core.exchange import Exchange
+from pikv_ds.core.pages import POISON_BYTE
+from pikv_ds.core.sequences import SequenceBatch
 from pikv_ds.policies.codecs import CODECS
-from pikv_ds.sequences import SequenceBatch
 
 PAGE = 8
 SHAPE = ModelShape(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4, dtype=torch.float32)

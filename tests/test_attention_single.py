@@ -11,9 +11,10 @@ import torch
 from passes import LATENT, PAGE, SHAPE, Driver, check_sizes, make_cache, memory
 from torch import Tensor
 
-from pikv_ds import ExpertShardedKVCache, NonFiniteError, OutOfRangeError, PiKVError, PoolFullError, sealing
+from pikv_ds import ExpertShardedKVCache, NonFiniteError, OutOfRangeError, PiKVError, PoolFullError
 from pikv_ds import ops as ops_module
-from pikv_ds.cache import ModelShape
+from pikv_ds.core import sealing
+from pikv_ds.core.cache import ModelShape
 from pikv_ds.ops import Ops
 
 

@@ -11,10 +11,10 @@ import torch
 from test_eval import checkpoint, tokenizer  # noqa: F401  (fixtures)
 
 import pikv_ds
-from pikv_ds import cli
-from pikv_ds.eval import calibrate
-from pikv_ds.eval.snapshot import Snapshot, take
 from pikv_ds.policies.codecs import CODECS, Codec
+from pikv_ds.tools import cli
+from pikv_ds.tools.eval import calibrate
+from pikv_ds.tools.eval.snapshot import Snapshot, take
 
 LENGTH, SIZE = 400, 16
 

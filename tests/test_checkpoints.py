@@ -14,8 +14,8 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from pikv_ds import cli
-from pikv_ds.checkpoints import CheckpointError, load_model, load_tokenizer, safetensors_files
+from pikv_ds.integrations.hf.checkpoints import CheckpointError, load_model, load_tokenizer, safetensors_files
+from pikv_ds.tools import cli
 
 
 @pytest.fixture

@@ -18,17 +18,17 @@ import torch
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import extension, timings
-from pikv_ds import report
-from pikv_ds.bench.attention import Setting, paged, torch_baselines
-from pikv_ds.bench.timing import Contender, measure
-from pikv_ds.checkpoints import CheckpointError
-from pikv_ds.cli import main
-from pikv_ds.command_line import guarded, real, tokens, whole
 from pikv_ds.config import ConfigError
 from pikv_ds.errors import LaunchError, PoolFullError, UsageError
-from pikv_ds.hf_cache import UnsupportedModelError
+from pikv_ds.integrations.hf.cache import UnsupportedModelError
+from pikv_ds.integrations.hf.checkpoints import CheckpointError
+from pikv_ds.integrations.routers import UnknownRouterError
 from pikv_ds.ops import OPS
-from pikv_ds.routers import UnknownRouterError
+from pikv_ds.tools import report
+from pikv_ds.tools.bench.attention import Setting, paged, torch_baselines
+from pikv_ds.tools.bench.timing import Contender, measure
+from pikv_ds.tools.cli import main
+from pikv_ds.tools.command_line import guarded, real, tokens, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -270,7 +270,7 @@ def test_whatever_refuses_input_is_known() -> None:
 
 @pytest.mark.parametrize(("closed", "words"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left")])
 def test_a_closed_or_full_output_is_a_line(closed: str, words: str) -> None:
-    command = f"{sys.executable} -m pikv_ds.cli plan --model mixtral-8x7b {closed}"
+    command = f"{sys.executable} -m pikv_ds.tools.cli plan --model mixtral-8x7b {closed}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "WARNING" not in line]

@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_ds import PiKVConfig
-from pikv_ds.cli import main
-from pikv_ds.placement import Topology, choose_owner, page_limits
-from pikv_ds.plan import costs, measure, planner, simulate
-from pikv_ds.plan.costs import Costs, Work
-from pikv_ds.plan.planner import DP
+from pikv_ds.core.placement import choose_owner, page_limits
+from pikv_ds.core.shape import ModelShape
+from pikv_ds.core.trace import PageTrace, RankTrace, Seal, read
 from pikv_ds.policies.placements import PLACEMENTS
-from pikv_ds.shape import ModelShape
-from pikv_ds.trace import PageTrace, RankTrace, Seal, read
+from pikv_ds.policies.topology import Topology
+from pikv_ds.tools.cli import main
+from pikv_ds.tools.plan import costs, measure, planner, simulate
+from pikv_ds.tools.plan.costs import Costs, Work
+from pikv_ds.tools.plan.planner import DP
 
 TRUE = Costs(3e-4, 1.3e-9, 2e-4, 1.3e-3, 5e-5, {"none": 1.2e-10, "int4": 2.2e-10})
 ROUTING = Path(__file__).parents[1] / "benchmarks" / "results" / "routing-128"

@@ -18,8 +18,8 @@ from torch import Tensor
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import reference
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.policies.codecs import Codec
-from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 pytestmark = pytest.mark.slow

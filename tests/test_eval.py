@@ -12,10 +12,10 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import pikv_ds
-from pikv_ds import cli, reference_model
-from pikv_ds.eval import command, methods, report, run, tasks
-from pikv_ds.eval.methods import Full, PiKV, Press, Quantized, allocated
-from pikv_ds.eval.snapshot import take
+from pikv_ds.tools import cli, reference_model
+from pikv_ds.tools.eval import command, methods, report, run, tasks
+from pikv_ds.tools.eval.methods import Full, PiKV, Press, Quantized, allocated
+from pikv_ds.tools.eval.snapshot import take
 
 PROSE = " ".join(
     f"The {a} {n} stood near the {m} of the {n} in the morning. It was a {a} day for every sailor and their {m}."

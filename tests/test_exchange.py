@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pikv_ds.core.exchange import talking
 from pikv_ds.errors import LostRankError
-from pikv_ds.exchange import talking
 
 
 def test_a_backends_error_says_what_was_going_on() -> None:

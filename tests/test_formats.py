@@ -18,11 +18,11 @@ from test_retention import Watcher, contents
 from torch import Tensor
 
 from pikv_ds import ConfigError, OutOfRangeError, PiKVConfig, PoolFullError
-from pikv_ds.cache import ExpertShardedKVCache
-from pikv_ds.metrics import rank_stats
+from pikv_ds.core.cache import ExpertShardedKVCache
+from pikv_ds.core.pages import PagePool, PageSize, PageTable
+from pikv_ds.observe.metrics import rank_stats
 from pikv_ds.ops.projections import unevenness
 from pikv_ds.ops.reference import unseal_pages
-from pikv_ds.pages import PagePool, PageSize, PageTable
 from pikv_ds.policies.codecs import Codec, CodecPolicy, PerExpertCodec, PerLayerCodec
 
 ROTATED = {"name": "none", "rotate": True}

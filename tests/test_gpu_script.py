@@ -22,8 +22,8 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import ALL_WELL, NOT_FINISHED, NOTHING_RAN, SOMETHING_FAILED, Step, Worker
 from benchmarks.gpu.steps import STEPS
-from pikv_ds.bench.timing import Contender, measure
 from pikv_ds.ops import Ops, why_missing
+from pikv_ds.tools.bench.timing import Contender, measure
 
 ROOT = Path(__file__).parents[1]
 needs_cpp = pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason=str(why_missing("cpp", "cpu")))

@@ -13,7 +13,7 @@ from torch import nn
 
 import pikv_ds
 from pikv_ds.api import attachment_of
-from pikv_ds.routers import ExpertChoice, UnknownRouterError, find_choices
+from pikv_ds.integrations.routers import ExpertChoice, UnknownRouterError, find_choices
 
 SETTINGS = {"page_size": 8, "debug": True}
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

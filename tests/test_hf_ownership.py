@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 
 import pikv_ds
 from pikv_ds.api import attachment_of
-from pikv_ds.hf import UnsupportedModelError
-from pikv_ds.hf_cache import PiKVCache
+from pikv_ds.integrations.hf.attachment import UnsupportedModelError
+from pikv_ds.integrations.hf.cache import PiKVCache
 
 SETTINGS = {"page_size": 8, "debug": True}
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

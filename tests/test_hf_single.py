@@ -23,7 +23,7 @@ from transformers import (
 
 import pikv_ds
 from pikv_ds.api import attachment_of
-from pikv_ds.hf import UnsupportedModelError
+from pikv_ds.integrations.hf.attachment import UnsupportedModelError
 
 SETTINGS = {"page_size": 8, "debug": True}
 TOLERANCE = 1e-5

@@ -1,4 +1,4 @@
-"""Who imports whom: the core stays free of integrations, and kernels stay free of torch."""
+"""Who imports whom: down only, by folder; the core stays free of integrations, and kernels stay free of torch."""
 
 from __future__ import annotations
 
@@ -15,45 +15,28 @@ import pikv_ds
 ROOT = Path(pikv_ds.__file__).parent
 CSRC = ROOT.parent / "csrc"
 
-FOUNDATION = {
-    "checks",
-    "ops",
-    "config",
-    "layout",
-    "errors",
-    "placement",
-    "pages",
-    "policies",
-    "routers",
-    "sequences",
-    "shape",
-    "slabs",
-    "trace",
+GROUND = ["errors", "version", "layout", "slabs", "checks"]
+"""Modules at the top of the package that everything may stand on."""
+MAY_IMPORT = {
+    "ops": {"ground"},
+    "policies": {"ground", "ops"},
+    "config": {"ground", "ops", "policies"},
+    "core": {"ground", "ops", "policies", "config"},
+    "observe": {"ground", "core"},
+    "integrations": {"ground", "ops", "policies", "config", "core", "launch_env"},
+    "launch_env": {"ground"},
+    "api": {"ground", "ops", "config", "core", "observe", "integrations", "launch_env"},
+    "tools": {"ground", "ops", "policies", "config", "core", "observe", "integrations", "launch_env", "api"},
 }
-"""Modules that import torch, the standard library and each other only."""
-CORE = FOUNDATION | {"exchange", "eviction", "reuse", "sealing", "attention", "cache", "metrics", "formats"}
-CORE |= {"demotion", "rebalance", "prometheus", "ranks"}
+"""What the modules of each folder, and the single ones, may import beside their own folder."""
 FOREIGN = {
-    "metrics": {"rich"},
-    "prometheus": {"prometheus_client"},
+    "core.trace": set(),
+    "observe.metrics": {"rich"},
+    "observe.prometheus": {"prometheus_client"},
     "policies.retention": {"kvpress"},
     "policies.codecs": {"safetensors"},
 }
-"""Packages that a core module imports where it needs them."""
-INTEGRATIONS = {"hf", "hf_cache", "hf_generate", "deepspeed_moe", "api"}
-FORBIDDEN = {
-    "exchange": {"attention", "cache", "sealing"},
-    "eviction": {"attention", "cache", "sealing"},
-    "sealing": {"attention", "cache"},
-    "formats": {"exchange", "attention", "cache", "sealing", "eviction"},
-    "demotion": {"exchange", "attention", "cache", "sealing", "eviction"},
-    "rebalance": {"attention", "cache", "sealing"},
-    "attention": {"cache", "sealing"},
-    "hf": {"deepspeed_moe", "api"},
-    "hf_generate": {"deepspeed_moe", "api"},
-    "hf_cache": {"hf", "hf_generate", "deepspeed_moe", "api"},
-    "deepspeed_moe": {"hf", "hf_cache", "hf_generate", "api"},
-}
+"""Packages beside torch that a module below the integrations imports where it needs them."""
 
 
 def _modules() -> dict[str, ast.Module]:
@@ -88,61 +71,58 @@ def outside(name: str) -> set[str]:
     return {i.split(".")[0] for i in _imports(MODULES[name])} - set(sys.stdlib_module_names) - {"pikv_ds"}
 
 
+def folder(name: str) -> str:
+    """The folder of a module, the module itself at the top of the package; "ground" for what all may stand on."""
+    top = name.split(".")[0]
+    return "ground" if top in GROUND else top
+
+
 def inside(name: str) -> set[str]:
-    """Top-level modules of this package that a module imports, itself left out."""
-    parts = [i.split(".")[1] for i in _imports(MODULES[name]) if i.startswith("pikv_ds.")]
-    return {p for p in parts if any(n == p or n.startswith(f"{p}.") for n in NAMES)} - {name.split(".")[0]}
+    """Folders of this package that a module imports, its own left out."""
+    parts = [i.removeprefix("pikv_ds.") for i in _imports(MODULES[name]) if i.startswith("pikv_ds.")]
+    return {folder(p) for p in parts if any(n == p or n.startswith(f"{p}.") for n in NAMES)} - {folder(name)}
 
 
 def test_the_walk_sees_the_package() -> None:
-    assert {"", "cache", "ops", "ops.reference", "policies.lookups", "hf"} <= set(NAMES)
-    assert inside("cache") >= {"attention", "exchange", "pages", "sealing"}
-    assert outside("hf") == {"torch", "transformers"}
-    assert "deepspeed" in outside("deepspeed_moe")  # inside a function
-    tops = {n.split(".")[0] for n in NAMES}
-    assert tops >= CORE | INTEGRATIONS
+    assert {"", "core.cache", "ops", "ops.reference", "policies.lookups", "integrations.hf.attachment"} <= set(NAMES)
+    assert inside("core.cache") >= {"config", "policies"}
+    assert outside("integrations.hf.attachment") == {"torch", "transformers"}
+    assert "deepspeed" in outside("integrations.deepspeed")  # inside a function
+    assert {folder(n) for n in NAMES if n} == set(MAY_IMPORT) | {"ground"}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.split(".")[0] in FOUNDATION])
-def test_the_foundation_imports_only_torch_and_itself(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in NAMES if n])
+def test_imports_go_down(name: str) -> None:
+    assert inside(name) <= MAY_IMPORT.get(folder(name), set())
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if folder(n) in ("ground", "ops", "policies", "config", "core", "observe")]
+)
+def test_below_the_integrations_there_is_torch_only(name: str) -> None:
     foreign = FOREIGN.get(name, {"triton"} if name.startswith("ops.triton") else set())
     assert outside(name) <= {"torch"} | foreign
-    assert inside(name) <= FOUNDATION
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.split(".")[0] in CORE])
-def test_the_core_imports_no_integration(name: str) -> None:
-    assert not inside(name) & INTEGRATIONS
-    foreign = FOREIGN.get(name, {"triton"} if name.startswith("ops.triton") else set())
-    assert outside(name) <= {"torch"} | foreign
-
-
-@pytest.mark.parametrize("name", FORBIDDEN)
-def test_layers_do_not_import_what_is_above_or_beside_them(name: str) -> None:
-    assert not inside(name) & FORBIDDEN[name]
-
-
-def test_only_the_front_door_imports_integrations() -> None:
-    above = {n for n in NAMES if n and inside(n) & INTEGRATIONS}
-    assert {n for n in above if not n.startswith("eval.")} <= {
-        "api", "hf", "hf_cache", "hf_generate", "reference_model", "cli"
-    }  # fmt: skip
+def test_integrations_do_not_import_each_other() -> None:
+    for name in NAMES:
+        if name.startswith("integrations."):
+            kinds = {"integrations.hf": "integrations.deepspeed", "integrations.deepspeed": "integrations.hf"}
+            other = next((v for k, v in kinds.items() if name.startswith(k)), None)
+            if other is not None:
+                assert not {i for i in _imports(MODULES[name]) if i.startswith(f"pikv_ds.{other}")}, name
 
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        (
-            "transformers",
-            {"bench.attention", "checkpoints", "hf", "hf_cache", "hf_generate", "reference_model"}
-            | {f"eval.{name}" for name in ("command", "methods", "run", "snapshot")},
-        ),
-        ("deepspeed", {"deepspeed_moe"}),
-        ("megatron", set()),
+        ("transformers", ("integrations.hf", "tools")),
+        ("deepspeed", ("integrations.deepspeed",)),
+        ("megatron", ()),
     ],
 )
-def test_foreign_packages_are_imported_in_their_own_files(package: str, allowed: set[str]) -> None:
-    assert {n for n in NAMES if package in outside(n)} <= allowed
+def test_foreign_packages_are_imported_in_their_own_folders(package: str, allowed: tuple[str, ...]) -> None:
+    assert not {n for n in NAMES if package in outside(n) and not n.startswith(allowed or ("nowhere",))}
 
 
 def test_only_megatron_patch_imports_megatron() -> None:

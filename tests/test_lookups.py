@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from passes import LATENT, PAGE, Driver, make_cache
 from torch import Tensor
 
-from pikv_ds.metrics import rank_stats
+from pikv_ds.core.reuse import Audit, Reuse
+from pikv_ds.observe.metrics import rank_stats
 from pikv_ds.ops import Ops
+from pikv_ds.ops.summaries import KeyBounds, SubPages
 from pikv_ds.policies.codecs import CODECS
 from pikv_ds.policies.lookups import (
     LOOKUPS,
@@ -22,8 +24,6 @@ from pikv_ds.policies.lookups import (
     TwoStageLookup,
     _smallest_set,
 )
-from pikv_ds.policies.summaries import KeyBounds, SubPages
-from pikv_ds.reuse import Audit, Reuse
 from pikv_ds.slabs import Slabs
 
 OPS = Ops("auto")

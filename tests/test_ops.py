@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
+from pikv_ds.core.pages import PagePool, PageSize
 from pikv_ds.layout import ALIGNMENT, BITS, PageLayout
 from pikv_ds.ops import OPS, Ops, reference, why_missing
-from pikv_ds.pages import PagePool, PageSize
 from pikv_ds.slabs import Slabs
 
 FP32 = {"atol": 5e-6, "rtol": 5e-6}

@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 
 from pikv_ds import ops as ops_module
-from pikv_ds import report
 from pikv_ds.ops import Ops, why_missing
+from pikv_ds.tools import report
 from pikv_ds.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pikv_ds import PoolFullError
+from pikv_ds.core.pages import NULL_SLOT, PagePool, PageSize, PageTable
 from pikv_ds.ops import Ops
-from pikv_ds.pages import NULL_SLOT, PagePool, PageSize, PageTable
 from pikv_ds.slabs import Slabs
 
 PAGE_BYTES, SUMMARY_BYTES, SLAB_PAGES, CAPACITY = 32, 16, 4, 21

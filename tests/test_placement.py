@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_ds.placement import Topology, choose_owner, fair_shares, page_limits
+from pikv_ds.core.placement import choose_owner, fair_shares, page_limits
 from pikv_ds.policies.placements import (
     BalancedPlacement,
     ExpertPlacement,
@@ -19,6 +19,7 @@ from pikv_ds.policies.placements import (
     InterleavePlacement,
     Placement,
 )
+from pikv_ds.policies.topology import Topology
 
 UNLIMITED = 2**40
 PLACEMENTS = [

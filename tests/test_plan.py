@@ -12,11 +12,11 @@ import torch
 from passes import LATENT, PAGE, SHAPE, Driver, make_cache
 
 from pikv_ds import PiKVConfig
-from pikv_ds.cache import ModelShape
-from pikv_ds.cli import main
-from pikv_ds.metrics import wire_bytes_per_token_layer
-from pikv_ds.plan import planner
+from pikv_ds.core.cache import ModelShape
+from pikv_ds.observe.metrics import wire_bytes_per_token_layer
 from pikv_ds.policies.codecs import ELEMENTS
+from pikv_ds.tools.cli import main
+from pikv_ds.tools.plan import planner
 
 CODECS: list[Any] = [*ELEMENTS, {"name": "int3", "values": "int1", "rotate": True, "clip": True, "scales": 8}]
 

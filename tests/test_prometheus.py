@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 import pikv_ds
-from pikv_ds.metrics import rank_stats
-from pikv_ds.prometheus import COUNTERS, GAUGES, HISTOGRAMS, Watcher, families, monitor_events, reading
+from pikv_ds.observe.metrics import rank_stats
+from pikv_ds.observe.prometheus import COUNTERS, GAUGES, HISTOGRAMS, Watcher, families, monitor_events, reading
 
 pytest.importorskip("prometheus_client")
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,9 @@ from passes import LATENT, PAGE, Driver, make_cache
 from torch import Tensor
 
 from pikv_ds import PiKVConfig
-from pikv_ds.cache import ExpertShardedKVCache
 from pikv_ds.config import ConfigError
-from pikv_ds.eviction import bits_float, float_bits
+from pikv_ds.core.cache import ExpertShardedKVCache
+from pikv_ds.core.eviction import bits_float, float_bits
 from pikv_ds.ops.reference import gather_pages
 from pikv_ds.policies.budgets import BUDGETS, AdaBudget, PyramidBudget, UniformBudget, whole_pages
 from pikv_ds.policies.retention import RETENTIONS, H2oRetention, Prompt, SnapRetention, StreamingRetention

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops, UtilityState, why_missing
-from pikv_ds.policies.summaries import SubPages
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 BACKENDS = ["reference", *([] if why_missing("cpp", "cpu") else ["cpp"])]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pikv_ds.sequences import SequenceBatch
+from pikv_ds.core.sequences import SequenceBatch
 
 PAGE, KV_HEADS, HEAD_DIM, TOP_K, LAYERS = 8, 2, 4, 2, 2
 ROUTERS = (True, False)  # layer 1 has none

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from examples import generation
 from examples.state import State, fingerprint, is_done, prepare, until_end
-from pikv_ds import checkpoints, checks
-from pikv_ds.checkpoints import CheckpointError
+from pikv_ds import checks
 from pikv_ds.errors import PeerError, UsageError
+from pikv_ds.integrations.hf import checkpoints
+from pikv_ds.integrations.hf.checkpoints import CheckpointError
 from pikv_ds.launch_env import World
 
 ROOT = Path(__file__).resolve().parents[1]

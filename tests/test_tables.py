@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from pikv_ds import cli, tables
-from pikv_ds.plan import command
+from pikv_ds.tools import cli, tables
+from pikv_ds.tools.plan import command
 
-PIKV = [sys.executable, "-m", "pikv_ds.cli"]
+PIKV = [sys.executable, "-m", "pikv_ds.tools.cli"]
 PLAN = [*PIKV, "plan", "--model", "mixtral-8x7b", "--gib", "20"]
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from passes import PAGE, Driver, make_cache
 
-from pikv_ds.cli import main
 from pikv_ds.config import ConfigError, PiKVConfig
-from pikv_ds.metrics import rank_stats
-from pikv_ds.reuse import DISTANCES
-from pikv_ds.trace import RankTrace, read
-from pikv_ds.trace_command import homes
+from pikv_ds.core.reuse import DISTANCES
+from pikv_ds.core.trace import RankTrace, read
+from pikv_ds.observe.metrics import rank_stats
+from pikv_ds.tools.cli import main
+from pikv_ds.tools.trace_command import homes
 
 SPARSE = {"lookup": {"name": "quest", "budget": 0.3}}
 SETTINGS: dict[str, dict[str, Any]] = {

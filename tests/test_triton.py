@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PLAIN, PageLayout
 from pikv_ds.ops import Ops, UtilityState, reference
-from pikv_ds.policies.summaries import SubPages
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 triton = pytest.importorskip("triton", reason="triton is not installed (pip install triton)")

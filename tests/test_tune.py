@@ -11,9 +11,10 @@ import tiny
 import torch
 from test_eval import checkpoint, tokenizer  # noqa: F401  (fixtures)
 
-from pikv_ds import PiKVConfig, cli
-from pikv_ds.eval import heads, tasks
-from pikv_ds.eval.tune import Objective, Point, front
+from pikv_ds import PiKVConfig
+from pikv_ds.tools import cli
+from pikv_ds.tools.eval import heads, tasks
+from pikv_ds.tools.eval.tune import Objective, Point, front
 
 
 def point(name: str, latency: float, memory: float, fidelity: float) -> Point:

@@ -24,7 +24,7 @@ import torch
 from benchmarks.gpu import extension, runner, summary
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.steps import STEPS
-from pikv_ds.command_line import Parser, guarded, real
+from pikv_ds.tools.command_line import Parser, guarded, real
 
 MOST_MINUTES = 24 * 60
 MEANINGS = {

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv_ds.bench.attention import codec_of
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops, reference
 from pikv_ds.slabs import Slabs
+from pikv_ds.tools.bench.attention import codec_of
 
 HUGE = 2**30
 """A table entry that nobody may follow."""
@@ -197,7 +197,7 @@ def _attend(
     scale: float,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Pages, tail and their merge as `pikv_ds.attention` does it: ``[T, H, V]`` and ``[T, H]``, on the CPU."""
+    """Pages, tail and their merge as `pikv_ds.core.attention` does it: ``[T, H, V]`` and ``[T, H]``, on the CPU."""
     rows = ROWS[case.rows]
     table = torch.full((len(rows), NUM_PAGES + 2), HUGE, dtype=torch.int32)
     for line, slots in zip(table, rows, strict=True):

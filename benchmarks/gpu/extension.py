@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.gpu.runner import ending
 from pikv_ds.checks import named
-from pikv_ds.command_line import Parser, guarded
+from pikv_ds.tools.command_line import Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[2]
 PREBUILT, INSTALLED = ROOT / "build" / "gpu", ROOT / "pikv_ds"

@@ -20,12 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import cases, extension, timings
 from benchmarks.gpu.runner import LEAST_SECONDS, NOT_FINISHED, Step, Worker, ending
 from pikv_ds import ExpertShardedKVCache, PiKVConfig
-from pikv_ds.bench import lookup, memory
-from pikv_ds.bench.attention import Setting, label
-from pikv_ds.bench.show import machine
-from pikv_ds.bench.timing import Contender
+from pikv_ds.core.shape import ModelShape
 from pikv_ds.ops import OPS, Ops
-from pikv_ds.shape import ModelShape
+from pikv_ds.tools.bench import lookup, memory
+from pikv_ds.tools.bench.attention import Setting, label
+from pikv_ds.tools.bench.show import machine
+from pikv_ds.tools.bench.timing import Contender
 
 BUDGET = 0.125
 """Share of the pages that lookups choose."""

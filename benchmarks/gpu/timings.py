@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.cases import HUGE
-from pikv_ds.bench import timing
-from pikv_ds.bench.attention import Setting
-from pikv_ds.bench.timing import Contender
-from pikv_ds.command_line import Parser, device, whole
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import Ops
 from pikv_ds.slabs import Slabs
+from pikv_ds.tools.bench import timing
+from pikv_ds.tools.bench.attention import Setting
+from pikv_ds.tools.bench.timing import Contender
+from pikv_ds.tools.command_line import Parser, device, whole
 
 SLAB_PAGES = 16
 """Pages per slab, as in a cache."""

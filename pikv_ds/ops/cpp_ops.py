@@ -11,7 +11,7 @@ import pikv_ds._C  # noqa: F401  (loading it registers the ops)
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import OPS
 from pikv_ds.ops.state import UtilityState
-from pikv_ds.policies.summaries import SubPages
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 _C = torch.ops.pikv_ds

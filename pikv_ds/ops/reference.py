@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pikv_ds.layout import BITS, PageLayout, SealFlag, scale_rows
 from pikv_ds.ops.state import UtilityState
-from pikv_ds.policies.summaries import SubPages
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 ZERO = 0.0

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PLAIN, PageLayout, SealFlag
 from pikv_ds.ops.state import UtilityState
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.ops.triton_kernels.attention import (
     compact_kernel,
     merge_kernel,
@@ -38,7 +39,6 @@ from pikv_ds.ops.triton_kernels.scheduling import (
     update_kernel,
     utility_kernel,
 )
-from pikv_ds.policies.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

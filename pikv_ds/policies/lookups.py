@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pikv_ds import checks
 from pikv_ds.layout import PageLayout
-from pikv_ds.policies.summaries import KeyBounds, SubPages, Summary
+from pikv_ds.ops.summaries import KeyBounds, SubPages, Summary
 from pikv_ds.slabs import Slabs
 
 

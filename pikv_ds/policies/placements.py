@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from pikv_ds import checks
-from pikv_ds.placement import Topology
+from pikv_ds.policies.topology import Topology
 
 
 @runtime_checkable
@@ -144,7 +144,7 @@ class EplbPlacement(ExpertPlacement):
     """`ExpertPlacement`, and experts are packed anew over the ranks where their pages pile up (EPLB, DeepSeek 2025).
 
     Hot experts get several ranks, which take their pages in turn (EPLB's redundant experts). The work is done by
-    `pikv_ds.rebalance`; the experts of the model's feed-forward networks stay where they are.
+    `pikv_ds.core.rebalance`; the experts of the model's feed-forward networks stay where they are.
     """
 
     every: int = 64

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops.state import UtilityState
-from pikv_ds.policies.summaries import SubPages
+from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from harness import Ranks, ranks_fixture
 from passes import LATENT, PAGE, SHAPE, Driver, make_cache
 
 from pikv_ds import PeerError
-from pikv_ds.cache import ModelShape
-from pikv_ds.exchange import Exchange, make_group
-from pikv_ds.metrics import rank_stats, wire_bytes_per_token_layer
+from pikv_ds.core.cache import ModelShape
+from pikv_ds.core.exchange import Exchange, make_group
+from pikv_ds.observe.metrics import rank_stats, wire_bytes_per_token_layer
 
 pytestmark = pytest.mark.distributed
 two = ranks_fixture(2)

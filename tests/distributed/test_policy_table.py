@@ -12,8 +12,8 @@ from harness import Ranks, ranks_fixture
 from passes import PAGE, make_cache
 from torch import Tensor
 
-from pikv_ds.cache import ExpertShardedKVCache
-from pikv_ds.exchange import Exchange, make_group
+from pikv_ds.core.cache import ExpertShardedKVCache
+from pikv_ds.core.exchange import Exchange, make_group
 from pikv_ds.policies.lookups import LOOKUPS
 from pikv_ds.policies.placements import PLACEMENTS
 from pikv_ds.policies.retention import RETENTIONS

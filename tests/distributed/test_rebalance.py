@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passes import PAGE, Driver, make_cache
 
-from pikv_ds.exchange import Exchange, make_group
-from pikv_ds.metrics import rank_stats
-from pikv_ds.placement import Topology
-from pikv_ds.rebalance import pack
+from pikv_ds.core.exchange import Exchange, make_group
+from pikv_ds.core.rebalance import pack
+from pikv_ds.observe.metrics import rank_stats
+from pikv_ds.policies.topology import Topology
 
 pytestmark = pytest.mark.distributed
 two = ranks_fixture(2)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from harness import Ranks, ranks_fixture
 from passes import PAGE, make_cache
 
-from pikv_ds.cache import ExpertShardedKVCache
-from pikv_ds.exchange import Exchange, make_group
-from pikv_ds.metrics import rank_stats
+from pikv_ds.core.cache import ExpertShardedKVCache
+from pikv_ds.core.exchange import Exchange, make_group
+from pikv_ds.observe.metrics import rank_stats
 
 pytestmark = pytest.mark.distributed
 two = ranks_fixture(2)

@@ -13,10 +13,10 @@ from passes import SHAPE, Driver, make_cache
 
 from pikv_ds import api
 from pikv_ds.config import PiKVConfig
+from pikv_ds.core.exchange import Exchange, make_group
+from pikv_ds.core.trace import read
 from pikv_ds.errors import PeerError
-from pikv_ds.exchange import Exchange, make_group
-from pikv_ds.metrics import rank_stats
-from pikv_ds.trace import read
+from pikv_ds.observe.metrics import rank_stats
 
 pytestmark = pytest.mark.distributed
 two = ranks_fixture(2)

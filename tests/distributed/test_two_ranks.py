@@ -18,7 +18,7 @@ from harness import Ranks, ranks_fixture
 from torch import Tensor, nn
 
 import pikv_ds
-from pikv_ds.deepspeed_moe import _read_gate
+from pikv_ds.integrations.deepspeed import _read_gate
 
 pytestmark = pytest.mark.distributed
 ranks = ranks_fixture(2)

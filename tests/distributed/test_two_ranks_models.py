@@ -16,7 +16,7 @@ from harness import Ranks, ranks_fixture
 from transformers import AutoModelForCausalLM
 
 import pikv_ds
-from pikv_ds.deepspeed_moe import _cast, _take_dtype
+from pikv_ds.integrations.deepspeed import _cast, _take_dtype
 
 pytestmark = pytest.mark.distributed
 ranks = ranks_fixture(2)

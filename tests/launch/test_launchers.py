@@ -94,7 +94,16 @@ def test_torchrun(job: list[str], alone: dict[str, list[int]], tmp_path: Path) -
 def test_step_times_are_measured_with_a_launchers_ranks(job: list[str], tmp_path: Path) -> None:
     port = str(launch_env.free_port())
     measure = ["--measure", "--rounds", "1", "--codec", "none", "--costs", f"{tmp_path}/costs.json"]
-    command = ["-m", "pikv_ds.cli", "plan", "--model", job[job.index("--model") + 1], "--dtype", "float32", *measure]
+    command = [
+        "-m",
+        "pikv_ds.tools.cli",
+        "plan",
+        "--model",
+        job[job.index("--model") + 1],
+        "--dtype",
+        "float32",
+        *measure,
+    ]
     done = run(["launch/torchrun.sh", "2", *command], MASTER_PORT=port)
     assert done.stdout.count("loads that were not fitted") == 1, done.stdout  # one rank tells
     (key,) = json.loads((tmp_path / "costs.json").read_text())

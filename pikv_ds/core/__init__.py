@@ -1,0 +1,1 @@
+"""The cache. Imports torch, the ops and the policies only."""

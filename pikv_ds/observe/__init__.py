@@ -1,0 +1,1 @@
+"""What the cache did and holds, for people and for Prometheus."""

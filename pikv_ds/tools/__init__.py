@@ -1,0 +1,1 @@
+"""Commands and what they need; nothing imports them."""
