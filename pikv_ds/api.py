@@ -47,11 +47,11 @@ def initialize(model: nn.Module, config: Mapping[str, Any], **kwargs: Any) -> An
         ConfigError: a setting that cannot work, with its key, value and remedy.
     """
     settings = PiKVConfig.from_dict(section(config))
-    from pikv_ds.integrations import deepspeed as deepspeed_moe
+    from pikv_ds.integrations import deepspeed
     from pikv_ds.integrations.hf import attachment as hf
 
     hf.check_supported(model)
-    engine = deepspeed_moe.initialize(model, config, settings.timeout_s, **kwargs)
+    engine = deepspeed.initialize(model, config, settings.timeout_s, **kwargs)
     attachment = attach(engine, settings)
     if getattr(getattr(engine, "monitor", None), "enabled", False):  # of DeepSpeed's configuration
         from pikv_ds.observe.prometheus import Watcher, monitor_events
@@ -87,10 +87,10 @@ def attach(
     hf.check_supported(module)
     choices, group = find_choices(module), ep_group
     if "deepspeed" in sys.modules:
-        from pikv_ds.integrations import deepspeed as deepspeed_moe
+        from pikv_ds.integrations import deepspeed
 
-        choices = deepspeed_moe.choices(module) or choices
-        group = group or deepspeed_moe.expert_group(module)
+        choices = deepspeed.choices(module) or choices
+        group = group or deepspeed.expert_group(module)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if group is None and world > 1:
         raise UsageError(

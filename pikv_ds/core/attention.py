@@ -411,7 +411,7 @@ class ShardedAttention:
         reuse, lookup = self.reuse, self.lookup
         assert reuse is not None
         assert isinstance(lookup, SparseLookup)
-        misses = reuse.misses(slots) if lookup.name == "cache_aware" else None
+        misses = reuse.misses(slots) if lookup.wants_misses else None
         this = self.formats[page_format]
         summaries, pages = self.pool.summaries[page_format], self.pool.pages[page_format]
         boost = None

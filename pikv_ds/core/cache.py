@@ -8,7 +8,6 @@ ranks of their home experts. A forward pass is `begin_step`, then for every laye
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.config import PiKVConfig
+from pikv_ds.core import step
 from pikv_ds.core.attention import ShardedAttention
 from pikv_ds.core.demotion import Demoter
 from pikv_ds.core.eviction import Evictor
@@ -28,14 +28,13 @@ from pikv_ds.core.pages import PagePool, PageTable
 from pikv_ds.core.placement import rank_bound
 from pikv_ds.core.rebalance import Rebalancer
 from pikv_ds.core.reuse import Reuse
-from pikv_ds.core.sealing import PageSender
+from pikv_ds.core.sealing import PageSender, Sent
 from pikv_ds.core.sequences import SequenceBatch
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.core.step import FAILED, FINE, NON_FINITE, OUT_OF_RANGE, SHARED_SOURCE, UNLIMITED, Announcement, StepPlan
 from pikv_ds.core.trace import PageTrace
-from pikv_ds.errors import NonFiniteError, OutOfRangeError, PeerError, PiKVError, PoolFullError, UsageError
+from pikv_ds.errors import PiKVError, UsageError
 from pikv_ds.layout import SealFlag
-from pikv_ds.policies.placements import EplbPlacement
 from pikv_ds.policies.retention import Prompt
 from pikv_ds.policies.topology import Topology
 from pikv_ds.slabs import lasting_zeros
@@ -126,9 +125,10 @@ class ExpertShardedKVCache:
         )
         topologies = [self.topology] * shape.num_layers
         self.rebalancer: Rebalancer | None = None
-        if isinstance(config.placement, EplbPlacement) and self.exchange.size > 1:
+        packing = config.placement.packing
+        if packing is not None and self.exchange.size > 1:
             self.rebalancer = Rebalancer(
-                config.placement,
+                packing,
                 self.exchange,
                 self.pool,
                 self.table,
@@ -137,7 +137,6 @@ class ExpertShardedKVCache:
                 reuse,
                 config.page_size,
             )
-            self.evictor.watch = self.rebalancer.evicted
         self.sender = PageSender(
             self.exchange,
             self.pool,
@@ -147,9 +146,7 @@ class ExpertShardedKVCache:
             config.placement,
             topologies,
             self._flags,
-            self.evictor,
-            reuse,
-            self.rebalancer,
+            self.streams,
         )
         self.attention = ShardedAttention(
             self.ops,
@@ -339,13 +336,24 @@ class ExpertShardedKVCache:
         batch.scores.pop(layer, None)
         self._measure()
         if self.plan.prefill:
-            self.sender.send(self.plan, [of_rank[layer] for of_rank in self.plan.seals])
+            self._note(self.sender.send(self.plan, [of_rank[layer] for of_rank in self.plan.seals]))
         batch.close_layer(layer)
         if not batch.in_step and self.plan.prefill:
             self.sender.settle()
         self._measure()
         if self.config.debug and not batch.in_step:
             self.check_integrity()
+
+    def _note(self, sent: Sent) -> None:
+        """Tells those who keep account of pages what has been placed on all ranks, and stored on this one."""
+        for source, header in sent.placed:
+            sequence = (source, header.sequence)
+            self.evictor.placed(sequence, header.unit, header.page_format)
+            if self.rebalancer is not None:
+                self.rebalancer.placed(sequence, header.unit, header.page_idx, header.owner, header.home)
+        self.evictor.stored(sent.slots, sent.scores)
+        if self.attention.reuse is not None:
+            self.attention.reuse.stored(sent.slots, self.pool.num_slots)
 
     def bound(self, num_tokens: int) -> int:
         """Most tokens of a sequence of this length that a rank ever keeps at a layer."""
@@ -477,8 +485,10 @@ class ExpertShardedKVCache:
         self.num_steps += 1
         if self.attention.reuse is not None:
             self.attention.reuse.step = self.num_steps
-        self._raise_if_any_failed(everyone, error)
-        self._raise_if_not_shared(everyone)
+        if step.any_failed(everyone):
+            self._flags.zero_()
+            raise step.failure(everyone, self.exchange.all_gather_text(error), self.exchange.rank)
+        step.check_together(everyone)
         self.committed_by_rank = [a.committed for a in everyone]
         self.pages_by_rank = [a.pages for a in everyone]
         own_tokens = sum(a.own_tokens for a in everyone)
@@ -503,11 +513,20 @@ class ExpertShardedKVCache:
         staged = [a.staged for a in everyone]
         own = slice(SHARED_SOURCE, SHARED_SOURCE + 1) if shared else slice(None)  # whose pages need room
         seals_now = sum(a.seals for a in everyone[own])
-        self._check_room(seals_now, sum(staged[own]), sum(spare if prompt else frees), prompt)
-        self.sender.send(self.plan, staged)
+        step.check_room(
+            seals_now + sum(staged[own]),
+            sum(spare if prompt else frees),
+            prompt,
+            self.config,
+            self.num_units * self.exchange.size,
+            self.layout.page_bytes,
+        )
+        self._note(self.sender.send(self.plan, staged))
         self.sender.settle()
-        self.evictor.evict(self.sender.num_sealed, self._batches)
+        evicted = self.evictor.evict(self.sender.num_sealed, self._batches)
         if self.rebalancer is not None:
+            for page in evicted:
+                self.rebalancer.evicted(page)
             self.rebalancer.step(self.num_steps, self.plan.free, self.sender.num_sealed, self._batches)
         if self.table.trace is not None:
             bytes_now = self.kv_bytes, self.pool.page_storage_bytes
@@ -581,49 +600,3 @@ class ExpertShardedKVCache:
             return [a.free for a in everyone], [a.spare for a in everyone]
         now = self.exchange.all_gather([self.pool.num_free() or 0, self.pool.num_free(reserve=True) or 0])
         return [free for free, _ in now], [spare for _, spare in now]
-
-    def _check_room(self, seals: int, staged: int, room: int, prompt: bool) -> None:
-        """All ranks see the same numbers, so all raise or none does."""
-        need = seals + staged
-        if need <= room:
-            return
-        size, ranks = self.config.page_size, self.exchange.size
-        pages = -(-(need - room) // (self.num_units * ranks))
-        if prompt:  # of what is added, prompts leave the watermark free
-            pages = math.ceil(pages / (1 - self.config.watermark)) + 1
-        missing = pages * size
-        raise PoolFullError(
-            f"the KV pool is full: this step seals {need} pages, the {ranks} rank(s) have {room} free. "
-            f"{missing} tokens per rank more are needed ({missing * self.layout.page_bytes // size} bytes per layer): "
-            f"raise pikv.capacity_tokens from {self.config.capacity_tokens} to at least "
-            f"{(self.config.capacity_tokens or 0) + missing}, send fewer or shorter prompts, or use a smaller codec"
-        )
-
-    def _raise_if_any_failed(self, everyone: list[Announcement], error: str | None) -> None:
-        if any(a.status for a in everyone):
-            self._flags.zero_()
-            texts = self.exchange.all_gather_text(error)
-            statuses = {a.status for a in everyone}
-            kind = PiKVError if error else PeerError
-            if NON_FINITE in statuses:
-                kind = NonFiniteError
-            elif OUT_OF_RANGE in statuses:
-                kind = OutOfRangeError
-            raise kind("; ".join(f"rank {r}: {t}" if self.exchange.size > 1 else t for r, t in enumerate(texts) if t))
-        steps = [a.step for a in everyone]
-        if len(set(steps)) > 1:
-            raise PeerError(
-                f"the ranks are not in the same forward pass (steps {steps}): every rank of the group must make the "
-                "same calls; use generate(..., synced_gpus=True)"
-            )
-
-    @staticmethod
-    def _raise_if_not_shared(everyone: list[Announcement]) -> None:
-        """A batch that every rank has must be there, the same, on every rank."""
-        different = len({(a.shared, a.digest, a.seals, a.staged) for a in everyone}) > 1
-        if different and any(a.shared for a in everyone):
-            what = "tokens" if all(a.shared for a in everyone) else "batches"
-            raise PeerError(
-                f"the ranks make this pass with different {what} (digests {[a.digest for a in everyone]}), but the "
-                "batch was declared to be the same on every rank: declare it as each rank's own"
-            )

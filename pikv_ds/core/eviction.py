@@ -18,8 +18,10 @@ import dataclasses
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +65,16 @@ class Visit:
     """float32 ``[rows * streams, heads of a stream, P]``"""
 
 
+class Evicted(NamedTuple):
+    """A page that is gone."""
+
+    sequence: Sequence
+    unit: int
+    page_idx: int
+    owner: int
+    """The rank that held it."""
+
+
 class Evictor:
     """Budgets and retention of all sequences with pages on this rank.
 
@@ -95,8 +107,6 @@ class Evictor:
         self.visits: list[Visit] = []
         self.merged: dict[int, Tensor] = {}
         """Per layer, float32 ``[n, H]``: log-sum-exps of this rank's asking queries over their whole sequences."""
-        self.watch: Callable[[Sequence, int, int, int], None] | None = None
-        """Told on every rank of every page that is evicted: sequence, unit, page number, rank."""
         self._live: dict[Sequence, list[int]] = {}  # pages per unit, over all ranks
         self._grown: dict[Sequence, None] = {}  # sequences whose pages have become more since the last eviction
         self._state = UtilityState.empty(0, pool.device)
@@ -117,7 +127,7 @@ class Evictor:
     @property
     def wants_source(self) -> bool:
         """Whether prompts are rated by their attention's inputs (see `Prompt.source`)."""
-        return self.cuts and self.retention is not None and self.retention.name == "kvpress"
+        return self.cuts and self.retention is not None and self.retention.wants_source
 
     @property
     def learns(self) -> bool:
@@ -180,7 +190,7 @@ class Evictor:
             self._live.setdefault(sequence, [0] * (self.num_layers * self.streams))[unit] += 1
             self._grown[sequence] = None
 
-    def stored(self, slots: list[int], scores: list[float]) -> None:
+    def stored(self, slots: Seq[int], scores: Seq[float]) -> None:
         """Pages lie in these slots now."""
         if not self.evicts or not slots:
             return
@@ -275,19 +285,23 @@ class Evictor:
         live = self._live[sequence][first : first + self.streams]
         return 1 / torch.tensor(live, dtype=torch.float32, device=self.pool.device).clamp(min=1)
 
-    def evict(self, num_sealed: dict[Sequence, int], batches: list[SequenceBatch]) -> None:
+    def evict(self, num_sealed: dict[Sequence, int], batches: list[SequenceBatch]) -> list[Evicted]:
         """Frees what is over the budgets, or demotes it. Every rank calls it at the same point.
 
         Args:
             num_sealed: page numbers given out so far, per sequence.
             batches: this rank's own, whose counts of pages are kept up to date.
+
+        Returns:
+            The pages that are gone, of all ranks, the same on each.
         """
+        gone: list[Evicted] = []
         if not self._grown:
-            return
+            return gone
         groups = [group for sequence in self._grown for group in self._over(sequence)]
         self._grown.clear()
         if not groups:
-            return
+            return gone
         width = sum(excess for _, _, excess in groups)
         offers = self.exchange.all_gather(
             [x for group in groups for offer in self._offers(*group, num_sealed) for x in offer], kind="eviction"
@@ -309,8 +323,7 @@ class Evictor:
                     if rank == self.exchange.rank:
                         cold.append((sequence, unit, page_idx))
                     continue
-                if self.watch is not None:
-                    self.watch(sequence, unit, page_idx, rank)
+                gone.append(Evicted(sequence, unit, page_idx, rank))
                 if sequence in owners:
                     batch, row = owners[sequence]
                     batch.loads[unit][row][rank] -= 1
@@ -322,6 +335,7 @@ class Evictor:
         self.counters["evicted_pages"] += len(freed)
         if self.demoter is not None:
             self.stored(self.demoter.demote(cold, self.streams), [0.0] * len(cold))
+        return gone
 
     def _over(self, sequence: Sequence) -> Iterator[tuple[Sequence, range, int]]:
         """Where a sequence has too many pages: ``(sequence, units among which to choose, pages to evict)``."""

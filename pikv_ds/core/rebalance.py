@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-from pikv_ds.core.eviction import Evictor
+from pikv_ds.core.eviction import Evicted, Evictor
 from pikv_ds.core.exchange import Exchange
 from pikv_ds.core.pages import PagePool, PageTable
 from pikv_ds.core.placement import page_limits
 from pikv_ds.core.reuse import Reuse
 from pikv_ds.core.sequences import SequenceBatch
 from pikv_ds.core.step import SHARED_SOURCE
-from pikv_ds.policies.placements import EplbPlacement
+from pikv_ds.policies.placements import Packing
 from pikv_ds.policies.topology import Topology
 
 Key = tuple[int, int]
@@ -63,7 +63,7 @@ class Rebalancer:
 
     def __init__(
         self,
-        policy: EplbPlacement,
+        policy: Packing,
         exchange: Exchange,
         pool: PagePool,
         table: PageTable,
@@ -88,10 +88,10 @@ class Rebalancer:
         if owner == self.exchange.rank and home >= 0:
             self._homes.setdefault(sequence, {})[unit, page_idx] = home
 
-    def evicted(self, sequence: Key, unit: int, page_idx: int, owner: int) -> None:
+    def evicted(self, page: Evicted) -> None:
         """A page is gone; told on every rank alike."""
-        self._loads[sequence][unit][owner] -= 1
-        self._homes.get(sequence, {}).pop((unit, page_idx), None)
+        self._loads[page.sequence][page.unit][page.owner] -= 1
+        self._homes.get(page.sequence, {}).pop((page.unit, page.page_idx), None)
 
     def forget(self, sequence: Key) -> None:
         """A sequence is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,13 +31,14 @@ class Reuse:
         self._last = torch.full([0], -1, dtype=torch.int64, device=self.device)
         self._misses = torch.zeros(0, dtype=torch.float32, device=self.device)
 
-    def stored(self, slots: list[int], num_slots: int) -> None:
+    def stored(self, slots: Sequence[int], num_slots: int) -> None:
         """New pages lie in these slots: nobody has visited them yet."""
         more = num_slots - len(self._last)
         if more > 0:
             self._last = torch.cat([self._last, self._last.new_full([more], -1)])
             self._misses = torch.cat([self._misses, self._misses.new_zeros(more)])
-        self._last[slots], self._misses[slots] = -1, 0.0
+        at = list(slots)
+        self._last[at], self._misses[at] = -1, 0.0
 
     def misses(self, slots: Tensor) -> Tensor:
         """Misses in a row of the pages in some slots, float32 in their shape."""

@@ -8,19 +8,18 @@ layers wait for the next step and go in one exchange.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pikv_ds.core.eviction import Evictor, bits_float, float_bits
+from pikv_ds.core.eviction import bits_float, float_bits
 from pikv_ds.core.exchange import Exchange, PagesInFlight
 from pikv_ds.core.formats import PageFormat
 from pikv_ds.core.pages import PagePool, PageTable
 from pikv_ds.core.placement import choose_owner, fair_shares, page_limits
-from pikv_ds.core.rebalance import Rebalancer
-from pikv_ds.core.reuse import Reuse
 from pikv_ds.core.sequences import FullPages, SequenceBatch
 from pikv_ds.core.step import SHARED_SOURCE, StepPlan
 from pikv_ds.errors import PeerError, PoolFullError
@@ -65,6 +64,17 @@ class StagedPage:
     """The votes of all pages of its layer that this rank had staged by then."""
 
 
+class Sent(NamedTuple):
+    """What `PageSender.send` did."""
+
+    placed: Sequence[tuple[int, Header]] = ()
+    """Every page that got an owner, of all ranks, with its source rank; the same on every rank."""
+    slots: Sequence[int] = ()
+    """Of the pages that this rank owns."""
+    scores: Sequence[float] = ()
+    """What retention thinks of each of them."""
+
+
 class PageSender:
     """Moves full pages from their sequences' rank to their owners, all ranks in step.
 
@@ -72,6 +82,7 @@ class PageSender:
         formats: those of the codec policy's codecs, then that of demoted pages, if there is one.
         topologies: of every layer; `Rebalancer` changes them.
         flags: int32 ``[num_layers]``, a `SealFlag` of each layer's pages.
+        streams: KV heads of a layer with pages of their own, 1 where a page holds all heads.
     """
 
     def __init__(
@@ -84,13 +95,11 @@ class PageSender:
         placement: Placement,
         topologies: list[Topology],
         flags: Tensor,
-        evictor: Evictor,
-        reuse: Reuse | None,
-        rebalancer: Rebalancer | None,
+        streams: int,
     ) -> None:
         self.exchange, self.pool, self.table, self.formats, self.codec = exchange, pool, table, formats, codec
         self.placement, self.topologies = placement, topologies
-        self.flags, self.evictor, self.reuse, self.rebalancer = flags, evictor, reuse, rebalancer
+        self.flags, self.streams = flags, streams
         self.page_size = formats[0].layout.page_size
         self.staged: list[StagedPage] = []
         self._seen: dict[int, list[int]] = {}  # votes per expert so far, per layer
@@ -106,7 +115,7 @@ class PageSender:
 
     def stage(self, batch: SequenceBatch, unit: int, pages: FullPages) -> None:
         """Encodes full pages of one sequence; they wait for `send`."""
-        layer, head = divmod(unit, self.evictor.streams)
+        layer, head = divmod(unit, self.streams)
         flags = self.flags[layer : layer + 1]
         votes = None if pages.experts is None else self._votes(pages.experts)
         chosen = [
@@ -153,11 +162,14 @@ class PageSender:
         gone = set(rows)
         self.staged = [p for p in self.staged if p.batch is not batch or p.row not in gone]
 
-    def send(self, plan: StepPlan, counts: list[int]) -> None:
+    def send(self, plan: StepPlan, counts: list[int]) -> Sent:
         """Places and sends what is staged; every rank calls it at the same point.
 
         Args:
             counts: staged pages of every rank, which all ranks know.
+
+        Returns:
+            What happened, for those who keep account of pages.
 
         Raises:
             PoolFullError: on every rank alike, before anything has been moved.
@@ -167,7 +179,7 @@ class PageSender:
         rank = self.exchange.rank
         assert len(staged) == counts[rank], f"{len(staged)} pages staged, {counts[rank]} announced"
         if sum(counts) == 0:
-            return
+            return Sent()
         if plan.shared:  # the others have the same pages, and take one rank's word for their homes
             counts = [n if r == SHARED_SOURCE else 0 for r, n in enumerate(counts)]
         placed = staged if counts[rank] else []
@@ -194,6 +206,7 @@ class PageSender:
         self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
         if plan.shared:
             owners = self._adopt(staged, headers[SHARED_SOURCE], known=bool(placed))
+        all_placed: list[tuple[int, Header]] = []
         incoming: list[tuple[int, Header]] = []  # from the others, in rank order
         receive_bytes = [0] * self.exchange.size
         for source, table in enumerate(headers):
@@ -201,17 +214,17 @@ class PageSender:
                 plan.free[header.owner] -= 1
                 key = (source, header.sequence)
                 self.num_sealed[key] = max(self.num_sealed.get(key, 0), header.page_idx + 1)
-                self.evictor.placed(key, header.unit, header.page_format)
-                if self.rebalancer is not None:
-                    self.rebalancer.placed(key, header.unit, header.page_idx, header.owner, header.home)
+                all_placed.append((source, header))
                 if header.owner == rank and source != rank and not plan.shared:
                     incoming.append((source, header))
                     receive_bytes[source] += sum(self.pool.sizes[header.page_format])
         kept = [page for page, owner in zip(staged, owners, strict=True) if owner == rank]
         source = SHARED_SOURCE if plan.shared else rank
-        self._store([p.payload for p in kept], self._enter([(source, self._header(p, rank)) for p in kept]))
+        entering = [(source, self._header(page, rank)) for page in kept]
+        kept_slots = self._enter(entering)
+        self._store([page.payload for page in kept], kept_slots)
         if plan.shared:  # what is not kept lies on another rank
-            return
+            return Sent(all_placed, kept_slots, [bits_float(header.score) for _, header in entering])
         slots = self._enter(incoming)
         leaving = sorted((o, i) for i, o in enumerate(owners) if o != rank)
         send_bytes = [
@@ -221,6 +234,8 @@ class PageSender:
         nothing = torch.empty(0, dtype=torch.uint8, device=self.pool.device)
         payload = torch.cat([staged[i].payload for _, i in leaving]) if leaving else nothing
         self._in_flight = (self.exchange.send_pages(payload, send_bytes, receive_bytes), slots)
+        scores = [bits_float(header.score) for _, header in [*entering, *incoming]]
+        return Sent(all_placed, [*kept_slots, *slots], scores)
 
     @staticmethod
     def _header(page: StagedPage, owner: int) -> Header:
@@ -238,9 +253,6 @@ class PageSender:
         for (source, header), slot in zip(pages, slots, strict=True):
             key = (source, header.sequence)
             self.table.add(key, header.unit, header.page_idx, slot, header.page_format)
-        self.evictor.stored(slots, [bits_float(header.score) for _, header in pages])
-        if self.reuse is not None:
-            self.reuse.stored(slots, self.pool.num_slots)
         return slots
 
     @staticmethod
@@ -300,7 +312,7 @@ class PageSender:
         return self.placement.owners(page.page_idx, page.votes, self._topology(page), page.seen)
 
     def _topology(self, page: StagedPage) -> Topology:
-        return self.topologies[page.unit // self.evictor.streams]
+        return self.topologies[page.unit // self.streams]
 
     def _store(self, payloads: list[Tensor], slots: list[int]) -> None:
         """Writes pages with their summaries into their slots."""

@@ -6,7 +6,7 @@ A policy is a frozen dataclass with one method; add one by writing it and naming
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,6 +111,9 @@ class SparseLookup:
     measured (`stats`). 0: never."""
     floor: float = 0.8
     """Where an audit finds less than this on average, the budget grows by a quarter."""
+
+    wants_misses: ClassVar[bool] = False
+    """Whether it looks at how often in a row a page was visited without having been so shortly before."""
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "sink_pages", "local_pages", "audit_every", least=0)
@@ -250,6 +253,7 @@ class CacheAwareLookup(TwoStageLookup):
     recall: float = 0.9
     """Share of the estimated attention that is never given away, within the budget."""
     name = "cache_aware"
+    wants_misses = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

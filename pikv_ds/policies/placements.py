@@ -13,11 +13,40 @@ from pikv_ds import checks
 from pikv_ds.policies.topology import Topology
 
 
+class Packing(Protocol):
+    """When experts are packed anew, and how many pages move for it."""
+
+    @property
+    def every(self) -> int:
+        """Passes between two looks at the experts' pages."""
+        ...
+
+    @property
+    def slack(self) -> float:
+        """How many times the mean the fullest rank may hold of a layer's pages before its experts are packed anew."""
+        ...
+
+    @property
+    def moves(self) -> int:
+        """Pages that a rank gives away per pass, at most."""
+        ...
+
+    @property
+    def redundant(self) -> int:
+        """Experts per rank that may have one more rank."""
+        ...
+
+
 @runtime_checkable
 class Placement(Protocol):
     """Where a page lives."""
 
     name: str
+
+    @property
+    def packing(self) -> Packing | None:
+        """How experts are packed anew over the ranks, and pages move after them; None: never."""
+        ...
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -44,6 +73,7 @@ class InterleavePlacement:
     """Page ``p`` lives on rank ``p mod G``: the placement of decode context parallelism (vLLM, SGLang)."""
 
     name = "interleave"
+    packing = None
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -56,6 +86,7 @@ class ExpertPlacement:
     """A page lives with the expert that its tokens activated most (PiKV); overflow follows its ranking."""
 
     name = "expert"
+    packing = None
 
     def owners(
         self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
@@ -72,6 +103,7 @@ class HashPlacement:
     period: int = 1024
     """N: the page number is taken modulo this."""
     name = "hash"
+    packing = None
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "period")
@@ -96,6 +128,7 @@ class BalancedPlacement:
     alpha: float = 0.5
     """Weight of the malus; 0: `ExpertPlacement`."""
     name = "balanced"
+    packing = None
 
     def __post_init__(self) -> None:
         checks.real_attribute(self, "alpha", 0, 100, "use a number between 0 (votes alone) and 100")
@@ -122,6 +155,7 @@ class HierarchicalPlacement:
     ranks_per_node: int = 8
     """Ranks that share a node; the last node may have fewer."""
     name = "hierarchical"
+    packing = None
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "ranks_per_node")
@@ -156,6 +190,10 @@ class EplbPlacement(ExpertPlacement):
     redundant: int = 1
     """Experts per rank that may have one more rank; 0: each expert has one rank."""
     name = "eplb"
+
+    @property
+    def packing(self) -> Packing:  # type: ignore[override]
+        return self
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "every", "moves")

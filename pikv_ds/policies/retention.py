@@ -83,6 +83,11 @@ class Retention(Protocol):
         """Prompts, too, are cut by whole pages, the same ones for all heads of a page."""
         ...
 
+    @property
+    def wants_source(self) -> bool:
+        """It rates prompts by their attention's inputs (see `Prompt.source`)."""
+        ...
+
     def scores(self, prompt: Prompt) -> Tensor:
         """Rates the tokens of a prompt, float32 ``[K, n]``: higher stays longer; infinite: always."""
         ...
@@ -106,6 +111,7 @@ class LruRetention:
     decay = 0.0
     learns = "visits"
     whole_pages = False
+    wants_source = False
 
     def scores(self, prompt: Prompt) -> Tensor:
         return _recency(prompt)
@@ -120,6 +126,7 @@ class LruPlusRetention:
     decay = 0.0
     learns = "visits"
     whole_pages = False
+    wants_source = False
 
     def __post_init__(self) -> None:
         checks.real_attribute(self, "frequency", 0, 100, "use a weight between 0 and 100")
@@ -143,6 +150,7 @@ class StreamingRetention:
     decay = 0.0
     learns = "nothing"
     whole_pages = False
+    wants_source = False
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "sink")
@@ -161,6 +169,7 @@ class MassRetention:
     decay = 0.95
     learns = "mass"
     whole_pages = False
+    wants_source = False
 
 
 @dataclass(frozen=True)
@@ -309,6 +318,7 @@ class KvpressRetention(MassRetention):
 
     press: str
     name = "kvpress"
+    wants_source = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.press, str) or not self.press:
