@@ -104,5 +104,7 @@ def test_what_is_no_press_is_refused_in_one_line(press: object) -> None:
     settings = {"retention": {"name": "kvpress", "press": press}, "budget": {"name": "uniform", "prompt": 0.5}}
     with pytest.raises(pikv_ds.ConfigError) as error:
         pikv_ds.PiKVConfig.from_dict(settings)
-    assert str(error.value).startswith(f"pikv.retention.press = {press!r}: choose one of cap, compactor, cur, ")
+    named = isinstance(press, str) and press
+    remedy = "choose one of cap, compactor, cur, " if named else 'name a press of kvpress, e.g. "knorm"'
+    assert str(error.value).startswith(f"pikv.retention.press = {press!r}: {remedy}")
     assert "\n" not in str(error.value)

@@ -259,7 +259,11 @@ class ExpertShardedKVCache:
         while self.abandoned:
             self.release(self.abandoned.popleft())
         if batch is not None and batch.in_step:
-            error = error or "the previous forward pass of this batch was broken off; release it and start anew"
+            layer = batch.first_open_layer
+            error = error or (
+                f"the previous forward pass of this batch was broken off at layer {layer} (by an error, or because "
+                "the experts of that layer did not run); release it and start anew"
+            )
         entries: list[tuple[int, int]] = []
         seals = [0] * self.shape.num_layers
         begun = batch is not None and error is None

@@ -137,6 +137,11 @@ class SequenceBatch:
         """Whether a forward pass is under way (or was broken off)."""
         return bool(self._open_layers)
 
+    @property
+    def first_open_layer(self) -> int:
+        """The first layer that has not ended the pass under way."""
+        return min(self._open_layers)
+
     def open_tokens(self, row: int) -> int:
         """Tokens in the tail of a sequence before the pass under way."""
         return self.lengths[row] - self.sealed[row] * self.page_size

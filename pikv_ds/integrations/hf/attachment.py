@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pikv_ds.core.cache import ExpertShardedKVCache, ModelShape
 from pikv_ds.integrations import routers
@@ -50,6 +51,10 @@ class Attachment:
         check_supported(model)
         self.model = model
         pairs = pair_routers(model, choices)
+        if any(hasattr(attention, "_pikv") for attention, _ in pairs):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} shares layers with a model that PiKV is attached to already; detach it there"
+            )
         if not pairs:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: no attention layer found that PiKV knows how to hook"
@@ -62,6 +67,19 @@ class Attachment:
         self._pass_lock = threading.Lock()
         self._passing: int | None = None  # the thread whose pass with a cache is under way
         self._hooks: list[Any] = []
+        self._previous = model.config._attn_implementation
+        self._own_generate = model.__dict__.get("generate")  # where somebody has put one there
+        self.plain_generate = model.generate
+        self._get_criteria = model._get_stopping_criteria
+        try:
+            self._put_in(pairs)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _put_in(self, pairs: list[tuple[nn.Module, ExpertChoice | None]]) -> None:
+        """Puts taps and hooks into the model, and our attention and `generate`."""
+        model = self.model
         for index, (attention, choice) in enumerate(pairs):
             layer = LayerTap(index, attention, choice is not None)
             self.layers[attention.layer_idx] = layer  # type: ignore[index]
@@ -75,12 +93,9 @@ class Attachment:
             if self.store.evictor.wants_source:
                 attention.__dict__["rotary_emb"] = model.base_model.rotary_emb  # where kvpress looks for it
         self._hooks.append(model.base_model.register_forward_hook(self._pass_ended, always_call=True))
-        self._previous = model.config._attn_implementation
         AttentionInterface.register(ATTENTION, pikv_attention)
-        AttentionMaskInterface.register(ATTENTION, _padding_mask)
+        AttentionMaskInterface.register(ATTENTION, _defer_mask)
         model.set_attn_implementation(ATTENTION)
-        self._generate = model.generate
-        self._get_criteria = model._get_stopping_criteria
         model.generate = functools.wraps(model.generate)(functools.partial(generate, self))
 
     def new_cache(self, release_finished: bool = False) -> PiKVCache:
@@ -130,11 +145,13 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():
-            del layer.module._pikv
+            layer.module.__dict__.pop("_pikv", None)
             layer.module.__dict__.pop("rotary_emb", None)
         if self.store.table.trace is not None:
             self.store.table.trace.close()
-        del self.model.generate
+        self.model.__dict__.pop("generate", None)
+        if self._own_generate is not None:
+            self.model.generate = self._own_generate
         if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._previous)
 
@@ -167,6 +184,11 @@ def check_supported(model: nn.Module) -> None:
             f"{name}: its weights lie on several devices ({', '.join(devices)}); a rank has one, so leave device_map "
             "out and start a rank for each"
         )
+    if not model.can_generate():
+        raise UnsupportedModelError(f"{name} does not generate text; attach to the model that does (…ForCausalLM)")
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups") and not getattr(module, "is_causal", True):
+            raise UnsupportedModelError(f"{name}: {type(module).__name__} is not causal, which is not supported")
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
@@ -237,7 +259,7 @@ def pikv_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | DeferredMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -246,14 +268,17 @@ def pikv_attention(
 
     Args:
         query: ``[B, H, T, D]``; key, value: ``[B, K, T, D]``, new tokens only with a `PiKVCache`.
-        attention_mask: ``[B, columns]``, 0 at padding, or None.
+        attention_mask: what our mask function returned (`DeferredMask`), a mask that the caller has prepared, or None.
 
     Returns:
         ``[B, T, H, D]`` and None (there are no attention weights to return).
 
     Raises:
-        UnsupportedModelError: attention sinks, soft capping or a sliding window, which would change the result.
+        UnsupportedModelError: attention sinks, soft capping, a sliding window or attention that is not causal, which
+            would change the result; dropout in a pass with a cache.
     """
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{type(module).__name__}: attention that is not causal is not supported")
     for name in ("s_aux", "softcap", "sliding_window"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__}: attention with {name} is not supported")
@@ -262,7 +287,13 @@ def pikv_attention(
     if layer is None or layer.pending is None:
         if layer is not None:
             layer.running = None  # of a pass that failed before its router ran
-        return _plain_attention(query, key, value, attention_mask, scale), None
+        return _plain_attention(query, key, value, attention_mask, scale, dropout), None
+    if dropout:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: attention_dropout = {dropout} with PiKV's cache: call model.eval() first"
+        )
+    if isinstance(attention_mask, DeferredMask):
+        attention_mask = attention_mask.padding
     cache, layer.pending = layer.pending, None
     batch = cache.begin(key, value, attention_mask) if layer.index == 0 else cache.batch
     assert batch is not None
@@ -319,20 +350,55 @@ def _routed(layer: LayerTap, experts: Tensor) -> None:
     cache.store.routed(cache.batch, layer.index, cache.pack(experts.unflatten(0, size)))
 
 
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | DeferredMask | None, scale: float, dropout: float
+) -> Tensor:
     """Dense attention for passes without a `PiKVCache`, so that an attached model stays a model."""
     t, n = query.shape[2], key.shape[2]
-    visible = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)[None, None]
-    if mask is not None and mask.dim() == 4:  # prepared by the caller, causality included
-        visible = mask[..., :n]
-    elif mask is not None:
-        visible = visible & mask[:, None, None, :n].bool()
-        visible = visible | torch.eye(t, n, dtype=torch.bool, device=query.device).roll(n - t, 1)  # no empty rows
+    if isinstance(mask, DeferredMask):
+        mask = mask.dense()
+    if mask is None:
+        mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)
+    visible = mask[..., :n]
+    if visible.dtype == torch.bool:  # a row that sees nothing is padding, and would be NaN
+        visible = visible | ~visible.any(-1, keepdim=True)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale).transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale)
+    return out.transpose(1, 2)
 
 
-def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Our mask in transformers' registry: the plain padding mask, causality is the cache's."""
-    return attention_mask
+class DeferredMask:
+    """What transformers would make an attention mask of: the whole mask only where a pass without our cache needs it.
+
+    Args:
+        arguments: of transformers' mask functions.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        # A static cache hands over its length as a tensor, which it has changed by the time that attention runs.
+        self._arguments = {
+            key: x.clone() if isinstance(x, Tensor) and x.dim() == 0 else x for key, x in arguments.items()
+        }
+        self._dense: Tensor | None = None
+        self.padding: Tensor | None = arguments.get("attention_mask")
+        """bool or int ``[B, columns]``, 0 at padding; None: there is none."""
+
+    def dense(self) -> Tensor:
+        """bool ``[B, 1, queries, keys]``, True where a query sees a key."""
+        if self._dense is None:
+            self._dense = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self._arguments, "allow_is_causal_skip": False})
+        assert self._dense is not None
+        return self._dense
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"the model uses its attention mask itself ({name}), which PiKV does not support: it hands a mask on to "
+            "attention only"
+        )
+
+
+@torch.compiler.disable
+def _defer_mask(*args: Any, **kwargs: Any) -> DeferredMask:
+    """Our mask function in transformers' registry. Our cache sees to causality itself and needs the padding only."""
+    return DeferredMask(kwargs)

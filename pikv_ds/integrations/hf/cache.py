@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pikv_ds.core.cache import ExpertShardedKVCache
 from pikv_ds.core.sequences import SequenceBatch
-from pikv_ds.errors import PiKVError, UsageError
+from pikv_ds.errors import LostRankError, PiKVError, UsageError
 
 CACHE = next(name for name in ("cache", "past_key_values") if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
 """transformers' name for a cache among arguments and outputs: ``past_key_values``, later ``cache``."""
@@ -64,9 +64,9 @@ class Owner(Protocol):
 class PiKVCache(Cache):
     """A batch of sequences in the sharded store, as transformers' models take it.
 
-    Pass it as ``past_key_values`` to keep sequences over several calls; `release` gives their
-    pages back, and so does losing the last reference to it. It serves the model that it was made for, as long as
-    PiKV is attached there; anything else is refused before it computes.
+    Pass it as ``past_key_values`` to keep sequences over several calls; `release` gives their pages back with the
+    next pass of the model, and so does losing the last reference to it. It serves the model that it was made for, as
+    long as PiKV is attached there; anything else is refused before it computes.
 
     Args:
         attachment: of the model.
@@ -78,6 +78,7 @@ class PiKVCache(Cache):
         self.attachment, self.store = attachment, attachment.store
         self.batch: SequenceBatch | None = None
         self.columns = 0
+        self.shown: Tensor | None = None  # bool [B, n]: which of the first columns are tokens; all that follow are
         self.places: tuple[Tensor, Tensor] | None = None  # rows and columns of this pass's tokens; None: all
         self.idle = False  # passes serve the other ranks and append nothing
         self.generating = False  # in `generate`'s loop, where every pass appends ones to the mask
@@ -110,7 +111,10 @@ class PiKVCache(Cache):
             first: no layer of the pass has run, so the other ranks wait in its step plan and can be told.
         """
         if first and self.attachment.attached:
-            self.store.begin_step(None, [], error=problem)
+            try:
+                self.store.begin_step(None, [], error=problem)
+            except LostRankError as error:  # the others are somewhere else
+                raise LostRankError(f"{problem}; and the other ranks could not be told: {error}") from error
         raise PiKVError(problem)
 
     def begin(self, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> SequenceBatch:
@@ -126,6 +130,12 @@ class PiKVCache(Cache):
             error = "pass attention_mask as [batch, tokens]; prepared masks of another shape are not supported"
         elif not self.idle and not any(batch.alive):
             error = "the cache has been released (an error releases it, too); use a new one"
+        elif not self.idle and not self.generating and not all(batch.alive):
+            error = f"row {batch.alive.index(False)} of the cache has been released; use a new cache for the others"
+        elif torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            error = "PiKV's cache keeps no gradients: make passes with a cache under torch.no_grad()"
+        elif not self.idle and not self.generating:
+            error = error or self._other_history(attention_mask)
         new = [width if alive and not self.idle else 0 for alive in batch.alive]
         tokens = None
         if attention_mask is not None and not self.generating and any(new) and error is None:
@@ -133,6 +143,7 @@ class PiKVCache(Cache):
             if mask.shape[1] != width:
                 error = f"attention_mask has {attention_mask.shape[1]} columns, cache and batch {self.columns + width}"
             elif not bool(mask.all()):
+                self._show(mask)
                 tokens = mask & torch.tensor(batch.alive, device=mask.device)[:, None]
                 new = tokens.sum(1).tolist()
         if tokens is None and not all(new):
@@ -141,6 +152,32 @@ class PiKVCache(Cache):
         self.store.begin_step(batch, new if error is None else [0] * len(batch), error)
         self.columns += 0 if self.idle else width
         return batch
+
+    def _show(self, mask: Tensor) -> None:
+        """Notes which columns of this pass are tokens, where some are not."""
+        before = mask.new_ones(len(mask), self.columns)
+        if self.shown is not None:
+            before[:, : self.shown.shape[1]] = self.shown
+        self.shown = torch.cat([before, mask], dim=1)
+
+    def _other_history(self, attention_mask: Tensor | None) -> str | None:
+        """What to say of a mask that hides what was a token when it came into the cache, or the other way round."""
+        if not self.columns or (attention_mask is None and self.shown is None):
+            return None
+        wanted = torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self.store.device)
+        if self.shown is not None:
+            wanted[:, : self.shown.shape[1]] = self.shown
+        if attention_mask is None:
+            return "the cache has padding; pass the attention_mask of the whole text, what is in the cache included"
+        seen = attention_mask[:, : self.columns].bool()
+        if seen.shape != wanted.shape or bool((seen == wanted).all()):
+            return None  # too few columns are another error
+        row, column = (seen != wanted).nonzero()[0].tolist()
+        what = "shows" if bool(seen[row, column]) else "hides"
+        return (
+            f"attention_mask {what} row {row}, column {column}, which is in the cache as "
+            f"{'padding' if what == 'shows' else 'a token'}; what is in a cache stays as it was: use a new one"
+        )
 
     def _cast(self, x: Tensor) -> str | None:
         """What to say of keys or values that are not as the model's were when PiKV was attached."""
@@ -246,7 +283,7 @@ class PiKVCache(Cache):
 
     def reset(self) -> None:
         self.release()
-        self.batch, self.columns = None, 0
+        self.batch, self.columns, self.shown = None, 0, None
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ def generate(
     attachment: Attachment,
     inputs: Tensor | None = None,
     generation_config: Any = None,
+    *args: Any,
     **kwargs: Any,
 ) -> Any:
     """`generate` over the sharded cache, all ranks in step.
@@ -36,26 +38,30 @@ def generate(
     batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
     of ``prefill_chunk_tokens``; calls from several threads wait for each other.
     """
+    names = list(inspect.signature(attachment.plain_generate).parameters)[2:]
+    kwargs |= dict(zip(names, args, strict=False))
     with attachment.generate_lock:
         return _generate(attachment, inputs, generation_config, kwargs)
 
 
 def _generate(attachment: Attachment, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> Any:
     model, store = attachment.model, attachment.store
-    settings, called = generation_config or model.generation_config, time.perf_counter()
+    settings, called = model.generation_config, time.perf_counter()
     ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
     chunk, num_chunks = store.config.prefill_chunk_tokens, 1
     mask: Tensor | None = None
     problem: Exception | None = None
     try:
         _take_cache_argument(kwargs)
+        # As transformers merges them: arguments, then the call's configuration, then the model's.
+        settings, _ = model._prepare_generation_config(generation_config, **kwargs)
         _check_call(attachment, ids, settings, kwargs)
         mask = _padding(ids, settings, kwargs)
-        _check_mask(mask, ids)
+        _check_mask(mask, ids, _seen(kwargs))
         if chunk is not None and len(ids):
             num_chunks = max(1, -(-(ids.shape[1] - _seen(kwargs)) // chunk))
         if num_chunks > 1:
-            _check_chunks(ids, mask, kwargs)
+            _check_chunks(ids, mask, settings, kwargs)
     except Exception as error:
         problem = error
     lockstep = Lockstep(store)
@@ -67,12 +73,12 @@ def _generate(attachment: Attachment, inputs: Tensor | None, generation_config: 
     idle = attachment.new_cache()
     try:
         kwargs[CACHE] = cache
-        wants_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+        wants_dict = settings.return_dict_in_generate
         if wants_dict:
             cache.release_finished = False  # the caller gets the cache and may go on with it
         if lockstep.several:
             kwargs["synced_gpus"] = True
-        repeats = kwargs.pop("num_return_sequences", None) or settings.num_return_sequences or 1
+        repeats = settings.num_return_sequences or 1
         if repeats > 1:
             ids, mask = (x.repeat_interleave(repeats, dim=0) for x in (ids, mask))
             for name in ("attention_mask", "position_ids"):
@@ -93,19 +99,21 @@ def _generate(attachment: Attachment, inputs: Tensor | None, generation_config: 
             attachment._get_criteria(*a, **k), cache, Stopwatch(store, called, len(ids))
         )
         model._has_unfinished_sequences = functools.partial(_unfinished, cache, lockstep)
-        out = attachment._generate(ids, generation_config=generation_config, **kwargs)
+        out = attachment.plain_generate(ids, generation_config=generation_config, **kwargs)
         if cache.release_finished:
             cache.release()
         store.begin_step(None, [])  # closing plan: returns the pages, and reports what the last pass found
         return out
     except LostRankError:
         raise
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C, too: the others would wait for this rank
         if _LOST_RANK.search(str(error)) and isinstance(error, RuntimeError) and not isinstance(error, PiKVError):
             with talking("ran the model's own exchange"):  # says what to look for
                 raise
         passing = any(c.batch is not None and c.batch.in_step for c in (cache, idle))
-        if isinstance(error, PiKVError) or not passing:  # else the others are within the pass, too
+        if attachment.attached and (
+            isinstance(error, PiKVError) or not passing
+        ):  # else the others are in the pass, too
             lockstep.fail(error)
         cache.release()
         raise
@@ -145,7 +153,9 @@ def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwarg
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         got = f"a tensor of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise UsageError(f"generate: pass input_ids of shape [batch, tokens], not {got}")
-    wanted = {key: kwargs.get(key, getattr(settings, key, None)) for key in _REFUSED}
+    if len(ids) and not ids.shape[1]:
+        raise UsageError("generate: input_ids has no tokens; begin with at least one, e.g. bos_token_id")
+    wanted = {key: getattr(settings, key, kwargs.get(key)) for key in _REFUSED}
     for key, (neutral, remedy) in _REFUSED.items():
         value = wanted[key]
         if value not in neutral:
@@ -174,8 +184,13 @@ def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwarg
         raise UsageError(
             f"generate: input_ids must lie in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}"
         )
+    if (settings.num_return_sequences or 1) > 1 and not settings.do_sample:
+        raise UsageError(
+            f"generate: num_return_sequences = {settings.num_return_sequences} would be the same text several times; "
+            "set do_sample=True"
+        )
     limit = getattr(attachment.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    new = kwargs.get("max_new_tokens", settings.max_new_tokens) or 1
+    new = settings.max_new_tokens or 1
     if limit is not None and len(ids) and ids.shape[1] + new > limit:
         raise UsageError(
             f"generate: a prompt of {ids.shape[1]} tokens and {new} new ones exceed the model's context of {limit}; "
@@ -183,10 +198,19 @@ def _check_call(attachment: Attachment, ids: Tensor | None, settings: Any, kwarg
         )
 
 
-def _check_mask(mask: Tensor, ids: Tensor) -> None:
-    """Refuses rows that end in padding: the next token would follow a token that is none."""
+def _check_mask(mask: Tensor, ids: Tensor, seen: int) -> None:
+    """Refuses rows that end in padding: the next token would follow a token that is none.
+
+    Args:
+        seen: columns that are in the cache.
+    """
     if mask.dim() != 2 or len(mask) != len(ids):
         raise UsageError(f"generate: attention_mask must be [{len(ids)}, tokens], got {list(mask.shape)}")
+    if mask.shape == ids.shape and len(ids) and ids.shape[1] <= seen:
+        raise UsageError(
+            f"generate: the cache has {seen} columns and input_ids {ids.shape[1]}: pass the whole text, with at least "
+            "one new token"
+        )
     ended = (mask[:, -1:] == 0).any(1).nonzero().flatten().tolist()
     if ended:
         raise UsageError(
@@ -195,7 +219,7 @@ def _check_mask(mask: Tensor, ids: Tensor) -> None:
         )
 
 
-def _check_chunks(ids: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> None:
+def _check_chunks(ids: Tensor, mask: Tensor, settings: Any, kwargs: dict[str, Any]) -> None:
     """Refuses what cannot be cut into chunks of the prompt."""
     if mask.shape != ids.shape:
         raise UsageError(
@@ -206,6 +230,10 @@ def _check_chunks(ids: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> None:
     if positions is not None and positions.shape[-1] != ids.shape[1]:
         raise UsageError(
             f"generate: position_ids has {positions.shape[-1]} columns and input_ids {ids.shape[1]}; pass one for each"
+        )
+    if settings.output_hidden_states:
+        raise UsageError(
+            "generate: output_hidden_states would be the last chunk's only; leave it or pikv.prefill_chunk_tokens out"
         )
     for name in ("token_type_ids", "mm_token_type_ids"):
         if kwargs.get(name) is not None:
@@ -219,6 +247,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((None, True), "without a cache there is nothing to shard; detach first"),
     "cache_implementation": ((None, "dynamic"), "the cache is PiKV's; detach first to use another"),
     "assistant_model": ((None,), "assisted decoding crops the cache; decode without an assistant"),
+    "assistant_early_exit": ((None,), "assisted decoding crops the cache; leave it out"),
     "prompt_lookup_num_tokens": ((None,), "prompt lookup crops the cache; leave it out"),
     "guidance_scale": ((None, 1), "classifier-free guidance makes passes of its own; leave it out"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search reorders the cache; leave it out"),
@@ -315,7 +344,9 @@ class Lockstep:
         most_chunks, failed = both.tolist()
         if failed:
             message = self._reasons(problem)
-            raise PeerError(message) if problem is None else ValueError(message) from problem
+            if problem is None:
+                raise PeerError(message)
+            raise UsageError(message) from problem
         self._plans += most_chunks
         return most_chunks
 
@@ -329,7 +360,7 @@ class Lockstep:
         self._looping, self._over = True, not going_on
         return going_on
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Tells the others why this rank ends, where they wait for it: step plan first, then the loop's check."""
         if not self.several:
             return
@@ -344,7 +375,7 @@ class Lockstep:
             with contextlib.suppress(PeerError):
                 self._check(False, error)
 
-    def _check(self, going_on: bool, failure: Exception | None) -> bool:
+    def _check(self, going_on: bool, failure: BaseException | None) -> bool:
         flags = torch.tensor([int(going_on), int(failure is not None)], device=self.store.device)
         with talking("waited for the next pass"):
             for group in self._groups:
@@ -356,14 +387,14 @@ class Lockstep:
         return bool(any_goes_on)
 
     @staticmethod
-    def _reasons(reason: Exception | None) -> str:
+    def _reasons(reason: BaseException | None) -> str:
         texts: list[str | None] = [None] * dist.get_world_size()
         with talking("exchanged the reason of an error"):
             dist.all_gather_object(texts, None if reason is None else _describe(reason))
         return "; ".join(f"rank {r}: {t}" for r, t in enumerate(texts) if t)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -394,11 +425,15 @@ def _serve_only(attachment: Attachment, cache: PiKVCache, passes: int, lockstep:
 def _padding(ids: Tensor, settings: Any, kwargs: dict[str, Any]) -> Tensor:
     """The padding mask, found as `generate` finds it: padding tokens, unless they also end texts."""
     mask = kwargs.get("attention_mask")
-    pad, eos = (kwargs.get(key, getattr(settings, key)) for key in ("pad_token_id", "eos_token_id"))
-    ends = eos if isinstance(eos, list) else [eos]
-    if mask is None and pad is not None and pad not in ends:
-        return ids.ne(pad).long()
+    pads, ends = (_token_ids(getattr(settings, key)) for key in ("pad_token_id", "eos_token_id"))
+    if mask is None and pads and pads[0] not in ends:
+        return ids.ne(pads[0]).long()
     return torch.ones_like(ids) if mask is None else mask
+
+
+def _token_ids(setting: Any) -> list[int]:
+    """The tokens of a setting, which may be a number, a list or a tensor of such, or None."""
+    return [] if setting is None else torch.as_tensor(setting).flatten().tolist()
 
 
 def _prefill_chunks(
