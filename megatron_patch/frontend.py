@@ -302,7 +302,10 @@ def listen(host: str, port: int) -> socket.socket:
             return bound
     except (OSError, UnicodeError) as error:  # a name with an empty or long label is the latter
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise OSError(f"--host {checks.named(host)} --port {port}: cannot listen there: {reason}") from None
+        raise OSError(
+            f"--host {checks.named(host)} --port {port}: cannot listen there: {reason}; name another address or port "
+            "(--port 0: any free one)"
+        ) from None
 
 
 class Frontend:

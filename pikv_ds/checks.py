@@ -153,8 +153,18 @@ def parse_json(text: str) -> Any:
     Raises:
         UsageError: where and why it cannot be read.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise UsageError(f"{named(twice)} is there twice; leave one out")
+        return seen
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
+    except UsageError:
+        raise
     except json.JSONDecodeError as error:
         raise UsageError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
     except RecursionError:

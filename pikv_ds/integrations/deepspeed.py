@@ -55,7 +55,15 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     dtype = _take_dtype(settings)
     if dtype is not None:
         _cast(model, dtype)
+    stage = (settings["zero_optimization"] or {}).get("stage", 0)
+    if stage != 0:
+        raise ConfigError(
+            f"zero_optimization.stage = {stage!r}: ZeRO spreads what training keeps over the ranks; for inference use "
+            "0, or leave the section out"
+        )
     parallel = settings.get("expert_parallel")
+    if parallel is not None and not isinstance(parallel.get("enabled", False), bool):
+        raise ConfigError(f"expert_parallel.enabled = {parallel['enabled']!r}: use true or false")
     if parallel is not None and parallel.get("enabled", False):
         settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
     try:

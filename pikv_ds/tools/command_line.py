@@ -103,10 +103,13 @@ def device(text: str) -> torch.device:
 
 
 def tokens(text: str) -> int:
-    """The type of an option: ``4096`` or ``4k``."""
-    number = (_digits(text.lower().removesuffix("k")) or 0) * (1024 if text.lower().endswith("k") else 1)
+    """The type of an option: ``4096``, ``4k`` or ``1m``."""
+    unit = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
+    number = (_digits(text[:-1] if unit > 1 else text) or 0) * unit
     if checks.whole_problem(number, 1, MOST):
-        raise argparse.ArgumentTypeError(f"{checks.shown(text)} is no number of tokens up to {MOST}; write 4096 or 4k")
+        raise argparse.ArgumentTypeError(
+            f"{checks.shown(text)} is no number of tokens up to {MOST}; write 4096, 4k or 1m"
+        )
     return number
 
 

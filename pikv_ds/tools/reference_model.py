@@ -112,7 +112,7 @@ def gguf_path() -> Path:
 
 def example_texts() -> list[Path]:
     """The texts of `examples/data` beside this package, sorted by name; empty when installed."""
-    return sorted((Path(__file__).resolve().parents[1] / "examples" / "data").glob("*.txt"))
+    return sorted((Path(__file__).resolve().parents[2] / "examples" / "data").glob("*.txt"))
 
 
 def _generated_text(num_sentences: int = 1500, seed: int = 0) -> str:

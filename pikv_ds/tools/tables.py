@@ -22,7 +22,7 @@ def show(table: Table, console: Console | None = None) -> None:
     console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     measured = Table(show_header=table.show_header, box=table.box, show_edge=table.show_edge)
     measured.columns, measured.rows = table.columns, table.rows  # without the title, which may be wrapped
-    if Measurement.get(console, console.options, measured).maximum < console.width:
+    if Measurement.get(console, console.options.update(width=PIPE_WIDTH), measured).maximum <= console.width:
         console.print(table)
         return
     for line in (table.title, table.caption):

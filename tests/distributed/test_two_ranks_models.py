@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import Raised, Work, catching
 from harness import Ranks, ranks_fixture
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
 import pikv_ds
 from pikv_ds.integrations.deepspeed import _cast, _take_dtype
@@ -137,6 +138,50 @@ def test_another_models_cache_is_an_error_of_all_ranks(ranks: Ranks, who: tuple[
     for result in ranks.run(foreign_cache, who=who, how=how):
         assert words[how] in result["raised"].message
         assert result["after"].kind == ""
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3"),
+        ({"expert_parallel": {"enabled": "yes"}}, "expert_parallel.enabled = 'yes'"),
+    ],
+)
+def test_deepspeeds_settings_that_cannot_work(ranks: Ranks, extra: dict[str, Any], words: str) -> None:
+    for raised in ranks.run(initialized_with, extra=extra):
+        assert raised.kind == "ConfigError"
+        assert words in raised.message
+
+
+def initialized_with(rank: int, extra: dict[str, Any]) -> Raised:
+    with catching() as raised:
+        pikv_ds.initialize(tiny.mixtral(), {**cases.settings({}), **extra})
+    return raised
+
+
+def interrupted(rank: int, kind: str) -> tuple[str, str, float]:
+    """Ctrl-C, or a script that ends, between two passes of rank 1."""
+
+    def stop(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if rank == 1 and ids.shape[1] >= 23:
+            raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[kind]("enough")
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model = cases.attached("mixtral", {})
+    started = time.monotonic()
+    try:
+        model.generate(tiny.prompt(1, 20, rank), max_new_tokens=9, stopping_criteria=StoppingCriteriaList([stop]))
+    except BaseException as error:
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "", "", 0.0
+
+
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "SystemExit"])
+def test_an_interrupt_of_one_rank_between_passes_reaches_the_other(ranks: Ranks, kind: str) -> None:
+    (other, message, seconds), (own, *_) = ranks.run(interrupted, kind=kind)
+    assert (own, other) == (kind, "PeerError")
+    assert f"rank 1: {kind}" in message
+    assert seconds < 10  # of a time-out of 20
 
 
 def chunked_alone_and_together(rank: int) -> bool:

@@ -52,7 +52,10 @@ def load_model(folder: str | Path, dtype: torch.dtype, option: str = "") -> Any:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a file that somebody else has written makes transformers raise anything
-            raise CheckpointError(f"{_where(folder, option)}: {checks.one_line(error)}") from error
+            told = checks.one_line(error)
+            if isinstance(error, (KeyError, TypeError, AttributeError, IndexError)):  # whose words say little
+                told = f"a setting in its JSON files cannot be used ({type(error).__name__}: {told})"
+            raise CheckpointError(f"{_where(folder, option)}: {told}") from error
     mismatched = [
         f"{name} {list(stored)} instead of {list(wanted)}" for name, stored, wanted in found["mismatched_keys"]
     ]
