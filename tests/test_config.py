@@ -260,3 +260,10 @@ def test_the_environment_chooses_the_backend_before_the_configuration(monkeypatc
 def test_the_configurations_in_launch_are_valid(name: str) -> None:
     settings = load_json(Path(__file__).parents[1] / "launch" / name)
     PiKVConfig.from_dict(settings.get("pikv", settings))
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"pikv": {"codec": "int8", "page_size": 32, "codec": "int4"}}')
+    with pytest.raises(ConfigError, match="codec is there twice"):
+        load_json(file)
