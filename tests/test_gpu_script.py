@@ -22,6 +22,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.runner import ALL_WELL, NOT_FINISHED, NOTHING_RAN, SOMETHING_FAILED, Step, Worker
 from benchmarks.gpu.steps import STEPS
+from pikv_ds.errors import UsageError
 from pikv_ds.ops import Ops, why_missing
 from pikv_ds.tools.bench.timing import Contender, measure
 
@@ -128,7 +129,7 @@ def test_wrong_architectures_are_a_line(architectures: str, monkeypatch: pytest.
 @pytest.mark.parametrize("architectures", ["9.0a", "8.0;9.0a;10.0+PTX", "8.6 12.0f"])
 def test_a_build_that_fails_is_a_line(architectures: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def build(given: str) -> None:
-        raise ValueError(f"no compiler for {given}")
+        raise UsageError(f"no compiler for {given}")
 
     monkeypatch.setattr(extension, "build", build)
     monkeypatch.setattr(sys, "argv", ["extension", "--architectures", architectures])

@@ -109,11 +109,11 @@ def toolkit(folder: Path) -> Path:
 
 def test_a_build_knows_why_it_has_no_cuda(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup.torch.version, "cuda", "13.0")
-    monkeypatch.setattr(setup, "CUDA_HOME", str(toolkit(tmp_path / "cuda")))
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(toolkit(tmp_path / "cuda")))
     assert setup.why_no_cuda() is None
-    monkeypatch.setattr(setup, "CUDA_HOME", str(tmp_path))  # that of a wrapper in tmp_path/bin
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path))  # that of a wrapper in tmp_path/bin
     assert "is no CUDA toolkit" in setup.why_no_cuda()
-    monkeypatch.setattr(setup, "CUDA_HOME", None)
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", None)
     assert "no CUDA toolkit was found (CUDA_HOME" in setup.why_no_cuda()
     monkeypatch.setattr(setup.torch.version, "cuda", None)
     assert "is built for CPUs" in setup.why_no_cuda()
@@ -137,7 +137,7 @@ def test_a_build_says_that_a_gpu_gets_no_kernels(
 
     monkeypatch.setattr(setup.torch.version, "cuda", cuda)
     monkeypatch.setattr(setup, "has_gpu", lambda: gpu)
-    monkeypatch.setattr(setup, "CUDA_HOME", home and str(toolkit(tmp_path / home)))
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", home and str(toolkit(tmp_path / home)))
     monkeypatch.setattr(setup.BuildExtension, "run", lambda self: None)
     monkeypatch.setenv("PIKV_BUILD_CPP", "1")
     setup.OptionalBuildExtension(setuptools.Distribution()).run()

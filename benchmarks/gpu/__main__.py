@@ -24,6 +24,7 @@ import torch
 from benchmarks.gpu import extension, runner, summary
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.steps import STEPS
+from pikv_ds.errors import UsageError
 from pikv_ds.tools.command_line import Parser, guarded, real
 
 MOST_MINUTES = 24 * 60
@@ -73,7 +74,7 @@ def work(args: argparse.Namespace) -> int:
         print(summary.markdown(Results(args.show), names))
         return 0
     if not args.dry_run and not runner.sees_gpu():
-        raise ValueError(f"torch {torch.__version__} sees no GPU here; on a CPU use --dry-run")
+        raise UsageError(f"torch {torch.__version__} sees no GPU here; on a CPU use --dry-run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no step is left running
     steps = [step for step in STEPS if not args.only or step.name in args.only or step.always]
     code = runner.run(args.out, steps, 60 * args.minutes, args.dry_run, extension.measured())

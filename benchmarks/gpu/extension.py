@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.gpu.runner import ending
 from pikv_ds.checks import named
+from pikv_ds.errors import UsageError
 from pikv_ds.tools.command_line import Parser, guarded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,12 +91,12 @@ def cuda_home() -> str:
     if home := os.environ.get("CUDA_HOME"):
         return home
     if shutil.which("nvcc") is None:
-        raise ValueError("no CUDA toolkit: nvcc is not on the path; install one, or set CUDA_HOME to its folder")
+        raise UsageError("no CUDA toolkit: nvcc is not on the path; install one, or set CUDA_HOME to its folder")
     said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     for line in said.splitlines():
         if line.startswith("#$ TOP="):
             return str(Path(line.removeprefix("#$ TOP=")).resolve())
-    raise ValueError("`nvcc --dryrun` does not tell its folder (no line TOP=); set CUDA_HOME to it")
+    raise UsageError("`nvcc --dryrun` does not tell its folder (no line TOP=); set CUDA_HOME to it")
 
 
 def build(architectures: str, root: Path = ROOT) -> None:
@@ -115,7 +116,7 @@ def build(architectures: str, root: Path = ROOT) -> None:
     folders = ["--build-lib", str(PREBUILT / "lib"), "--build-temp", str(root / "build" / "gpu-objects")]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
     if code := subprocess.run(command, cwd=root, env=environment).returncode:
-        raise ValueError(f"the build for {architectures!r} ended with {ending(code)}; see what the compiler printed")
+        raise UsageError(f"the build for {architectures!r} ended with {ending(code)}; see what the compiler printed")
     shutil.move(PREBUILT / "lib" / "pikv_ds" / BINARY, PREBUILT / BINARY)
     shutil.rmtree(PREBUILT / "lib")
     facts = {"sources": sources, "binary": digest([PREBUILT / BINARY], PREBUILT), "architectures": architectures}
@@ -134,9 +135,9 @@ def prepare(architectures: str, root: Path = ROOT) -> dict[str, str]:
         if name == "built here":
             try:
                 build(architectures, root)
-            except ValueError as error:
+            except UsageError as error:
                 refused = "; ".join(f"the extension {other}: {why}" for other, why in told.items())
-                raise ValueError(f"{refused}; a new one: {error}") from error
+                raise UsageError(f"{refused}; a new one: {error}") from error
         if (why := fault(folder, root)) is None:
             if folder is PREBUILT:
                 for file in (BINARY, NOTE):
@@ -144,7 +145,7 @@ def prepare(architectures: str, root: Path = ROOT) -> dict[str, str]:
             return {"used": name, **told}
         told[name] = why
         print(f"the extension {name}: {why}", flush=True)
-    raise ValueError(f"the extension was built, but {told['built here']}")
+    raise UsageError(f"the extension was built, but {told['built here']}")
 
 
 def replace(source: Path, target: Path) -> None:

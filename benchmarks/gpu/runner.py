@@ -22,6 +22,7 @@ import torch  # once for all: steps run in forks of this process, which itself n
 
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
+from pikv_ds.errors import UsageError
 
 ALL_WELL, SOMETHING_FAILED, NOT_FINISHED, NOTHING_RAN = 0, 1, 3, 4
 """Exit codes; 2 is argparse's. A step's process ends with `NOT_FINISHED`, too, where its time is over."""
@@ -148,7 +149,7 @@ def run(folder: Path, steps: Sequence[Step], seconds: float, dry_run: bool, sour
     calls = results.records("call")
     for key, mine in (("sources", sources), ("dry_run", dry_run)):
         if calls and calls[-1][key] != mine:
-            raise ValueError(
+            raise UsageError(
                 f"--out {folder}: has results with {key} = {calls[-1][key]!r}, but this call has {mine!r}; "
                 "name another folder"
             )
