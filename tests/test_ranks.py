@@ -11,7 +11,7 @@ import pytest
 
 START = """
 import sys
-from pikv_ds import ranks
+from pikv_ds.tools import local_ranks as ranks
 sys.exit(ranks.run([sys.executable, "-c", sys.argv[1]], 2))
 """
 

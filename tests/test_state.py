@@ -354,7 +354,7 @@ def test_a_stopped_job_ends_with_an_undisturbed_ones_tokens(engine: str, model: 
         method, after = ("put", 9) if engine == "deepspeed" else ("step", 8)
         script = STOPPING.format(root=str(ROOT), engine=engine, method=method, after=after if stop else -1)
         command = [sys.executable, "-c", script, *arguments, *more, "--json", str(figures)]
-        starter = f"import sys; from pikv_ds import ranks; sys.exit(ranks.run({command!r}, 2))"
+        starter = f"import sys; from pikv_ds.tools import local_ranks as ranks; sys.exit(ranks.run({command!r}, 2))"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [sys.executable, "-c", starter], env=environment, capture_output=True, text=True, timeout=280, check=False

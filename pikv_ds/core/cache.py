@@ -356,7 +356,7 @@ class ExpertShardedKVCache:
             if self.rebalancer is not None:
                 self.rebalancer.placed(sequence, header.unit, header.page_idx, header.owner, header.home)
         self.evictor.stored(sent.slots, sent.scores)
-        if self.attention.reuse is not None:
+        if sent.slots and self.attention.reuse is not None:
             self.attention.reuse.stored(sent.slots, self.pool.num_slots)
 
     def bound(self, num_tokens: int) -> int:
