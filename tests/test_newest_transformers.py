@@ -18,6 +18,7 @@ FILES = {
     "tests/test_hf_single.py": 160,
     "tests/test_hf_ownership.py": 60,
     "tests/test_hf_families.py": 30,
+    "tests/test_hf_fidelity.py": 40,
     "tests/test_checkpoints.py": 20,
     "tests/distributed/test_two_ranks.py": 100,
     "tests/distributed/test_two_ranks_models.py": 20,
