@@ -482,7 +482,7 @@ def test_why_builds_were_refused_is_said_before_another_one_fails(
 
     def build(*_: object) -> None:
         assert said in capsys.readouterr().out.splitlines()  # already, should this be killed
-        raise ValueError("no CUDA toolkit")
+        raise UsageError("no CUDA toolkit")
 
     monkeypatch.setattr(extension, "build", build)
     with pytest.raises(ValueError, match="the extension in pikv_ds: there is none; ") as error:
