@@ -1,4 +1,4 @@
-// The seam between the kernels and whoever calls them: plain structs and raw pointers.
+// The arguments of all kernels: plain structs with raw pointers.
 //
 // Kernels include this file and never torch, so they compile in a fraction of a second and can be
 // called from any host program. bindings.cpp fills the structs and checks everything beforehand:

@@ -3,7 +3,7 @@
 Megatron projects and rotates as ever, and expands each new token's latent to keys and values per head.
 What goes to the store instead is the latent, after its norm, and the rotary key beside it: ``R + P``
 elements, of which the first R are the values, too (see `pikv_ds.layout`). With ``k_h = [W_UK_h c, k_P]``
-and ``v_h = W_UV_h c``, whoever holds the latents can attend to them without ever expanding one (the
+and ``v_h = W_UV_h c``, a rank attends to the latents that it holds without expanding any of them (the
 paper's weight absorption, section 2.1.2):
 
     q_h . k_h = [W_UK_h^T q_h, q_P] . [c, k_P],     sum_t a_t v_h,t = W_UV_h (sum_t a_t c_t)

@@ -1,7 +1,7 @@
 """Checks of what comes from outside: settings, JSON, file names. Every error is one short line.
 
-A check names the key, the value and the remedy in a `UsageError`; whoever reads the settings puts the way to the key
-in front of it (``pikv.lookup.budget = 2: use …``). Values are shown in at most `SHOWN` characters, however long,
+A check raises a `UsageError` with the key, the value and the remedy. The reader of the settings adds the path to the
+key (``pikv.lookup.budget = 2: use …``). Values are shown in at most `SHOWN` characters, however long,
 nested or strange they are.
 """
 

@@ -259,7 +259,13 @@ def test_the_environment_chooses_the_backend_before_the_configuration(monkeypatc
 @pytest.mark.parametrize("name", ["ds_inference.json", "ds_long_context.json", "megatron_pikv.json"])
 def test_the_configurations_in_launch_are_valid(name: str) -> None:
     settings = load_json(Path(__file__).parents[1] / "launch" / name)
-    PiKVConfig.from_dict(settings.get("pikv", settings))
+    written = settings.get("pikv", settings)
+    read = PiKVConfig.from_dict(written).to_dict()
+    assert written
+    assert {key: read[key] for key in written if isinstance(written[key], (int, bool))} == {
+        key: value for key, value in written.items() if isinstance(value, (int, bool))
+    }
+    assert PiKVConfig.from_dict(read).to_dict() == read
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path) -> None:

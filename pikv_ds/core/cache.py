@@ -164,14 +164,14 @@ class ExpertShardedKVCache:
         )
         self.plan: StepPlan | None = None
         self.committed_tokens = 0
-        """The sum of `bound` over this rank's sequences at the lengths that they may reach, where whoever admits
-        them knows; told with each step plan."""
+        """The sum of `bound` over this rank's sequences at the lengths that they may reach. The engine that admits
+        sequences sets it, if it knows; each step plan tells it to the other ranks."""
         self.committed_by_rank = [0] * self.exchange.size
         self.pages_by_rank = [0] * self.exchange.size
         """Pages of every rank's pool at the last step plan."""
         self.first_token, self.between_tokens = Latencies(), Latencies()
-        """Of this rank's own sequences, where whoever generates tells them: from the call to a sequence's first token,
-        and from one of its tokens to the next."""
+        """Of this rank's own sequences, if `generate` or the engine records them: the time from the call to a
+        sequence's first token, and from each of its tokens to the next."""
         self.watchers: list[Callable[[ExpertShardedKVCache], None]] = []
         """Called after each step plan, on the thread that makes the passes."""
         self._warned = False  # of what rotate does to the keys

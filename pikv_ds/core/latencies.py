@@ -20,6 +20,6 @@ class Latencies:
     total_s: float = 0.0
 
     def observe(self, seconds: float, times: int = 1) -> None:
-        """So long, so many times."""
+        """Counts `times` durations of so many seconds."""
         self.counts[bisect.bisect_left(SECONDS, seconds)] += times
         self.total_s += seconds * times

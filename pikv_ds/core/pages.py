@@ -41,7 +41,7 @@ class PagePool:
         slab_pages: slots per slab.
         capacity_pages: most pages the pool may hold; None grows as long as there is memory.
         watermark: share of the capacity that `num_free(reserve=True)` keeps back.
-        poison: fill unused slots with NaN (debugging: whoever reads one is found out).
+        poison: fill unused slots with NaN, so that a read of one shows in the result (for debugging).
     """
 
     def __init__(

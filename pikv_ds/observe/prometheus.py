@@ -4,8 +4,8 @@
 ``/metrics``; ``launch/grafana-pikv.json`` is a dashboard for it. Megatron's server shows the same beside its own
 figures (`megatron_patch.gauges`). The socket is prometheus_client's.
 
-Figures are taken by the cache's own thread at the end of a step plan, at most once per `interval_s`: whoever scrapes
-sees the last ones and never touches the cache.
+Figures are taken by the cache's own thread at the end of a step plan, at most once per `interval_s`. A scrape
+gets the last ones and never touches the cache.
 """
 
 from __future__ import annotations

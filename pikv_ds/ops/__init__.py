@@ -45,9 +45,9 @@ READ_VALUES = (
     "tail_attention",
     "key_scores",
 )
-"""Ops to whose kernels latent pages are something of their own."""
+"""Ops whose kernels need code of their own for latent pages."""
 READ_PAGES = ("seal_pages", "decode_attention", "prefill_attention", "key_scores")
-"""Ops to whose kernels the elements of a page are something of their own."""
+"""Ops whose kernels need code of their own for each kind of page elements."""
 SPECIAL_PAGES = ("cpp",)
 """Backends whose kernels know latent and packed pages, and narrow ranges (`PageLayout.clip`)."""
 

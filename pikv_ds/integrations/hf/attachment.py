@@ -103,7 +103,7 @@ class Attachment:
         return PiKVCache(self, release_finished)
 
     def obstacle(self, layer_idx: int) -> str | None:
-        """Why whoever now hands keys and values of a layer to a cache of this attachment must not; None: nothing."""
+        """Why the caller must not hand over keys and values of this layer now; None if it may."""
         name = type(self.model).__name__
         if not self.attached:
             return f"PiKV was detached from {name} after this cache was made; make a new one: pikv_ds.new_cache(model)"

@@ -53,7 +53,7 @@ class Owner(Protocol):
     attached: bool
 
     def obstacle(self, layer_idx: int) -> str | None:
-        """Why whoever now hands keys and values of a layer to the cache must not; None: nothing."""
+        """Why the caller must not hand over keys and values of this layer now; None if it may."""
         ...
 
     def take_turn(self) -> bool:
@@ -91,7 +91,7 @@ class PiKVCache(Cache):
         """Announces new keys and values; the attention function takes them from here.
 
         Raises:
-            PiKVError: whoever calls is not the model that the cache belongs to, or its attention is not PiKV's.
+            PiKVError: the cache belongs to another model than the caller, or the caller's attention is not PiKV's.
         """
         problem = self.attachment.obstacle(layer_idx)
         if problem is not None:
