@@ -474,7 +474,6 @@ def test_unsupported_models_are_refused_by_name(case: str) -> None:
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"guidance_scale": 1.5}, "guidance_scale = 1.5"),
         ({"output_attentions": True}, "output_attentions"),
-        ({"past_key_values": DynamicCache()}, "DynamicCache"),
         ({"max_new_tokens": 5000}, "context of 4096"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -482,8 +481,6 @@ def test_unsupported_models_are_refused_by_name(case: str) -> None:
 @pytest.mark.parametrize("where", ["arguments", "generation_config"])
 def test_refused_arguments_of_generate(arguments: dict[str, Any], words: str, where: str) -> None:
     if where == "generation_config":
-        if "past_key_values" in arguments:
-            pytest.skip("no setting of a GenerationConfig")
         arguments = {"generation_config": GenerationConfig(**arguments)}
     model = attached("mixtral")
     with pytest.raises(ValueError, match=words):

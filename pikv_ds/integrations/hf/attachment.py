@@ -35,7 +35,7 @@ class Attachment:
     """A model with PiKV under it. `detach` restores the model exactly.
 
     Args:
-        model: a transformers model whose attention goes through `AttentionInterface`.
+        model: a transformers model that `check_supported` has passed.
         make_store: builds the rank's cache for the model's shape.
         choices: where the layers' choices of experts show, by module.
         num_experts: of the routed layers, as all EP ranks count them.
@@ -48,7 +48,6 @@ class Attachment:
         choices: Mapping[nn.Module, ExpertChoice],
         num_experts: int,
     ) -> None:
-        check_supported(model)
         self.model = model
         pairs = pair_routers(model, choices)
         if any(hasattr(attention, "_pikv") for attention, _ in pairs):
