@@ -3,8 +3,8 @@
 PIKV_BUILD_CPP   unset: build if a compiler exists, and install without the extension if the build
                  fails; 1: a failed build is an error; 0: do not build.
 PIKV_BUILD_CUDA  unset: build the CUDA kernels where torch and the toolkit have CUDA; 0: leave them out all the same;
-                 1: build them with the toolkit in CUDA_HOME although this torch is one for CPUs. The result runs
-                 under a torch with CUDA only (see `make gpu-extension`).
+                 1: it is an error if they cannot be built. With a torch for CPUs they are built all the same, with
+                 the toolkit in CUDA_HOME, and run under a torch with CUDA only (see `make gpu-extension`).
 MAX_JOBS         number of compiler processes at a time.
 
 Without the extension the package runs on the `reference` backend (pure torch).

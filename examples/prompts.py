@@ -13,7 +13,6 @@ DATA = Path(__file__).resolve().parent / "data"
 DEMO_DOCUMENT = "moby_dick"
 DEMO_QUESTION = "What is the name of the inn where the narrator stays?"
 DEMO_ANSWER_PREFIX = "The name of the inn where the narrator stays is"
-DEMO_ANSWER = "Spouter-Inn"  # found at 5,000, 5,500 and 6,000 tokens; chapter 3 brings it
 
 
 def texts() -> dict[str, str]:

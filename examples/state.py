@@ -21,7 +21,7 @@ from pikv_ds.config import PiKVConfig, section
 from pikv_ds.errors import UsageError
 from pikv_ds.integrations.hf import checkpoints
 
-VERSION = 2
+VERSION = 3
 WITHOUT_EFFECT = {"trace", "debug", "timeout_s", "slab_pages", "watermark", "capacity_tokens"}
 """Settings of pikv that change no token: a job may go on with others, such as more room."""
 
@@ -41,10 +41,11 @@ def fingerprint(
     settings = {k: v for k, v in pikv.to_dict().items() if k not in WITHOUT_EFFECT}
     files = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in pikv.files()}
     run = {"engine": engine, "dtype": args.dtype, "ignore_eos": args.ignore_eos}
+    deepspeed = {k: v for k, v in config.items() if k != "pikv"}
     return {
         "model": checkpoints.identity(folder),
         "prompts": _digest(prompts),
-        "settings": {**run, **settings, "files": files},
+        "settings": {**run, **settings, "files": files, "deepspeed": deepspeed},
     }
 
 

@@ -7,12 +7,13 @@ it the service for everybody. Whatever passes here is safe.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pikv_ds import checks
 from pikv_ds.checks import shown
+from pikv_ds.errors import UsageError
 
 DEFAULT_MAX_TOKENS = 16
 """Megatron's own, and that of OpenAI's completions."""
@@ -134,11 +135,9 @@ def decode(data: bytes) -> Any:
         BadRequest: it is none, or some string in it is not text.
     """
     try:
-        body = json.loads(data)
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
+        body = checks.parse_json(data.decode("utf-8", "surrogatepass"))  # halves of a pair are named below
+    except (UsageError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the body is not JSON in UTF-8: {error}") from None
     _refuse_lone_surrogates(body)
     return body
 

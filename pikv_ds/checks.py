@@ -12,7 +12,7 @@ import os
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pikv_ds.errors import UsageError
 
@@ -57,7 +57,7 @@ def one_line(error: BaseException | str) -> str:
     return text if len(text) <= LINE else f"{text[: LINE - 1]}…"
 
 
-def refuse(key: Any, value: Any, remedy: str) -> None:
+def refuse(key: Any, value: Any, remedy: str) -> NoReturn:
     """Raises the error of a key with a value that cannot work."""
     raise UsageError(f"{named(key)} = {shown(value)}: {remedy}")
 

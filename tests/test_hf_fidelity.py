@@ -92,6 +92,8 @@ def test_positional_arguments() -> None:
     alone, ours = pair()
     arguments = (prompt(1, 12), GenerationConfig(**GREEDY), LogitsProcessorList())
     assert torch.equal(ours.generate(*arguments), alone.generate(*arguments))
+    with pytest.raises(TypeError, match="multiple values for argument 'logits_processor'"):
+        ours.generate(*arguments, logits_processor=LogitsProcessorList())
 
 
 def test_an_end_token_that_is_a_tensor() -> None:

@@ -43,9 +43,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(model: Path, prompts: list[list[int]] = PROMPTS, engine: str = "deepspeed", **changes: Any) -> dict[str, Any]:
     options = {"dtype": "float32", "ignore_eos": False, "config": "ds.json"}
+    others = changes.pop("deepspeed", {})
     settings = {k: v for k, v in changes.items() if k not in options}
     args = argparse.Namespace(**options | {k: v for k, v in changes.items() if k in options})
-    return fingerprint(args, {"pikv": settings}, str(model), prompts, engine)
+    return fingerprint(args, {"pikv": settings, **others}, str(model), prompts, engine)
 
 
 def read(path: Path, job: dict[str, Any], world: World = ALONE, prompts: int = 2) -> list[list[int]]:
@@ -87,6 +88,7 @@ def test_settings_without_effect_may_change(path: Path, model: Path) -> None:
         ({"prompts": [[1, 2, 3]]}, "belongs to other prompts"),
         ({"codec": "int8"}, "belongs to other settings (codec: 'none' there, 'int8' here)"),
         ({"dtype": "bfloat16"}, "belongs to other settings (dtype: 'float32' there, 'bfloat16' here)"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "belongs to other settings (deepspeed: {} there, "),
         ({"ignore_eos": True}, "belongs to other settings (ignore_eos: False there, True here)"),
         ({"engine": "megatron"}, "belongs to other settings (engine: 'deepspeed' there, 'megatron' here)"),
     ],
@@ -162,8 +164,8 @@ def test_other_ranks_are_refused(path: Path, model: Path) -> None:
         ("", "is damaged (line 1"),
         ("[" * 10**5, "is damaged (nested too deeply)"),
         (b"\xff\x00", "is damaged (not a text"),
-        ('{"answers": [[1], [2]]}', "is of version 1 of this file, this program writes 2"),  # as it was before
-        ('{"answers": 5, "version": 3}', "is of version 3 of this file"),
+        ('{"answers": [[1], [2]]}', "is of version 1 of this file, this program writes 3"),  # as it was before
+        ('{"answers": 5, "version": 4}', "is of version 4 of this file"),
     ],
 )
 def test_other_files_are_refused(path: Path, model: Path, content: str | bytes, words: str) -> None:

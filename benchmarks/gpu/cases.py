@@ -94,7 +94,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tupl
 
 
 def check(case: Case, backend: str, device: torch.device) -> dict[str, Any]:
-    """Whether a backend's result is as near to float64 as tests/test_ops.py asks for.
+    """Whether a backend's result is at most twice as far from float64 as torch's own in the same dtype (`judge`).
 
     Unused slots, the null page and what a tail does not hold yet are NaN; table entries beyond a row's count lead
     nowhere.
@@ -141,7 +141,7 @@ def check(case: Case, backend: str, device: torch.device) -> dict[str, Any]:
 def judge(got: Sequence[Tensor], expected: Sequence[Tensor], theirs: Sequence[Tensor], terms: float) -> dict[str, Any]:
     """Errors of outputs (rms) and log-sum-exps (largest), their limits, and what is wrong.
 
-    The limits are those of tests/test_ops.py: twice the error of torch's own attention in the query's type, or what
+    The limits: twice the error of torch's own attention in the query's type, or what
     one rounding of a float32 sum of ``terms`` costs where that is more. Rows that see no key are zeros and -inf.
     """
     blind = expected[1] == -math.inf

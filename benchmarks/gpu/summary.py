@@ -41,7 +41,8 @@ def _head(results: Results) -> Iterator[str]:
     if (rate := best_copy(results)) is not None:
         yield f"- a copy moves {rate / 1e9:,.1f} GB/s, read and written: floors are bytes over this"
     yield "- clocks: graph (a CUDA graph replayed), events (around calls that make the host wait), host"
-    yield f"- on a GPU every timed contender walks through at least {FULL.working_set >> 20} MiB, which no cache holds"
+    size = FULL.working_set >> 20
+    yield f"- on a GPU every contender with a floor walks through at least {size} MiB, which no cache holds"
 
 
 def _steps(results: Results, steps: Sequence[str]) -> Iterator[str]:

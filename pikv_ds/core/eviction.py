@@ -31,7 +31,7 @@ from pikv_ds.core.exchange import Exchange
 from pikv_ds.core.pages import PagePool, PageTable
 from pikv_ds.core.sequences import FullPages, SequenceBatch
 from pikv_ds.core.step import StepPlan
-from pikv_ds.ops import Ops
+from pikv_ds.ops import Ops, reference
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.policies.budgets import LOCAL_PAGES, SINK_PAGES, Budget, page_limits, prompt_pages
 from pikv_ds.policies.retention import Prompt, Retention
@@ -244,16 +244,16 @@ class Evictor:
         shapes = [(self.num_layers, n, self.num_heads) for n in counts]
         totals = self.exchange.all_gather_floats(mine.flatten(), [math.prod(s) for s in shapes])
         by_rank = [total.view(shape) for total, shape in zip(totals, shapes, strict=True)]
-        for visit in visits:
-            self._learn(visit, by_rank, plan)
-
-    def _learn(self, visit: Visit, totals: list[Tensor], plan: StepPlan) -> None:
         starts: dict[Sequence, int] = {}
         for source, rows in enumerate(plan.rows):
             start = 0
             for sequence, tokens in rows:
                 starts[source, sequence] = start
                 start += tokens
+        for visit in visits:
+            self._learn(visit, by_rank, starts)
+
+    def _learn(self, visit: Visit, totals: list[Tensor], starts: dict[Sequence, int]) -> None:
         lse = torch.cat(
             [totals[r][visit.layer, starts[r, s] : starts[r, s] + n] for r, s, n in visit.asked]
         )  # [rows, H]
@@ -267,7 +267,7 @@ class Evictor:
         at = seen.nonzero().squeeze(1)
         assert self.retention is not None
         if self.retention.learns == "visits":
-            fair = torch.cat([self._fair(s, visit.layer).repeat(n) for s, n in self._spread(visit)])
+            fair = torch.cat([self._fair((r, s), visit.layer).repeat(n) for r, s, n in visit.asked])
             share = torch.zeros_like(total).index_add_(0, slots, fair.repeat_interleave(visit.slots.shape[1])[there])
             at = at[total[at] > share[at]]
         if self.retention.learns == "reads":
@@ -275,9 +275,6 @@ class Evictor:
             at = at[total[at] > 0]
         if len(at):
             self.ops.update_utility(at.int(), total[at].contiguous(), self.step, self.retention.decay, self._state)
-
-    def _spread(self, visit: Visit) -> list[tuple[Sequence, int]]:
-        return [((source, sequence), tokens) for source, sequence, tokens in visit.asked]
 
     def _fair(self, sequence: Sequence, layer: int) -> Tensor:
         """An equal share of the attention among a sequence's pages, per stream."""
@@ -372,17 +369,11 @@ class Evictor:
             victims = torch.empty(min(excess, len(pages)), dtype=torch.int32, device=self.pool.device)
             weights, decay = self.retention.weights, self.retention.decay
             self.ops.choose_victims(state, evictable, self.step, decay, weights, victims)
-            utilities = utility(state, self.step, decay, weights)[victims.long()].tolist()
+            utilities = reference.utility(state, self.step, decay, weights)[victims.long()].tolist()
             for victim, value in zip(victims.tolist(), utilities, strict=True):
                 page_idx, unit, _ = pages[victim - 1]
                 offers.append((float_bits(value), page_idx, unit))
         return offers + [(NOBODY, 0, 0)] * (excess - len(offers))
-
-
-def utility(state: UtilityState, step: int, decay: float, weights: tuple[float, float, float]) -> Tensor:
-    """What `Ops.choose_victims` ranks by."""
-    age = (step - state.last_step).float()
-    return weights[0] * state.mass * decay**age + weights[1] / (1 + age) + weights[2] * torch.log1p(state.visits)
 
 
 def _streams(pages: FullPages, streams: int) -> Iterator[FullPages]:

@@ -42,6 +42,17 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     """
     from pikv_ds import launch_env
 
+    settings = {k: v for k, v in config.items() if k not in ("pikv", "pikv_tuned")}
+    dtype = _take_dtype(settings)
+    parallel = _section(settings, "expert_parallel")
+    stage = _section(settings, "zero_optimization").get("stage", 0)
+    if stage != 0:
+        raise ConfigError(
+            f"zero_optimization.stage = {stage!r}: ZeRO spreads what training keeps over the ranks; for inference use "
+            "0, or leave the section out"
+        )
+    settings.setdefault("train_micro_batch_size_per_gpu", 1)
+    settings.setdefault("zero_optimization", {"stage": 0})
     launch_env.prepare()
     import deepspeed
 
@@ -49,23 +60,10 @@ def initialize(model: nn.Module, config: Mapping[str, Any], timeout_s: float, **
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=WORLD_TIMEOUT)
-    settings = {k: v for k, v in config.items() if k not in ("pikv", "pikv_tuned")}
-    settings.setdefault("train_micro_batch_size_per_gpu", 1)
-    settings.setdefault("zero_optimization", {"stage": 0})
-    dtype = _take_dtype(settings)
+    if parallel.get("enabled", False):
+        settings["expert_parallel"] = _expert_parallel(model, parallel, dist.get_world_size())
     if dtype is not None:
         _cast(model, dtype)
-    stage = (settings["zero_optimization"] or {}).get("stage", 0)
-    if stage != 0:
-        raise ConfigError(
-            f"zero_optimization.stage = {stage!r}: ZeRO spreads what training keeps over the ranks; for inference use "
-            "0, or leave the section out"
-        )
-    parallel = settings.get("expert_parallel")
-    if parallel is not None and not isinstance(parallel.get("enabled", False), bool):
-        raise ConfigError(f"expert_parallel.enabled = {parallel['enabled']!r}: use true or false")
-    if parallel is not None and parallel.get("enabled", False):
-        settings["expert_parallel"] = _expert_parallel(model, dict(parallel), dist.get_world_size())
     try:
         with _recorders_by_name():
             engine, *_ = deepspeed.initialize(model=model, config=settings, **kwargs)
@@ -106,22 +104,30 @@ def _recorders_by_name() -> Iterator[None]:
         registry.__class__ = kind
 
 
+def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a section of DeepSpeed's configuration, empty where there is none.
+
+    Raises:
+        ConfigError: it is no object, or its "enabled" is neither true nor false.
+    """
+    section = settings.get(name)
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"{name} = {checks.shown(section)}: use a JSON object, or leave it out")
+    enabled = (section or {}).get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"{name}.enabled = {checks.shown(enabled)}: use true or false")
+    return dict(section or {})
+
+
 def _take_dtype(settings: dict[str, Any]) -> torch.dtype | None:
     """The dtype that DeepSpeed's configuration asks for; its sections are taken out.
 
     DeepSpeed would wrap an optimizer, which inference has not: with experts on several ranks that is an error there.
     """
     sections = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
-    wanted = {}
-    for name, dtype in sections.items():
-        section = settings.pop(name, None)
-        if section is not None and not isinstance(section, Mapping):
-            raise ConfigError(f'{name} = {section!r}: use {{"enabled": true}}, or leave it out')
-        enabled = (section or {}).get("enabled", False)
-        if not isinstance(enabled, bool):
-            raise ConfigError(f"{name}.enabled = {enabled!r}: use true or false")
-        if enabled:
-            wanted[name] = dtype
+    wanted = {name: dtype for name, dtype in sections.items() if _section(settings, name).get("enabled", False)}
+    for name in sections:
+        settings.pop(name, None)
     if len(set(wanted.values())) > 1:
         raise ConfigError(f"{' and '.join(wanted)} are both enabled: a model has one dtype; leave one out")
     return next(iter(wanted.values()), None)

@@ -10,7 +10,7 @@ Layers, KV heads or experts may have codecs of their own (`PerLayerCodec`, `PerH
 policy names them and says which one a page gets; a plain `Codec` is its own only choice.
 
 Before that, keys and values may be rotated (`rotate`) or projected onto calibrated bases (`projections`, see
-`pikv_ds.calibrate`); attention then works on the coefficients (`pikv_ds.ops.projections`).
+`pikv calibrate`); attention then works on the coefficients (`pikv_ds.ops.projections`).
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class Codec:
 def load_projections(
     path: str, num_layers: int, num_kv_heads: int, head_dim: int, device: torch.device
 ) -> list[Projections]:
-    """Bases that `pikv_ds.calibrate` has written."""
+    """Bases that `pikv calibrate` has written."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

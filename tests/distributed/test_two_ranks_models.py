@@ -104,7 +104,7 @@ def test_dtype_sections() -> None:
         _take_dtype({"bf16": {"enabled": True}, "fp16": {"enabled": True}})
     with pytest.raises(pikv_ds.ConfigError, match=r"bf16\.enabled = 'auto': use true or false"):
         _take_dtype({"bf16": {"enabled": "auto"}})
-    with pytest.raises(pikv_ds.ConfigError, match="bf16 = True: use"):
+    with pytest.raises(pikv_ds.ConfigError, match="bf16 = True: use a JSON object"):
         _take_dtype({"bf16": True})
 
 
@@ -144,19 +144,24 @@ def test_another_models_cache_is_an_error_of_all_ranks(ranks: Ranks, who: tuple[
     ("extra", "words"),
     [
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3"),
+        ({"zero_optimization": 3}, "zero_optimization = 3: use a JSON object"),
+        ({"expert_parallel": True}, "expert_parallel = True: use a JSON object"),
         ({"expert_parallel": {"enabled": "yes"}}, "expert_parallel.enabled = 'yes'"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3"),
     ],
 )
 def test_deepspeeds_settings_that_cannot_work(ranks: Ranks, extra: dict[str, Any], words: str) -> None:
-    for raised in ranks.run(initialized_with, extra=extra):
+    for raised, dtype in ranks.run(initialized_with, extra=extra):
         assert raised.kind == "ConfigError"
         assert words in raised.message
+        assert dtype == "torch.float32"  # nothing has been done to the model
 
 
-def initialized_with(rank: int, extra: dict[str, Any]) -> Raised:
+def initialized_with(rank: int, extra: dict[str, Any]) -> tuple[Raised, str]:
+    model = tiny.mixtral()
     with catching() as raised:
-        pikv_ds.initialize(tiny.mixtral(), {**cases.settings({}), **extra})
-    return raised
+        pikv_ds.initialize(model, {**cases.settings({}), **extra})
+    return raised, str(model.dtype)
 
 
 def interrupted(rank: int, kind: str) -> tuple[str, str, float]:

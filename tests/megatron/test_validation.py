@@ -336,3 +336,8 @@ def test_a_tokenizer_without_a_template_has_no_chat() -> None:
     tokenizer.has_chat_template = False
     with pytest.raises(BadRequest, match="no chat template"):
         check({"messages": [{"role": "user", "content": "a"}]}, True, tokenizer, LIMITS)
+
+
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(BadRequest, match="prompt is there twice; leave one out"):
+        decode(b'{"prompt": "a", "prompt": "b"}')

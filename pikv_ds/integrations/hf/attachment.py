@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pikv_ds.core.cache import ExpertShardedKVCache, ModelShape
@@ -286,7 +286,9 @@ def pikv_attention(
     if layer is None or layer.pending is None:
         if layer is not None:
             layer.running = None  # of a pass that failed before its router ran
-        return _plain_attention(query, key, value, attention_mask, scale, dropout), None
+        if isinstance(attention_mask, DeferredMask):
+            attention_mask = attention_mask.dense()
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scale)
     if dropout:
         raise UnsupportedModelError(
             f"{type(module).__name__}: attention_dropout = {dropout} with PiKV's cache: call model.eval() first"
@@ -347,24 +349,6 @@ def _routed(layer: LayerTap, experts: Tensor) -> None:
     (cache, size), layer.running = layer.running, None
     assert cache.batch is not None
     cache.store.routed(cache.batch, layer.index, cache.pack(experts.unflatten(0, size)))
-
-
-def _plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | DeferredMask | None, scale: float, dropout: float
-) -> Tensor:
-    """Dense attention for passes without a `PiKVCache`, so that an attached model stays a model."""
-    t, n = query.shape[2], key.shape[2]
-    if isinstance(mask, DeferredMask):
-        mask = mask.dense()
-    if mask is None:
-        mask = torch.ones(t, n, dtype=torch.bool, device=query.device).tril(n - t)
-    visible = mask[..., :n]
-    if visible.dtype == torch.bool:  # a row that sees nothing is padding, and would be NaN
-        visible = visible | ~visible.any(-1, keepdim=True)
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale)
-    return out.transpose(1, 2)
 
 
 class DeferredMask:

@@ -38,8 +38,9 @@ def generate(
     batch (``[0, T]``) is allowed and takes part likewise; prompts go through the model in chunks
     of ``prefill_chunk_tokens``; calls from several threads wait for each other.
     """
-    names = list(inspect.signature(attachment.plain_generate).parameters)[2:]
-    kwargs |= dict(zip(names, args, strict=False))
+    if args:  # each by its name, as transformers has them
+        bound = inspect.signature(attachment.plain_generate).bind(inputs, generation_config, *args, **kwargs).arguments
+        kwargs = {**bound.pop("kwargs", {}), **dict(list(bound.items())[2:])}
     with attachment.generate_lock:
         return _generate(attachment, inputs, generation_config, kwargs)
 
