@@ -31,7 +31,7 @@ from pikv_ds.core.exchange import Exchange
 from pikv_ds.core.pages import PagePool, PageTable
 from pikv_ds.core.sequences import FullPages, SequenceBatch
 from pikv_ds.core.step import StepPlan
-from pikv_ds.ops import Ops, reference
+from pikv_ds.ops import Ops
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.policies.budgets import LOCAL_PAGES, SINK_PAGES, Budget, page_limits, prompt_pages
 from pikv_ds.policies.retention import Prompt, Retention
@@ -369,7 +369,7 @@ class Evictor:
             victims = torch.empty(min(excess, len(pages)), dtype=torch.int32, device=self.pool.device)
             weights, decay = self.retention.weights, self.retention.decay
             self.ops.choose_victims(state, evictable, self.step, decay, weights, victims)
-            utilities = reference.utility(state, self.step, decay, weights)[victims.long()].tolist()
+            utilities = state.utilities(self.step, decay, weights)[victims.long()].tolist()
             for victim, value in zip(victims.tolist(), utilities, strict=True):
                 page_idx, unit, _ = pages[victim - 1]
                 offers.append((float_bits(value), page_idx, unit))

@@ -373,12 +373,6 @@ def update_utility(slots: Tensor, mass: Tensor, step: int, decay: float, state: 
     state.visits[at] += 1
 
 
-def utility(state: UtilityState, step: int, decay: float, weights: tuple[float, float, float]) -> Tensor:
-    """What `choose_victims` ranks by, float32 ``[N]``."""
-    age = (step - state.last_step).float()
-    return weights[0] * state.mass * decay**age + weights[1] / (1 + age) + weights[2] * torch.log1p(state.visits)
-
-
 def choose_victims(
     state: UtilityState, evictable: Tensor, step: int, decay: float, weights: tuple[float, float, float], out: Tensor
 ) -> None:
@@ -392,7 +386,7 @@ def choose_victims(
         out: int32 ``[V]``: victims, each once; 0 where fewer are evictable.
     """
     candidates = evictable.nonzero().squeeze(1)
-    order = utility(state, step, decay, weights)[candidates].argsort(stable=True)[: len(out)]
+    order = state.utilities(step, decay, weights)[candidates].argsort(stable=True)[: len(out)]
     out.zero_()
     out[: len(order)] = candidates[order].to(out.dtype)
 

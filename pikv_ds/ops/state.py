@@ -27,3 +27,8 @@ class UtilityState:
             torch.zeros(num_slots, dtype=torch.int32, device=device),
             torch.zeros(num_slots, dtype=torch.int32, device=device),
         )
+
+    def utilities(self, step: int, decay: float, weights: tuple[float, float, float]) -> Tensor:
+        """What `choose_victims` ranks by, float32 ``[N]``; its arguments are that op's."""
+        age = (step - self.last_step).float()
+        return weights[0] * self.mass * decay**age + weights[1] / (1 + age) + weights[2] * torch.log1p(self.visits)
