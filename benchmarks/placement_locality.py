@@ -20,15 +20,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pikv_ds.core.placement import choose_owner, page_limits
+from pikv_ds.core.placement import owner_limit
 from pikv_ds.core.rebalance import pack
-from pikv_ds.core.sealing import home_expert
-from pikv_ds.policies.placements import PLACEMENTS, HierarchicalPlacement
+from pikv_ds.ops import Ops
+from pikv_ds.policies.placements import PLACEMENTS, HierarchicalPlacement, SealedPages
 from pikv_ds.policies.topology import Topology
 from pikv_ds.tools import tables
 from pikv_ds.tools.eval.calibrate import prompt_ids
@@ -48,23 +49,23 @@ def homes(layer: LayerInputs, name: str, topology: Topology, page_size: int) -> 
     pages = layer.key.shape[2] // page_size
     placement: Any = HierarchicalPlacement(2) if name == "hierarchical" else PLACEMENTS[name]()
     chosen = layer.experts[: pages * page_size].view(pages, -1)
-    votes = [torch.bincount(row, minlength=topology.num_experts).tolist() for row in chosen]
+    votes = np.stack([torch.bincount(row, minlength=topology.num_experts).numpy() for row in chosen])
     if name == "eplb":  # as if the experts had been packed with these pages in view
-        counts = [0] * topology.num_experts
-        for vote in votes:
-            counts[home_expert(vote)] += 1
+        counts = np.bincount(votes.argmax(1), minlength=topology.num_experts).tolist()
         topology = dataclasses.replace(topology, homes=pack(counts, topology, 1.1, 1))
-    loads, seen, out = [0] * topology.num_ranks, [0] * topology.num_experts, []
-    limits = page_limits(layer.key.shape[2], page_size, topology, 0)
-    for page, vote in enumerate(votes):
-        seen = [a + b for a, b in zip(seen, vote, strict=True)]
-        owner = choose_owner(
-            placement.owners(page, vote, topology, seen), loads, limits, [UNLIMITED] * topology.num_ranks
-        )
-        assert owner is not None
-        loads[owner] += 1
-        out.append(owner)
-    return torch.tensor(out)
+    numbers, ranks = np.arange(pages), topology.num_ranks
+    preference = placement.owners(SealedPages(numbers, votes, votes.cumsum(0)), topology)
+    out = torch.empty(pages, dtype=torch.int32)
+    Ops().place_pages(
+        torch.from_numpy(preference.astype(np.int32)),
+        torch.zeros(pages, dtype=torch.int32),
+        torch.from_numpy(owner_limit((numbers + 1) * page_size, page_size, topology).astype(np.int32)),
+        0,
+        torch.zeros(1, ranks, dtype=torch.int32),
+        torch.full([ranks], UNLIMITED),
+        out,
+    )
+    return out.long()
 
 
 def wanted(layer: LayerInputs, queries: int, page_size: int, share: float) -> Tensor:

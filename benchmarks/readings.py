@@ -280,6 +280,7 @@ def wire(args: argparse.Namespace) -> None:
     for tokens in (1000, args.tokens):
         store.exchange.sent_bytes.clear()
         store.attention.counters.clear()
+        store.shard.counters.clear()
         steps = store.num_steps
         ids = bench.prompt(tokens, TEXTS[bench.world.rank % len(TEXTS)])
         with torch.inference_mode():
@@ -342,7 +343,7 @@ def speed(args: argparse.Namespace) -> None:
     store = pikv_ds.api.attachment_of(engine).store
     device = launch_env.device().type
     formats = {name: [dataclasses.replace(f, ops=Ops(name, device, f.layout)) for f in store.formats] for name in ops}
-    assert store.attention.formats is store.sender.formats is store.formats
+    assert store.shard.formats is store.formats
 
     attend = store.attend
 

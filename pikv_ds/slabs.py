@@ -43,18 +43,28 @@ class Slabs:
         slabs.put(0, rows.contiguous())
         return slabs
 
-    def put(self, slab: int, storage: Tensor | None) -> None:
-        """Sets a slab's storage, None to give it back; ``slab`` is at most the number of slabs."""
-        if slab == len(self.tensors):
-            self.tensors.append(None)
-        before = self.tensors[slab]
-        self.nbytes += (0 if storage is None else storage.nbytes) - (0 if before is None else before.nbytes)
-        self.tensors[slab] = storage
-        if slab >= len(self.pointers):
-            longer = lasting_zeros([2 * len(self.pointers)], torch.int64, self.device)
+    def reach(self, num_slabs: int) -> None:
+        """There are at least so many slabs, the new ones without storage."""
+        self.tensors += [None] * (num_slabs - len(self.tensors))
+        if num_slabs > len(self.pointers):
+            longer = lasting_zeros([max(num_slabs, 2 * len(self.pointers))], torch.int64, self.device)
             longer[: len(self.pointers)] = self.pointers
             self.pointers = longer
-        self.pointers[slab].fill_(0 if storage is None else storage.data_ptr())
+
+    def put(self, slab: int, storage: Tensor | None) -> None:
+        """Sets a slab's storage, None to give it back."""
+        self.reach(slab + 1)
+        self.put_all([slab], [storage])
+
+    def put_all(self, slabs: Sequence[int], storages: Sequence[Tensor | None]) -> None:
+        """`put` for several slabs within `reach`, with one write to the device."""
+        for slab, storage in zip(slabs, storages, strict=True):
+            before = self.tensors[slab]
+            self.nbytes += (0 if storage is None else storage.nbytes) - (0 if before is None else before.nbytes)
+            self.tensors[slab] = storage
+        addresses = [0 if storage is None else storage.data_ptr() for storage in storages]
+        at, to = torch.tensor([list(slabs), addresses], dtype=torch.int64).to(self.device)
+        self.pointers[at] = to
 
     def row(self, slot: int) -> Tensor:
         """A row, uint8 ``[row_bytes]``."""

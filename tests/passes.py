@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pikv_ds import ExpertShardedKVCache, PiKVConfig
 from pikv_ds.core.cache import ModelShape
 from pikv_ds.core.exchange import Exchange
-from pikv_ds.core.pages import POISON_BYTE
+from pikv_ds.core.pool import POISON_BYTE
 from pikv_ds.core.sequences import SequenceBatch
 from pikv_ds.policies.codecs import CODECS
 
@@ -121,6 +122,15 @@ def dense(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     return (scores.masked_fill(later, -torch.inf).softmax(-1) @ values).transpose(0, 1)
 
 
+def pages_of(
+    cache: ExpertShardedKVCache, row: int, unit: int, page_format: int | None = None
+) -> list[tuple[int, int]]:
+    """``(number, slot)`` of a row's pages of a unit that lie here, of one format or of all."""
+    formats = range(cache.table.num_formats) if page_format is None else [page_format]
+    found = [cache.table.entries(np.array([row]), np.array([unit]), f) for f in formats]
+    return [pair for entries in found for pair in zip(entries.numbers.tolist(), entries.slots.tolist(), strict=True)]
+
+
 def memory(tensors: list[Tensor | None]) -> int:
     """Bytes of the memory behind some tensors, each allocation once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
@@ -135,11 +145,11 @@ def check_sizes(cache: ExpertShardedKVCache) -> None:
         [
             *(slab for slabs in cache.pool.pages for slab in slabs.tensors),
             *(x for t in tails for x in (t.keys, t.values, t.experts)),
-            *(p.payload for p in cache.sender.staged),
+            *(x for p in cache.sender.staged for x in p.payloads.values()),
         ]
     )
     slabs = [slab for slabs in cache.pool.pages for slab in slabs.tensors if slab is not None]
     pages = sum(int((slab != POISON_BYTE).any(1).sum()) for slab in slabs)  # unused slots are poisoned
-    assert cache.pool.num_used == cache.table.num_pages() == pages
+    assert cache.pool.num_used == sum(cache.table.num_pages_by_format()) == pages
     open_tokens = sum(b.open_tokens(r) * layers for b in batches for r in range(len(b)) if b.alive[r])
-    assert cache.stored_tokens == (pages + len(cache.sender.staged)) * PAGE // cache.streams + open_tokens
+    assert cache.stored_tokens == (pages + cache.sender.num_staged) * PAGE // cache.streams + open_tokens

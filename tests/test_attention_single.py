@@ -20,10 +20,10 @@ from pikv_ds.ops import Ops
 
 def check_nothing_is_missing(driver: Driver) -> None:
     """Every token is there exactly once, every page was visited: nothing has been evicted or skipped."""
-    cache, counters = driver.cache, driver.cache.attention.counters
+    cache, counters = driver.cache, driver.cache.shard.counters
     assert cache.stored_tokens == cache.own_tokens * cache.shape.num_layers
     assert cache.own_tokens == sum(rows[0].shape[2] for rows in driver.history)
-    assert driver.cache.attention.pages_visited == counters["pages_in_scope"]
+    assert driver.cache.shard.pages_visited == counters["pages_in_scope"]
 
 
 def new_driver(rng: torch.Generator, rows: int = 2, tolerance: float = 1e-5, **settings) -> Driver:
@@ -51,7 +51,7 @@ def test_all_policies_that_visit_every_page_are_exact(placement: str, lookup, rn
     for width in (19, 1, 1, 12, 1):
         driver.step(width)
     check_nothing_is_missing(driver)
-    assert driver.cache.attention.counters["pages_in_scope"] > 0
+    assert driver.cache.shard.counters["pages_in_scope"] > 0
 
 
 def test_backends_are_exact(backend: str, rng) -> None:
@@ -167,7 +167,7 @@ def test_sequences_join_leave_and_advance_as_they_like(rng) -> None:
     for _ in range(60):
         driver.mixed_pass()
     assert 1 < len(batch) <= 5  # rows have been used again
-    assert cache.attention.counters["pages_in_scope"] > 0
+    assert cache.shard.counters["pages_in_scope"] > 0
     driver.release(list(range(len(batch))))
     cache.begin_step(None, [])
     assert (cache.pool.num_used, cache.stored_tokens) == (0, 0)
@@ -267,8 +267,7 @@ def test_release_frees_everything(rng) -> None:
     assert cache.sender.staged == []
     assert cache.stored_tokens == cache.pool.num_used * PAGE
     cache.begin_step(None, [])  # pages go with the next step plan
-    assert (cache.pool.num_used, cache.table.num_pages(), cache.stored_tokens, cache.own_tokens) == (0, 0, 0, 0)
-    assert cache.sender.num_sealed == {}
+    assert (cache.pool.num_used, len(cache.ledger.rows), cache.stored_tokens, cache.own_tokens) == (0, 0, 0, 0)
     assert cache.kv_bytes == 4 * cache.layout.page_bytes < full  # the slab of the null page
     assert cache.pool.summary_storage_bytes == 4 * cache.pool.sizes[0].summary
     cache.check_integrity()
@@ -284,7 +283,7 @@ def test_releasing_one_sequence_leaves_the_others_exact(rng) -> None:
         driver.step(width)
     assert driver.batch.lengths == [28, 22, 13]
     assert driver.cache.stored_tokens == 2 * (28 + 13)
-    assert driver.cache.table.sequences() == [(0, 0), (0, 2)]
+    assert driver.cache.ledger.rows.tolist() == [0, 2]
 
 
 def test_memory_of_finished_sequences_is_used_again(rng) -> None:
@@ -354,13 +353,13 @@ def test_pages_that_find_no_owner_wait_for_the_next_try(rng, monkeypatch) -> Non
     first.step(8)
     for _ in range(8):
         second.step(1)
-    assert len(first.cache.sender.staged) == 2
+    assert first.cache.sender.num_staged == 2
     with monkeypatch.context() as patch:  # as if other ranks' pages had taken the room
-        patch.setattr(sealing, "choose_owner", lambda *args: None)
+        patch.setattr(sealing, "fair_shares", lambda free, demand: [[0]])
         with pytest.raises(PoolFullError, match="2 of 2 new pages found no rank with room"):
             first.step(1)
     check_sizes(first.cache)
-    assert len(first.cache.sender.staged) == 2
+    assert first.cache.sender.num_staged == 2
     first.step(1)
     second.step(1)
     first.cache.check_integrity()

@@ -107,7 +107,7 @@ def test_rotated_pages_give_the_same_attention(lookup: Any, rng) -> None:
     driver = Driver(cache, cache.new_batch(2), rng)
     for width in (19, 1, 1, 12, 1, 21, *[1] * 9):
         driver.step(width)
-    assert cache.attention.counters["pages_in_scope"] > 0
+    assert cache.shard.counters["pages_in_scope"] > 0
 
 
 def test_rotation_helps_where_a_channel_is_an_outlier(rng) -> None:

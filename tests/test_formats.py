@@ -11,15 +11,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from passes import LATENT, PAGE, SHAPE, Driver, make_cache
+from passes import LATENT, PAGE, SHAPE, Driver, make_cache, pages_of
 from test_retention import Watcher, contents
 from torch import Tensor
 
 from pikv_ds import ConfigError, OutOfRangeError, PiKVConfig, PoolFullError
 from pikv_ds.core.cache import ExpertShardedKVCache
-from pikv_ds.core.pages import PagePool, PageSize, PageTable
+from pikv_ds.core.pool import PagePool, PageSize
+from pikv_ds.core.table import PageTable
 from pikv_ds.observe.metrics import rank_stats
 from pikv_ds.ops.projections import unevenness
 from pikv_ds.ops.reference import unseal_pages
@@ -44,10 +46,10 @@ def labels(cache: ExpertShardedKVCache) -> list[list[dict[int, int]]]:
         for stream in range(cache.streams):
             slots = [
                 slot
-                for sequence in cache.table.sequences()
-                for _, slot in cache.table.pages(sequence, layer * cache.streams + stream)
+                for row in cache.ledger.rows.tolist()
+                for _, slot in pages_of(cache, row, layer * cache.streams + stream)
             ]
-            formats = [pool.format_of(slot) for slot in slots]
+            formats = pool.format_of(slots).tolist()
             out[-1].append({f: formats.count(f) for f in sorted(set(formats))})
     return out
 
@@ -111,7 +113,7 @@ def test_what_is_over_the_budget_is_demoted_and_nothing_is_lost(budget: str, ret
     settings = {"name": budget, "prompt": 0.5, "tokens": 4 * PAGE}
     cache = drive(rng, demote=ROTATED, retention=retention, budget=settings)
     batch = cache._batches[0]
-    assert not any(map(any, batch.dropped))
+    assert not batch.dropped.any()
     for layer in labels(cache):
         for stream in layer:
             assert set(stream) == {0, 1}
@@ -120,11 +122,8 @@ def test_what_is_over_the_budget_is_demoted_and_nothing_is_lost(budget: str, ret
     assert (stats["evicted_pages"], stats["dropped_pages"]) == (0, 0)
     assert stats["pages_by_codec"]["none, rotated"] == stats["demoted_pages"]
     for layer, row in itertools.product(range(2), range(2)):
-        limit = cache.evictor._limits[layer]
-        assert limit is not None
-        warm = [
-            len(cache.table.pages((0, batch.ids[row]), layer * cache.streams + s, 0)) for s in range(cache.streams)
-        ]
+        limit = cache.evictor._limits[layer * cache.streams : (layer + 1) * cache.streams]
+        warm = [len(pages_of(cache, batch.rows[row], layer * cache.streams + s, 0)) for s in range(cache.streams)]
         assert sum(warm) <= sum(limit)
 
 
@@ -142,7 +141,7 @@ def test_memory_falls_to_the_smaller_codec(rng) -> None:
     assert cut.cache.pool.page_storage_bytes == 2 * (4 * plain + 8 * small) + plain  # and the null page
     assert cut.cache.pool.num_used == 2 * 12
     assert whole.cache.pool.num_used <= 2 * 12
-    first = sorted(cut.cache.table.pages((0, 0), 0))[0]
+    first = sorted(pages_of(cut.cache, 0, 0))[0]
     assert cut.cache.pool.format_of(first[1]) == 0  # sinks stay as they are
 
 
@@ -154,7 +153,7 @@ def test_demoted_pages_are_those_of_least_attention(rng) -> None:
     for _ in range(6 * PAGE + 1):
         watcher.step(1)
     for unit in range(cache.num_units):
-        numbers = [[p for p, _ in cache.table.pages((0, 0), unit, f)] for f in range(2)]
+        numbers = [[p for p, _ in pages_of(cache, 0, unit, f)] for f in range(2)]
         assert 0 in numbers[0]
         assert len(numbers[0]) <= 3
         assert sorted(numbers[0] + numbers[1]) == list(range(len(numbers[0]) + len(numbers[1])))
@@ -210,9 +209,7 @@ def test_pages_of_a_pool_never_share_a_slab_with_another_format() -> None:
     pool = PagePool([PageSize(32), PageSize(16, 4)], slab_pages=2, capacity_pages=9)
     first, second = pool.allocate(3, 1), pool.allocate(3, 0)
     assert not {s // 2 for s in first} & {s // 2 for s in second}
-    assert [pool.format_of(s) for s in (*first, *second)] == [1] * 3 + [0] * 3
-    with pytest.raises(AssertionError, match="another format"):
-        pool.write([first[0], second[0]], torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.uint8))
+    assert pool.format_of([*first, *second]).tolist() == [1] * 3 + [0] * 3
     pool.check_integrity()
     with pytest.raises(PoolFullError):  # one capacity for all formats
         pool.allocate(4, 0)
@@ -224,13 +221,12 @@ def test_pages_of_a_pool_never_share_a_slab_with_another_format() -> None:
 
 def test_a_table_that_names_the_wrong_format_is_found() -> None:
     pool, table = PagePool([PageSize(32), PageSize(16)]), PageTable(1, num_formats=2)
-    (slot,) = pool.allocate(1, 1)
-    table.add((0, 0), 0, 0, slot, 0)
+    one = np.zeros(1, np.int64)
+    table.append(one, one, one, one, pool.allocate(1, 1).astype(np.int64))
     with pytest.raises(AssertionError, match="another format"):
         table.check_integrity(pool)
-    assert table.formats(range(1), ((0, 0),)) == [0]
-    with pytest.raises(KeyError, match="page 7"):
-        table.remove_page((0, 0), 0, 7, "evict")
+    with pytest.raises(AssertionError, match="not here"):
+        table.remove(one, one, one + 7)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def test_a_budget_of_all_pages_is_exact(name: str, codec: Any, rng) -> None:
     driver = Driver(cache, cache.new_batch(2), rng)
     for width in (37, 1, 1, 9, 1, *[1] * 9):
         driver.step(width)
-    assert cache.attention.pages_visited == cache.attention.counters["pages_in_scope"] > 0
-    assert cache.attention.audit.mean == pytest.approx(1.0, abs=1e-5)
-    assert cache.attention.audit.raised == 1
+    assert cache.shard.pages_visited == cache.shard.counters["pages_in_scope"] > 0
+    assert cache.shard.audit.mean == pytest.approx(1.0, abs=1e-5)
+    assert cache.shard.audit.raised == 1
 
 
 @pytest.mark.parametrize("name", ["two_stage", "adaptive"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from passes import KERNEL_CODECS as CODECS
 from torch import Tensor
 
-from pikv_ds.core.pages import PagePool, PageSize
+from pikv_ds.core.pool import PagePool, PageSize
 from pikv_ds.layout import ALIGNMENT, BITS, PageLayout
 from pikv_ds.ops import OPS, Ops, reference, why_missing
 from pikv_ds.slabs import Slabs

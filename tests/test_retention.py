@@ -7,17 +7,18 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import LATENT, PAGE, Driver, make_cache
+from passes import LATENT, PAGE, Driver, make_cache, pages_of
 from torch import Tensor
 
 from pikv_ds import PiKVConfig
 from pikv_ds.config import ConfigError
 from pikv_ds.core.cache import ExpertShardedKVCache
-from pikv_ds.core.eviction import bits_float, float_bits
+from pikv_ds.core.shard import bits_float, float_bits
 from pikv_ds.ops.reference import gather_pages
 from pikv_ds.policies.budgets import BUDGETS, AdaBudget, PyramidBudget, UniformBudget, whole_pages
 from pikv_ds.policies.retention import RETENTIONS, H2oRetention, Prompt, SnapRetention, StreamingRetention
@@ -32,7 +33,7 @@ def contents(cache: ExpertShardedKVCache, row: int, layer: int) -> list[tuple[Te
     out = []
     for head in range(cache.shape.num_kv_heads):
         unit = layer * cache.streams + (head if cache.streams > 1 else 0)
-        pages = sorted(cache.table.pages((0, batch.ids[row]), unit))
+        pages = sorted(pages_of(cache, batch.rows[row], unit))
         decoded = [decode(cache, layer, slot) for _, slot in pages]
         shape = 0, cache.layout.num_kv_heads, cache.config.page_size, cache.shape.head_dim
         keys, values = (torch.cat(x) for x in zip((torch.empty(shape), torch.empty(shape)), *decoded, strict=True))
@@ -51,7 +52,7 @@ def contents(cache: ExpertShardedKVCache, row: int, layer: int) -> list[tuple[Te
 
 def decode(cache: ExpertShardedKVCache, layer: int, slot: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[1, K, S, D]`` of a page."""
-    number = cache.pool.format_of(slot)
+    number = int(cache.pool.format_of(slot))
     this = cache.formats[number]
     encoded = torch.empty(1, this.size.page, dtype=torch.uint8)
     gather_pages(cache.pool.pages[number], torch.tensor([slot], dtype=torch.int32), encoded)
@@ -233,7 +234,7 @@ def test_what_nobody_attends_to_is_evicted(settings_: dict[str, Any], rng) -> No
     for _ in range(PAGE + 1):
         run(1)
     for unit in range(cache.num_units):
-        assert [p for p, _ in cache.table.pages((0, batch.ids[0]), unit)] == [0, 1, 3, 4]
+        assert [p for p, _ in pages_of(cache, batch.rows[0], unit)] == [0, 1, 3, 4]
     assert cache.evictor.counters["evicted_pages"] == cache.num_units
 
 
@@ -349,5 +350,6 @@ def test_every_budget_is_named() -> None:
 
 @given(*[st.floats(0, 2.0**120, width=32, allow_subnormal=False)] * 2)
 def test_bits_have_the_order_of_their_floats(a: float, b: float) -> None:
-    assert bits_float(float_bits(a)) == a
-    assert (float_bits(a) < float_bits(b)) == (a < b)
+    bits = float_bits(np.array([a, b], np.float32))
+    assert bits_float(bits).tolist() == [a, b]
+    assert (bits[0] < bits[1]) == (a < b)

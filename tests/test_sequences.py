@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pikv_ds.core.sequences import SequenceBatch
+from pikv_ds.core.sequences import NO_ROW, SequenceBatch
 
 PAGE, KV_HEADS, HEAD_DIM, TOP_K, LAYERS = 8, 2, 4, 2, 2
 ROUTERS = (True, False)  # layer 1 has none
@@ -57,9 +57,9 @@ def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int]) -> Non
         for pages in batch.fill(layer, experts if ROUTERS[layer] else None):
             chosen = pages.experts
             assert (chosen is None) is (not ROUTERS[layer])
-            for i in range(len(pages.keys)):
+            for i, row in enumerate(pages.index.tolist()):
                 page = pages.keys[i].clone(), pages.values[i].clone(), None if chosen is None else chosen[i].clone()
-                streams[pages.row].pages[layer].append((pages.numbers[i], *page))
+                streams[row].pages[layer].append((int(pages.numbers[i]), *page))
         assert batch.in_step
         batch.close_layer(layer)
     assert not batch.in_step
@@ -93,7 +93,9 @@ def check(batch: SequenceBatch, streams: list[Stream]) -> None:
 
 
 def new_batch(rows: int) -> tuple[SequenceBatch, list[Stream]]:
-    return SequenceBatch(list(range(10, 10 + rows)), LAYERS, 2, PAGE), [Stream() for _ in range(rows)]
+    batch = SequenceBatch(rows, LAYERS, PAGE)
+    batch.rows = list(range(10, 10 + rows))  # as a step plan would have numbered them
+    return batch, [Stream() for _ in range(rows)]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -155,11 +157,13 @@ def test_a_row_is_used_again_for_a_new_sequence() -> None:
     batch, streams = new_batch(2)
     run_pass(batch, streams, [21, 1])
     batch.release([0])
-    assert batch.admit(77) == 0
+    assert batch.admit() == 0
     streams[0] = Stream()
-    assert batch.admit(78) == 2
+    assert batch.admit() == 2
     streams.append(Stream())
-    assert (batch.ids, batch.lengths, batch.sealed) == ([77, 11, 78], [0, 1, 0], [0, 0, 0])
+    assert (batch.rows, batch.lengths, batch.sealed) == ([NO_ROW, 11, NO_ROW], [0, 1, 0], [0, 0, 0])
+    assert batch.release([2]) == []  # no plan has announced it
+    assert batch.admit() == 2
     for new in ([3, 1, 0], [1, 1, 19], [9, 0, 1]):
         run_pass(batch, streams, new)
         check(batch, streams)

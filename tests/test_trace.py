@@ -38,7 +38,7 @@ def run(folder: Path, rng: torch.Generator, **settings: Any) -> tuple[Any, RankT
         driver.step(1)
         if i == 20:
             driver.release([1])
-    trace = cache.table.trace
+    trace = cache.shard.trace
     assert trace is not None
     trace.step(cache.num_steps + 1, cache.pool.num_used, cache.kv_bytes, 0, 0)  # what the next pass would begin with
     trace.close()
@@ -71,7 +71,7 @@ def test_a_trace_tells_what_the_cache_counts(name: str, tmp_path: Path, rng: tor
 
 def test_reuse_distances_are_the_histogram_of_the_cache(tmp_path: Path, rng: torch.Generator) -> None:
     cache, told = run(tmp_path, rng, **SPARSE)
-    reuse = cache.attention.reuse
+    reuse = cache.shard.reuse
     assert told.visits == int(reuse.counts[0]) > 100
     buckets = [0] * DISTANCES
     for distance, count in told.distances.items():

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,21 +21,24 @@ from pikv_ds.config import PiKVConfig
 from pikv_ds.core import step
 from pikv_ds.core.attention import ShardedAttention
 from pikv_ds.core.demotion import Demoter
-from pikv_ds.core.eviction import Evictor
+from pikv_ds.core.eviction import Evictor, decode_limits
 from pikv_ds.core.exchange import Exchange
 from pikv_ds.core.formats import describe_flags, make_formats, num_streams
 from pikv_ds.core.latencies import Latencies
-from pikv_ds.core.pages import PagePool, PageTable
+from pikv_ds.core.ledger import SHARED_SOURCE, Ledger
 from pikv_ds.core.placement import rank_bound
+from pikv_ds.core.pool import PagePool
 from pikv_ds.core.rebalance import Rebalancer
-from pikv_ds.core.reuse import Reuse
-from pikv_ds.core.sealing import PageSender, Sent
-from pikv_ds.core.sequences import SequenceBatch
+from pikv_ds.core.sealing import PageSender, Sending
+from pikv_ds.core.sequences import NO_ROW, SequenceBatch
 from pikv_ds.core.shape import ModelShape
-from pikv_ds.core.step import FAILED, FINE, NON_FINITE, OUT_OF_RANGE, SHARED_SOURCE, UNLIMITED, Announcement, StepPlan
+from pikv_ds.core.shard import Shard
+from pikv_ds.core.step import FAILED, FINE, NON_FINITE, OUT_OF_RANGE, UNLIMITED, Announcement, StepPlan
+from pikv_ds.core.table import Ints, PageTable
 from pikv_ds.core.trace import PageTrace
 from pikv_ds.errors import PiKVError, UsageError
 from pikv_ds.layout import SealFlag
+from pikv_ds.policies.budgets import NO_LIMIT
 from pikv_ds.policies.retention import Prompt
 from pikv_ds.policies.topology import Topology
 from pikv_ds.slabs import lasting_zeros
@@ -93,7 +97,7 @@ class ExpertShardedKVCache:
         self.formats = make_formats(shape, config, config.backend, self.device)
         self.layout, self.ops = self.formats[0].layout, self.formats[0].ops
         capacity = config.capacity_tokens
-        self.pool = PagePool(
+        pool = PagePool(
             [page_format.size for page_format in self.formats],
             slab_pages=config.slab_pages,
             capacity_pages=None if capacity is None else capacity // config.page_size * self.num_units,
@@ -101,74 +105,37 @@ class ExpertShardedKVCache:
             device=self.device,
             poison=config.debug,
         )
-        self.table = PageTable(self.num_units, self.device, len(self.formats))
-        if config.trace is not None:
-            self.table.trace = PageTrace(config.trace, self.exchange.rank, self._facts(), self.streams)
-        reuse = None if config.lookup.summary is None else Reuse(self.device)
-        self._flags = lasting_zeros([shape.num_layers], torch.int32, self.device)
-        demoter = None
-        if config.demote is not None:
-            demoter = Demoter(self.formats, self.pool, self.table, reuse, self._flags)
-        self.evictor = Evictor(
-            self.ops,
-            self.exchange,
-            self.pool,
-            self.table,
-            config.page_size,
+        packing = config.placement.packing if self.exchange.size > 1 else None
+        retention, evicts = (
             config.retention,
-            config.budget,
-            demoter,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.num_heads,
-            self.streams,
+            bool((decode_limits(config.budget, shape, self.streams, 1) < NO_LIMIT).any()),
         )
-        topologies = [self.topology] * shape.num_layers
-        self.rebalancer: Rebalancer | None = None
-        packing = config.placement.packing
-        if packing is not None and self.exchange.size > 1:
-            self.rebalancer = Rebalancer(
-                packing,
-                self.exchange,
-                self.pool,
-                self.table,
-                topologies,
-                self.evictor,
-                reuse,
-                config.page_size,
-            )
-        self.sender = PageSender(
-            self.exchange,
-            self.pool,
-            self.table,
-            self.formats,
-            config.codec,
-            config.placement,
-            topologies,
-            self._flags,
-            self.streams,
-        )
-        self.attention = ShardedAttention(
-            self.ops,
-            self.exchange,
-            self.pool,
-            self.table,
+        self.shard = Shard(
+            pool,
+            PageTable(self.num_units, self.device, len(self.formats)),
             self.formats,
             config.lookup,
-            self.evictor,
-            shape.num_heads,
-            shape.head_dim,
-            shape.value_dim,
-            reuse=reuse,
-            num_sealed=self.sender.num_sealed,
+            self.streams,
+            remembers=retention is not None and evicts,
+            learns=retention is not None and evicts and retention.learns != "nothing",
+            homes=None if packing is None else (shape.num_layers, shape.num_experts),
         )
+        self.ledger = Ledger(self.num_units, self.exchange.size, config.page_size)
+        if config.trace is not None:
+            self.shard.trace = PageTrace(config.trace, self.exchange.rank, self._facts(), self.streams)
+        self._flags = lasting_zeros([shape.num_layers], torch.int32, self.device)
+        demoter = None if config.demote is None else Demoter(self.shard, self._flags)
+        parts = self.exchange, self.shard, self.ledger
+        self.evictor = Evictor(*parts, retention, config.budget, demoter, shape)
+        topologies = [self.topology] * shape.num_layers
+        self.rebalancer = None if packing is None else Rebalancer(packing, *parts, topologies)
+        self.sender = PageSender(*parts, config.codec, config.placement, topologies, self._flags)
+        self.attention = ShardedAttention(*parts, shape, keeps_all=not self.evictor.cuts)
         self.plan: StepPlan | None = None
         self.committed_tokens = 0
         """The sum of `bound` over this rank's sequences at the lengths that they may reach. The engine that admits
         sequences sets it, if it knows; each step plan tells it to the other ranks."""
         self.committed_by_rank = [0] * self.exchange.size
-        self.pages_by_rank = [0] * self.exchange.size
-        """Pages of every rank's pool at the last step plan."""
         self.first_token, self.between_tokens = Latencies(), Latencies()
         """Of this rank's own sequences, if `generate` or the engine records them: the time from the call to a
         sequence's first token, and from each of its tokens to the next."""
@@ -184,10 +151,22 @@ class ExpertShardedKVCache:
         self.abandoned: deque[SequenceBatch] = deque()
         """Batches whose last reference is gone. A finalizer may run at any moment, also within a
         collective, so it only leaves them here; the next pass releases them."""
-        self._next_id, self._next_shared_id = 0, 0
         self._released: list[int] = []
         self._announced: list[tuple[int, int]] | None = None
-        self._plan_rows: list[tuple[tuple[int, int], ...]] = [() for _ in range(self.exchange.size)]
+        self._entries: list[tuple[tuple[int, int], ...]] = [()] * self.exchange.size
+        """Per source: the rows of the last pass, and the tokens that each of them appends."""
+        self._unsent: list[Ints] = [np.zeros(0, np.int64)] * self.exchange.size
+        """Per source: the rows whose tails filled up in the last pass, and whose pages go with the next plan."""
+
+    @property
+    def pool(self) -> PagePool:
+        """Memory for the pages that lie here."""
+        return self.shard.pool
+
+    @property
+    def table(self) -> PageTable:
+        """Which page lies where in it."""
+        return self.shard.table
 
     @property
     def num_units(self) -> int:
@@ -209,35 +188,26 @@ class ExpertShardedKVCache:
         """
         if shared and self.evictor.cuts:
             raise UsageError("a batch that every rank has cannot be kept within a budget; use each rank's own batches")
-        ids = [self._new_id(shared) for _ in range(size)]
-        layers, ranks, size = self.shape.num_layers, self.exchange.size, self.config.page_size
-        batch = SequenceBatch(ids, layers, ranks, size, shared, self.streams)
+        batch = SequenceBatch(size, self.shape.num_layers, self.config.page_size, shared, self.streams)
         self._batches.append(batch)
         return batch
 
     def admit(self, batch: SequenceBatch) -> int:
-        """Adds a new sequence to a batch, between passes; returns its row, which may be that of a released one."""
+        """Adds a new sequence to a batch, between passes; returns its index, which may be that of a released one."""
         if batch not in self._batches:
             self._batches.append(batch)
-        return batch.admit(self._new_id(batch.shared))
+        return batch.admit()
 
     @property
     def has_to_release(self) -> bool:
         """Whether finished sequences of this rank still have their pages, which go with the next step plan."""
         return bool(self._released or self.abandoned)
 
-    def _new_id(self, shared: bool) -> int:
-        if shared:  # the same on every rank, and none that a rank gives its own sequences
-            self._next_shared_id -= 1
-            return self._next_shared_id
-        self._next_id += 1
-        return self._next_id - 1
-
-    def release(self, batch: SequenceBatch, rows: list[int] | None = None) -> None:
+    def release(self, batch: SequenceBatch, indices: list[int] | None = None) -> None:
         """Gives back finished sequences: their tails at once, their pages with the next step plan."""
-        rows = list(range(len(batch))) if rows is None else rows
-        self.sender.drop(batch, rows)
-        self._released += batch.release(rows)
+        indices = list(range(len(batch))) if indices is None else indices
+        self.sender.drop(batch, indices)
+        self._released += batch.release(indices)
         if not any(batch.alive) and batch in self._batches:
             self._batches.remove(batch)
 
@@ -258,31 +228,26 @@ class ExpertShardedKVCache:
         """
         while self.abandoned:
             self.release(self.abandoned.popleft())
+        broken = [other for other in self._batches if other.in_step]
         if batch is not None and batch.in_step:
             layer = batch.first_open_layer
             error = error or (
                 f"the previous forward pass of this batch was broken off at layer {layer} (by an error, or because "
                 "the experts of that layer did not run); release it and start anew"
             )
-        entries: list[tuple[int, int]] = []
-        seals = [0] * self.shape.num_layers
+        for other in broken:  # nobody can go on with it
+            self.release(other)
         begun = batch is not None and error is None
+        entries: list[tuple[int, int]] = []
         if batch is not None and begun:
             batch.begin(new)
-            for row in range(len(batch)):
-                prompt = new[row] > 1 and not batch.lengths[row] and self.evictor.cuts
-                for layer in range(self.shape.num_layers):
-                    pages = self.evictor.sealed_pages(new[row], layer) if prompt else 0
-                    seals[layer] += pages if prompt else batch.filling(row) * self.streams
-                if new[row] and batch.sealed[row]:
-                    entries.append((batch.ids[row], new[row]))
-        kinds = {page.batch.shared for page in self.sender.staged} | ({batch.shared} if batch is not None else set())
+            entries = [(batch.rows[index], n) for index, n in enumerate(new) if n]
+        kinds = {pages.batch.shared for pages in self.sender.staged} | ({batch.shared} if batch is not None else set())
         if len(kinds) > 1:
             mixed = "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
             error = error or mixed
-        shared = True in kinds
         try:
-            self._exchange_plan(entries, seals, max(new, default=0), error, shared, digest)
+            self._exchange_plan(batch if begun else None, entries, error, True in kinds, digest)
         except PiKVError:  # the other ranks know nothing of any other error, and make the pass
             if batch is not None and begun:
                 batch.break_off()
@@ -309,10 +274,10 @@ class ExpertShardedKVCache:
         out = self.attention(self.plan, batch, layer, query, key, value, scale, attend_prompts)
         if self.evictor.cuts:
             values = self.layout.values(key, value)
-            for row, mine in batch.prompts():
+            for index, mine in batch.prompts():
                 q, k, v = (x[mine].transpose(0, 1) for x in (query, key, values))
                 prompt = Prompt(q, k, v, scale, None if source is None else source(mine))
-                batch.scores.setdefault(layer, {})[row] = self.evictor.rate(prompt)
+                batch.scores.setdefault(layer, {})[index] = self.evictor.rate(prompt)
         self._measure()
         return out
 
@@ -340,7 +305,8 @@ class ExpertShardedKVCache:
         batch.scores.pop(layer, None)
         self._measure()
         if self.plan.prefill:
-            self._note(self.sender.send(self.plan, [of_rank[layer] for of_rank in self.plan.seals]))
+            counts = [of_rank[layer] if of_rank else 0 for of_rank in self.plan.seals]
+            self._send(Sending(self.plan.sealing, counts, range(layer * self.streams, (layer + 1) * self.streams)))
         batch.close_layer(layer)
         if not batch.in_step and self.plan.prefill:
             self.sender.settle()
@@ -348,16 +314,12 @@ class ExpertShardedKVCache:
         if self.config.debug and not batch.in_step:
             self.check_integrity()
 
-    def _note(self, sent: Sent) -> None:
-        """Tells those who keep account of pages what has been placed on all ranks, and stored on this one."""
-        for source, header in sent.placed:
-            sequence = (source, header.sequence)
-            self.evictor.placed(sequence, header.unit, header.page_format)
-            if self.rebalancer is not None:
-                self.rebalancer.placed(sequence, header.unit, header.page_idx, header.owner, header.home)
-        self.evictor.stored(sent.slots, sent.scores)
-        if sent.slots and self.attention.reuse is not None:
-            self.attention.reuse.stored(sent.slots, self.pool.num_slots)
+    def _send(self, sending: Sending) -> None:
+        """Sends what is staged, and tells the evictor of it."""
+        assert self.plan is not None
+        self.sender.send(self.plan, sending)
+        for rows in sending.rows:
+            self.evictor.grown(rows)
 
     def bound(self, num_tokens: int) -> int:
         """Most tokens of a sequence of this length that a rank ever keeps at a layer."""
@@ -391,28 +353,29 @@ class ExpertShardedKVCache:
         """Checks the invariants that one rank can see; raises AssertionError."""
         self.pool.check_integrity()
         self.table.check_integrity(self.pool)
+        self.ledger.check_integrity()
+        here = int(self.ledger.totals[self.exchange.rank])
+        assert here == self.pool.num_used, f"{self.pool.num_used} pages here, {here} in the ledger"
         size = self.config.page_size
         for batch in self._batches:
             if batch.in_step:  # a pass of it was broken off, so its counts are neither old nor new
                 continue
-            for row in range(len(batch)):
-                if not batch.alive[row]:
+            staged = np.zeros((self.num_units, len(batch)), np.int64)
+            for pages in self.sender.staged:
+                if pages.batch is batch:
+                    np.add.at(staged[pages.unit], pages.index, 1)
+            for index, row in enumerate(batch.rows):
+                if not batch.alive[index] or row == NO_ROW:
                     continue
-                length = batch.lengths[row]
-                bound = self.bound(length)
-                for unit in range(self.num_units):
-                    staged = sum(p.batch is batch and p.row == row and p.unit == unit for p in self.sender.staged)
-                    loads, dropped = batch.loads[unit][row], batch.dropped[unit][row]
-                    assert sum(loads) + staged + dropped == batch.sealed[row], (
-                        "a sealed page is not stored exactly once"
-                    )
-                    assert self.evictor.cuts or not dropped, "a page was dropped though there is no budget"
-                    for rank, pages in enumerate(loads):
-                        own = rank == self.exchange.rank and not batch.shared
-                        tail = batch.open_tokens(row) + staged * size if own else 0
-                        assert pages * size + tail <= bound, (
-                            f"rank {rank} holds {pages * size + tail} tokens of a sequence of {length}, bound {bound}"
-                        )
+                held, waits, dropped = self.ledger.pages[row], staged[:, index], batch.dropped[:, index]
+                known = held.sum(1) + waits + dropped == batch.sealed[index]
+                assert known.all(), "a sealed page is not stored exactly once"
+                assert self.evictor.cuts or not dropped.any(), "a page was dropped though there is no budget"
+                length, tokens = batch.lengths[index], held * size
+                if not batch.shared:
+                    tokens[:, self.exchange.rank] += batch.open_tokens(index) + waits * size
+                most, bound = int(tokens.max()), self.bound(length)
+                assert most <= bound, f"a rank holds {most} tokens of a sequence of {length}, bound {bound}"
 
     # -- sizes -------------------------------------------------------------------------------
 
@@ -426,14 +389,14 @@ class ExpertShardedKVCache:
     def stored_tokens(self) -> int:
         """Tokens times layers that lie on this rank: pages of everybody, own tails, staged pages."""
         tails = sum(
-            b.open_tokens(row) * self.shape.num_layers for b in self._batches for row in range(len(b)) if b.alive[row]
+            b.open_tokens(i) * self.shape.num_layers for b in self._batches for i in range(len(b)) if b.alive[i]
         )
-        return (self.pool.num_used + len(self.sender.staged)) * self.config.page_size // self.streams + tails
+        return (self.pool.num_used + self.sender.num_staged) * self.config.page_size // self.streams + tails
 
     @property
     def own_tokens(self) -> int:
         """Tokens of this rank's own living sequences: what an unsharded cache would keep here."""
-        return sum(b.lengths[row] for b in self._batches for row in range(len(b)) if b.alive[row])
+        return sum(b.lengths[i] for b in self._batches for i in range(len(b)) if b.alive[i])
 
     def _measure(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.kv_bytes)
@@ -456,16 +419,23 @@ class ExpertShardedKVCache:
 
     def _exchange_plan(
         self,
+        batch: SequenceBatch | None,
         entries: list[tuple[int, int]],
-        seals: list[int],
-        most_new: int,
         error: str | None,
         shared: bool,
         digest: int,
     ) -> None:
+        """Tells the other ranks of this one's pass, and makes the same plan as they.
+
+        Args:
+            batch: of this pass, whose new sequences get their rows.
+            entries: ``(row, tokens)`` of each of its sequences that take part; `NO_ROW` for new ones.
+        """
         self.sender.settle()
-        self.evictor.settle(self.plan, self.num_steps)
-        free = self.pool.num_free()
+        self.shard.step = self.num_steps
+        self.evictor.settle(self.plan, self.attention.totals)
+        self.attention.totals.clear()
+        self.ledger.commit()
         status, error = self._status(error)
         changed = entries != self._announced
         mine = Announcement(
@@ -474,69 +444,131 @@ class ExpertShardedKVCache:
             num_entries=len(entries) if changed else 0,
             changed=int(changed),
             num_released=len(self._released),
-            seals=sum(seals),
-            prompt=int(most_new > 1),
-            staged=len(self.sender.staged),
-            free=UNLIMITED if free is None else free,
-            spare=UNLIMITED if free is None else self.pool.num_free(reserve=True) or 0,
-            own_tokens=self._after_pass.own_tokens,
             shared=int(shared),
             digest=digest if shared else 0,
             committed=self.committed_tokens,
-            pages=self.pool.num_used,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_steps += 1
-        if self.attention.reuse is not None:
-            self.attention.reuse.step = self.num_steps
+        if self.shard.reuse is not None:
+            self.shard.reuse.step = self.num_steps
         if step.any_failed(everyone):
             self._flags.zero_()
             raise step.failure(everyone, self.exchange.all_gather_text(error), self.exchange.rank)
         step.check_together(everyone)
         self.committed_by_rank = [a.committed for a in everyone]
-        self.pages_by_rank = [a.pages for a in everyone]
-        own_tokens = sum(a.own_tokens for a in everyone)
+        own_tokens = self.ledger.own_tokens()
         if own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass
-        self._exchange_sequences(everyone, entries, changed)
-        frees, spare = self._free_after_release(everyone)
-        fetches = tuple(
-            tuple(i for i, tokens in rows if self._fetches(source, i, tokens))
-            for source, rows in enumerate(self._plan_rows)
-        )
-        queries = tuple(
-            tuple(row for row in rows if row[0] not in fetched)
-            for rows, fetched in zip(self._plan_rows, fetches, strict=True)
-        )
-        prompt = any(a.prompt for a in everyone)
-        if prompt and self.evictor.cuts:  # layers may keep different numbers of pages
-            seals_of_all = tuple(tuple(row) for row in self.exchange.all_gather(seals))
-        else:
-            seals_of_all = tuple((a.seals // len(seals),) * len(seals) for a in everyone)
-        self.plan = StepPlan(queries, fetches, seals_of_all, prompt, frees, shared)
-        staged = [a.staged for a in everyone]
-        own = slice(SHARED_SOURCE, SHARED_SOURCE + 1) if shared else slice(None)  # whose pages need room
-        seals_now = sum(a.seals for a in everyone[own])
+        every, gone = self._exchange_rows(everyone, entries, changed)
+        step.check_shared(everyone, every)
+        sources = [SHARED_SOURCE] if shared else range(self.exchange.size)  # whose pages need room
+        prefill = any(n > 1 for rows in every for _, n in rows)
+        seals = [self._seals(every[source]) if source in sources else [] for source in range(self.exchange.size)]
+        unsent = [rows[~np.isin(rows, gone)] for rows in self._unsent]
+        free, spare = self._free_without(gone)
         step.check_room(
-            seals_now + sum(staged[own]),
-            sum(spare if prompt else frees),
-            prompt,
+            sum(map(sum, seals)) + sum(map(len, unsent)) * self.num_units,
+            sum(spare if prefill else free),
+            prefill,
             self.config,
             self.num_units * self.exchange.size,
             self.layout.page_bytes,
         )
-        self._note(self.sender.send(self.plan, staged))
+        # From here on the plan stands, on all ranks alike.
+        for row in gone:
+            self._forget(row)
+        self._unsent, self._released = unsent, []
+        self._entries = self._number(every, shared)
+        self._announced = list(self._entries[self.exchange.rank])
+        if batch is not None:
+            for (index, _), (row, _) in zip(batch.slices(), self._announced, strict=True):
+                batch.rows[index] = row
+        self.plan = self._plan(sources, seals, prefill, free, shared)
+        try:
+            self._send(Sending(unsent, [len(rows) * self.num_units for rows in unsent], range(self.num_units)))
+        except PiKVError:
+            self.ledger.new[:] = 0
+            raise
+        self._unsent = [rows[:0] if prefill else rows for rows in self.plan.sealing]
         self.sender.settle()
-        evicted = self.evictor.evict(self.sender.num_sealed, self._batches)
+        self.evictor.evict(self._batches)
         if self.rebalancer is not None:
-            for page in evicted:
-                self.rebalancer.evicted(page)
-            self.rebalancer.step(self.num_steps, self.plan.free, self.sender.num_sealed, self._batches)
-        if self.table.trace is not None:
+            self.rebalancer.step(self.num_steps, self.plan.free)
+        if self.shard.trace is not None:
             bytes_now = self.kv_bytes, self.pool.page_storage_bytes
-            self.table.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
+            self.shard.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
         for watcher in self.watchers:
             watcher(self)
+
+    def _exchange_rows(
+        self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool
+    ) -> tuple[list[Sequence[tuple[int, int]]], list[int]]:
+        """Which rows take part in the pass, of every source, and which are finished."""
+        released = [(row, 0) for row in self._released]
+        table = [*entries, *released] if changed else released
+        counts = [a.num_entries + a.num_released for a in everyone]
+        every: list[Sequence[tuple[int, int]]] = []
+        gone: list[int] = []
+        for source, rows in enumerate(self.exchange.all_gather_ragged(table, 2, counts)):
+            announced = everyone[source]
+            mine = [(row, n) for row, n in rows[: announced.num_entries]]
+            every.append(mine if announced.changed else self._entries[source])
+            # of a row that all ranks have, one rank's word counts
+            gone += [row for row, _ in rows[announced.num_entries :] if self.ledger.source[row] == source]
+        return every, gone
+
+    def _seals(self, rows: Sequence[tuple[int, int]]) -> list[int]:
+        """Pages that some rows seal in this pass, ``[layers]``."""
+        layers, size = self.shape.num_layers, self.config.page_size
+        filling, prompts = 0, []
+        for row, n in rows:
+            before = 0 if row == NO_ROW else int(self.ledger.lengths[row])
+            if self.evictor.cuts and n > 1 and not before:
+                prompts.append(n)
+            else:
+                filling += (before + n) // size - before // size
+        return [
+            filling * self.streams + sum(self.evictor.sealed_pages(n, layer) for n in prompts)
+            for layer in range(layers)
+        ]
+
+    def _free_without(self, gone: list[int]) -> tuple[list[int], list[int]]:
+        """Free pages of every rank, all and without the reserve, once some rows are gone."""
+        capacity, reserved = self.pool.capacity_pages, self.pool.reserved_pages
+        if capacity is None:
+            return [UNLIMITED] * self.exchange.size, [UNLIMITED] * self.exchange.size
+        free = capacity - self.ledger.totals + self.ledger.pages[gone].sum((0, 1))
+        return free.clip(min=0).tolist(), (free - reserved).clip(min=0).tolist()
+
+    def _number(self, every: Sequence[Sequence[tuple[int, int]]], shared: bool) -> list[tuple[tuple[int, int], ...]]:
+        """Gives new sequences their rows, and notes what each row appends."""
+        out: list[tuple[tuple[int, int], ...]] = []
+        for source, rows in enumerate(every):
+            if shared and source != SHARED_SOURCE:  # the same sequences
+                out.append(out[SHARED_SOURCE])
+                continue
+            out.append(tuple((self.ledger.join(source, shared) if row == NO_ROW else row, n) for row, n in rows))
+        for row, n in {pair for rows in out for pair in rows}:
+            self.ledger.new[row] = n
+        return out
+
+    def _plan(
+        self, sources: Sequence[int], seals: list[list[int]], prefill: bool, free: list[int], shared: bool
+    ) -> StepPlan:
+        """What follows from the rows of this pass."""
+        queries, fetches, sealing = [], [], []
+        for source in range(self.exchange.size):
+            rows = np.array([row for row, _ in self._entries[source]] if source in sources else [], np.int64)
+            pages, filling = self.ledger.num_sealed(rows).tolist(), self.ledger.filling(rows) > 0
+            asking = [(*entry, n) for entry, n in zip(self._entries[source], pages, strict=False) if n]
+            fetched = {row for row, n, held in asking if not shared and self.attention.cheaper_to_fetch(held, n)}
+            queries.append(tuple((row, n) for row, n, _ in asking if row not in fetched))
+            fetches.append(tuple(row for row, _, _ in asking if row in fetched))
+            sealing.append(rows[filling])
+        return StepPlan(
+            tuple(queries), tuple(fetches), tuple(sealing), tuple(map(tuple, seals)), prefill, free, shared
+        )
 
     def _status(self, error: str | None) -> tuple[int, str | None]:
         """This rank's status and its error, if there is one, once what was noted of sealed pages is read."""
@@ -570,37 +602,10 @@ class ExpertShardedKVCache:
             "codecs": codecs,
         }
 
-    def _exchange_sequences(self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool) -> None:
-        """Which sequences ask for their pages, where that has changed, and which are finished."""
-        released = [(i, 0) for i in self._released]
-        table = [*entries, *released] if changed else released
-        counts = [a.num_entries + a.num_released for a in everyone]
-        for source, rows in enumerate(self.exchange.all_gather_ragged(table, 2, counts)):
-            announced = everyone[source]
-            if announced.changed:
-                self._plan_rows[source] = tuple((s, n) for s, n in rows[: announced.num_entries])
-            for sequence, _ in rows[announced.num_entries :]:
-                self._forget((source, sequence))
-        self._announced, self._released = entries, []
-
-    def _fetches(self, source: int, sequence: int, query_tokens: int) -> bool:
-        if sequence < 0:  # shared: no query travels
-            return False
-        pages = self.sender.num_sealed.get((source, sequence), 0)
-        return self.attention.cheaper_to_fetch(pages, query_tokens)
-
-    def _forget(self, sequence: tuple[int, int]) -> None:
-        """Returns a finished sequence's pages to the pool."""
-        self.pool.free(self.table.remove(sequence))
-        self.sender.num_sealed.pop(sequence, None)
-        self.evictor.forget(sequence)
+    def _forget(self, row: int) -> None:
+        """A sequence is finished: its pages go back to the pool."""
+        self.shard.release(row)
+        self.ledger.leave(row)
+        self.evictor.forget(row)
         if self.rebalancer is not None:
-            self.rebalancer.forget(sequence)
-        self.attention.audit.forget(sequence)
-
-    def _free_after_release(self, everyone: list[Announcement]) -> tuple[list[int], list[int]]:
-        """Free pages of every rank, all and without the reserve, once finished sequences are gone."""
-        if not any(a.num_released for a in everyone) or self.config.capacity_tokens is None:
-            return [a.free for a in everyone], [a.spare for a in everyone]
-        now = self.exchange.all_gather([self.pool.num_free() or 0, self.pool.num_free(reserve=True) or 0])
-        return [free for free, _ in now], [spare for _, spare in now]
+            self.rebalancer.forget(row)

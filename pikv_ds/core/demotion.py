@@ -8,25 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from pikv_ds.core.formats import PageFormat
-from pikv_ds.core.pages import PagePool, PageTable
-from pikv_ds.core.reuse import Reuse
-
-Sequence = tuple[int, int]
-"""Source rank and id."""
+from pikv_ds.core.shard import Shard
+from pikv_ds.core.table import Ints
 
 
 @dataclass
 class Demoter:
     """Moves pages into the last of the formats."""
 
-    formats: list[PageFormat]
-    pool: PagePool
-    table: PageTable
-    reuse: Reuse | None
+    shard: Shard
     flags: Tensor
     """See `PageSender`: what the first codec held may be beyond the second."""
     counters: Counter[str] = field(default_factory=Counter)
@@ -35,31 +28,33 @@ class Demoter:
     @property
     def page_format(self) -> int:
         """The format of demoted pages."""
-        return len(self.formats) - 1
+        return len(self.shard.formats) - 1
 
-    def demote(self, pages: list[tuple[Sequence, int, int]], streams: int) -> list[int]:
-        """Demotes pages ``(sequence, unit, page number)`` that lie here; returns their new slots."""
-        groups: dict[tuple[int, int], list[tuple[Sequence, int]]] = {}  # by unit and format: they share bases
-        for sequence, unit, page_idx in pages:
-            slot = next(slot for p, slot in self.table.pages(sequence, unit) if p == page_idx)
-            groups.setdefault((unit, self.pool.format_of(slot)), []).append((sequence, page_idx))
-        out: list[int] = []
-        for (unit, page_format), members in groups.items():
-            before, after = self.formats[page_format], self.formats[self.page_format]
-            slots = [self.table.remove_page(sequence, unit, page_idx, "demote") for sequence, page_idx in members]
-            encoded = torch.empty(len(slots), before.size.page, dtype=torch.uint8, device=self.pool.device)
-            at = torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
-            before.ops.gather_pages(self.pool.pages[page_format], at, encoded)
-            layer, head = divmod(unit, streams)
+    def demote(self, rows: Ints, units: Ints, numbers: Ints, serials: Ints) -> None:
+        """Demotes pages that lie here, ``[N]``.
+
+        Args:
+            serials: of the rows' sequences.
+        """
+        shard = self.shard
+        slots, formats = shard.table.find(rows, units, numbers)
+        groups = units * len(shard.formats) + formats  # pages of a unit and format share bases
+        for group in np.unique(groups).tolist():
+            which = np.flatnonzero(groups == group)
+            unit, page_format = divmod(group, len(shard.formats))
+            before, after = shard.formats[page_format], shard.formats[self.page_format]
+            layer, head = divmod(unit, shard.streams)
+            encoded = shard.read(slots[which], page_format, summaries=False)
             flags = self.flags[layer : layer + 1]
-            payload = after.seal(layer, head, *before.unseal(layer, head, encoded), flags)
-            self.pool.free(slots)  # first, so that a full pool has room
-            new = self.pool.allocate(len(slots), self.page_format)
-            self.pool.write(new, payload[:, : after.size.page], payload[:, after.size.page :])
-            for (sequence, page_idx), slot in zip(members, new, strict=True):
-                self.table.add(sequence, unit, page_idx, slot, self.page_format)
-            if self.reuse is not None:
-                self.reuse.stored(new, self.pool.num_slots)
-            out += new
-        self.counters["demoted_pages"] += len(out)
-        return out
+            keys, values = before.unseal(layer, head, encoded)
+            payload = after.seal(layer, head, keys, values, flags)
+            headers = shard.headers(rows[which], units[which], numbers[which], slots[which], formats[which])
+            cold = headers._replace(
+                formats=np.full(len(which), self.page_format),
+                masses=np.zeros(len(which), np.int64),
+                last_steps=np.full(len(which), shard.step),
+                visits=np.zeros(len(which), np.int64),
+            )
+            shard.free(shard.take(rows[which], units[which], numbers[which], "demote"))  # so a full pool has room
+            shard.write(shard.put(cold, serials[which]), self.page_format, payload)
+        self.counters["demoted_pages"] += len(rows)

@@ -19,11 +19,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pikv_ds.errors import LostRankError, PeerError, UsageError
+
+Ints = NDArray[np.int64]
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """One name until torch 2.12, the other since."""
@@ -150,6 +154,42 @@ class Exchange:
         return [
             [table[i * width : (i + 1) * width] for i in range(n)] for table, n in zip(tables, counts, strict=True)
         ]
+
+    def gather_arrays(self, mine: Ints, sizes: Sequence[int], kind: str) -> list[Ints]:
+        """Every rank's integers, of which all know the number beforehand.
+
+        Args:
+            mine: ``[sizes[self.rank]]``.
+        """
+        if self.size == 1:
+            return [mine]
+        padded = np.zeros(max(sizes), np.int64)
+        padded[: len(mine)] = mine
+        everyone = torch.empty(self.size * len(padded), dtype=torch.int64, device=self.device)
+        with talking("exchanged where pages go", self.waited_s):
+            _all_gather(everyone, torch.from_numpy(padded).to(self.device), group=self.group)
+        self.sent_bytes[kind] += padded.nbytes * (self.size - 1)
+        return [row[:n] for row, n in zip(everyone.view(self.size, -1).cpu().numpy(), sizes, strict=True)]
+
+    def swap_arrays(self, table: Ints, send: Sequence[int], receive: Sequence[int], kind: str) -> Ints:
+        """Gives every rank its rows of a table of integers, and takes those that the others have for this one.
+
+        Args:
+            table: ``[sum(send), width]``, ordered by receiver.
+            send, receive: rows to and from every rank.
+
+        Returns:
+            ``[sum(receive), width]``, in rank order.
+        """
+        width = table.shape[1]
+        received = torch.empty(sum(receive) * width, dtype=torch.int64, device=self.device)
+        payload = torch.from_numpy(np.ascontiguousarray(table).reshape(-1)).to(self.device)
+        with talking("exchanged where pages go", self.waited_s):
+            dist.all_to_all_single(
+                received, payload, [n * width for n in receive], [n * width for n in send], group=self.group
+            )
+        self.sent_bytes[kind] += payload.nbytes
+        return received.view(-1, width).cpu().numpy()
 
     def all_gather_floats(self, values: Tensor, counts: Sequence[int], kind: str = "utility") -> list[Tensor]:
         """Every rank's float32 values, of which all know the number beforehand.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.config import PiKVConfig
-from pikv_ds.core.pages import PageSize
+from pikv_ds.core.pool import PageSize
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.layout import PageLayout, SealFlag
 from pikv_ds.ops import Ops

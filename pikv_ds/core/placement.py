@@ -1,4 +1,4 @@
-"""From a page's home expert to the rank that owns it. Pure functions, no communication.
+"""From a page's votes to the rank that owns it. No communication.
 
 Routing is skewed, so the memory bound of the store is enforced here: for every sequence and layer
 no rank keeps more than ``ceil(L/G) + ceil(L/E) + page_size`` tokens. The source rank of a sequence
@@ -8,43 +8,29 @@ places all its pages, so it knows every rank's share of it without asking anybod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pikv_ds.policies.topology import Topology
 
+NO_OWNER = -1
+Whole = TypeVar("Whole", int, NDArray[np.int64])
 
-def rank_bound(num_tokens: int, page_size: int, topology: Topology) -> int:
+
+def rank_bound(num_tokens: Whole, page_size: int, topology: Topology) -> Whole:
     """Most tokens of a sequence of ``num_tokens`` that a rank keeps at a layer, at any skew of the routing."""
     return -(-num_tokens // topology.num_ranks) - (-num_tokens // topology.num_experts) + page_size
 
 
-def page_limits(num_tokens: int, page_size: int, topology: Topology, source: int | None) -> list[int]:
-    """How many pages of one sequence and layer each rank may hold, ``[num_ranks]``.
+def owner_limit(num_tokens: Whole, page_size: int, topology: Topology) -> Whole:
+    """How many pages of a sequence and unit a rank may own when ``num_tokens`` of the sequence are there.
 
-    Args:
-        num_tokens: length L of the sequence in tokens, the open tail included.
-        source: the sequence's own rank. It also keeps the tail, for which one page is reserved. None:
-            every rank has the sequence and its tail, beside these pages.
+    The sequence's own rank may own one less: it also keeps the tail. Where every rank has the sequence and its tail,
+    all may own as many. A page's limit uses the tokens up to its end, so that every prefix of a sequence is bounded.
     """
-    limit = rank_bound(num_tokens, page_size, topology) // page_size
-    return [limit - 1 if rank == source else limit for rank in range(topology.num_ranks)]
-
-
-def choose_owner(
-    preference: Sequence[int], loads: Sequence[int], limits: Sequence[int], free: Sequence[int]
-) -> int | None:
-    """The first preferred rank with room, else the least loaded one with room, else None.
-
-    Args:
-        preference: ranks, best first; may name only some of them.
-        loads: pages of this sequence and layer that each rank already holds, ``[num_ranks]``.
-        limits: how many it may hold, ``[num_ranks]``.
-        free: pages that each rank's pool can still take from this source, ``[num_ranks]``.
-    """
-    for rank in preference:
-        if loads[rank] < limits[rank] and free[rank] > 0:
-            return rank
-    rest = [r for r in range(len(loads)) if loads[r] < limits[r] and free[r] > 0]
-    return min(rest, key=lambda r: (loads[r], r)) if rest else None
+    return rank_bound(num_tokens, page_size, topology) // page_size
 
 
 def fair_shares(free: Sequence[int], demand: Sequence[int]) -> list[list[int]]:

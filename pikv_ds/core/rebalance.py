@@ -9,49 +9,21 @@ decide the same from what they have exchanged; the bound on a rank's share of a 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from pikv_ds.core.eviction import Evicted, Evictor
 from pikv_ds.core.exchange import Exchange
-from pikv_ds.core.pages import PagePool, PageTable
-from pikv_ds.core.placement import page_limits
-from pikv_ds.core.reuse import Reuse
-from pikv_ds.core.sequences import SequenceBatch
-from pikv_ds.core.step import SHARED_SOURCE
+from pikv_ds.core.ledger import Ledger
+from pikv_ds.core.placement import owner_limit
+from pikv_ds.core.shard import Headers, Shard
+from pikv_ds.core.table import Ints
+from pikv_ds.core.transfer import Incoming, Outgoing, in_order
 from pikv_ds.policies.placements import Packing
 from pikv_ds.policies.topology import Topology
-
-Key = tuple[int, int]
-"""A sequence: source rank and id."""
-
-
-class Move(NamedTuple):
-    """A page that would change its rank."""
-
-    source: int
-    sequence: int
-    unit: int
-    page_idx: int
-    page_format: int
-    home: int
-    """Its expert, -1 in an empty row."""
-    target: int
-    """Rank."""
-    mass: int
-    """What retention knows of it: the bits of its mass, its last step and visits."""
-    last_step: int
-    visits: int
-
-    @property
-    def key(self) -> Key:
-        return self.source, self.sequence
-
-
-NOTHING = Move(0, 0, 0, 0, 0, -1, 0, 0, 0, 0)
 
 
 class Rebalancer:
@@ -62,155 +34,130 @@ class Rebalancer:
     """
 
     def __init__(
-        self,
-        policy: Packing,
-        exchange: Exchange,
-        pool: PagePool,
-        table: PageTable,
-        topologies: list[Topology],
-        evictor: Evictor,
-        reuse: Reuse | None,
-        page_size: int,
+        self, policy: Packing, exchange: Exchange, shard: Shard, ledger: Ledger, topologies: list[Topology]
     ) -> None:
-        self.policy, self.exchange, self.pool, self.table, self.topologies = policy, exchange, pool, table, topologies
-        self.evictor, self.reuse, self.page_size = evictor, reuse, page_size
+        self.policy, self.exchange, self.shard, self.ledger = policy, exchange, shard, ledger
+        self.topologies = topologies
         self.counters: Counter[str] = Counter()
         """``repacks`` of a layer's experts, and ``moved_pages`` that have come here."""
-        self._homes: dict[Key, dict[tuple[int, int], int]] = {}  # home expert of the pages here, [unit, number]
-        self._loads: dict[Key, list[list[int]]] = {}  # pages of everybody, [unit][rank]
-        self._queue: deque[tuple[Key, int, int]] = deque()  # (sequence, unit, page number) here, to be moved
+        self._queue = np.zeros((0, 3), np.int64)  # pages here that are to move: row, unit, number
         self._moving = False  # the same on every rank
 
-    def placed(self, sequence: Key, unit: int, page_idx: int, owner: int, home: int) -> None:
-        """A page has got an owner; told on every rank alike."""
-        units = self._loads.setdefault(sequence, [[0] * self.exchange.size for _ in range(self.table.num_units)])
-        units[unit][owner] += 1
-        if owner == self.exchange.rank and home >= 0:
-            self._homes.setdefault(sequence, {})[unit, page_idx] = home
+    def forget(self, row: int) -> None:
+        """A row is gone."""
+        self._queue = self._queue[self._queue[:, 0] != row]
 
-    def evicted(self, page: Evicted) -> None:
-        """A page is gone; told on every rank alike."""
-        self._loads[page.sequence][page.unit][page.owner] -= 1
-        self._homes.get(page.sequence, {}).pop((page.unit, page.page_idx), None)
-
-    def forget(self, sequence: Key) -> None:
-        """A sequence is gone."""
-        self._homes.pop(sequence, None)
-        self._loads.pop(sequence, None)
-
-    def step(self, step: int, free: list[int], num_sealed: dict[Key, int], batches: list[SequenceBatch]) -> None:
+    def step(self, step: int, free: list[int]) -> None:
         """Looks whether it is time to pack anew, and moves some pages. Every rank calls it at the same point.
 
         Args:
             step: number of the pass, the same on every rank.
             free: pages that each rank's pool can still take; kept up to date.
-            num_sealed: pages given out so far, per sequence.
-            batches: this rank's own, whose counts of pages are kept up to date.
         """
         if step % self.policy.every == 0:
             self._look()
         if self._moving:
-            self._move(free, num_sealed, batches)
+            self._move(free)
 
     def _look(self) -> None:
-        streams, experts = self.evictor.streams, self.topologies[0].num_experts
-        layers = len(self.topologies)
-        mine = [0] * (layers * experts)
-        for homes in self._homes.values():
-            for (unit, _), home in homes.items():
-                mine[unit // streams * experts + home] += 1
-        everyone = self.exchange.all_gather(mine, kind="rebalance")
+        mine = self.shard.by_expert
+        assert mine is not None
+        sizes = [mine.size] * self.exchange.size
+        everyone = self.exchange.gather_arrays(mine.reshape(-1), sizes, kind="rebalance")
+        counts = np.sum(everyone, axis=0).reshape(mine.shape)
         for layer, topology in enumerate(self.topologies):
-            part = slice(layer * experts, (layer + 1) * experts)
-            counts = [sum(column) for column in zip(*(row[part] for row in everyone), strict=True)]
-            packed = pack(counts, topology, self.policy.slack, self.policy.redundant)
+            packed = pack(counts[layer].tolist(), topology, self.policy.slack, self.policy.redundant)
             if packed is not None:
                 self.topologies[layer] = dataclasses.replace(topology, homes=packed)
                 self.counters["repacks"] += 1
                 self._moving = True
         if self._moving:
-            self._queue = deque(
-                (sequence, unit, page_idx)
-                for sequence, homes in self._homes.items()
-                for (unit, page_idx), home in homes.items()
-                if self.topologies[unit // streams].owner(home, page_idx) != self.exchange.rank
-            )
+            self._queue = self._misplaced()
 
-    def _move(self, free: list[int], num_sealed: dict[Key, int], batches: list[SequenceBatch]) -> None:
-        proposals = [move for move in (self._proposal() for _ in range(self.policy.moves)) if move is not None]
-        rows = [x for move in [*proposals, *[NOTHING] * (self.policy.moves - len(proposals))] for x in move]
-        tables = self.exchange.all_gather(rows, kind="rebalance")
-        width = len(Move._fields)
-        accepted: list[list[Move]] = []
-        seen = False
-        for rank, table in enumerate(tables):
-            accepted.append([])
-            for at in range(0, len(table), width):
-                move = Move(*table[at : at + width])
-                if move.home < 0:
-                    break
-                seen = True
-                loads = self._loads[move.key][move.unit]
-                topology = self.topologies[move.unit // self.evictor.streams]
-                source = None if move.sequence < 0 else move.source
-                limit = page_limits(num_sealed[move.key] * self.page_size, self.page_size, topology, source)
-                if loads[move.target] < limit[move.target] and free[move.target] > 0:
-                    loads[rank] -= 1
-                    loads[move.target] += 1
-                    free[move.target] -= 1
-                    free[rank] += 1
-                    accepted[-1].append(move)
-                    self._note(move, rank, batches)
-        self._moving = seen
-        if any(accepted):
-            self._exchange(accepted)
+    def _misplaced(self) -> Ints:
+        """Pages here that belong to another rank: row, unit and number, ``[N, 3]``."""
+        num_units, rows = self.ledger.num_units, self.ledger.rows
+        every_row, every_unit = np.repeat(rows, num_units), np.tile(np.arange(num_units), len(rows))
+        found = []
+        for page_format in range(self.shard.table.num_formats):
+            entries = self.shard.table.entries(every_row, every_unit, page_format)
+            homes = self.shard.homes(entries.slots)
+            units = every_unit[entries.which]
+            pages = np.stack([every_row[entries.which], units, entries.numbers], axis=1)
+            targets = self._targets(units, entries.numbers, homes)
+            found.append(pages[(homes >= 0) & (targets != self.exchange.rank)])
+        return np.concatenate(found)
 
-    def _proposal(self) -> Move | None:
-        """The next page of the queue that is still here."""
-        while self._queue:
-            sequence, unit, page_idx = self._queue.popleft()
-            home = self._homes.get(sequence, {}).get((unit, page_idx))
-            if home is None:
-                continue
-            for page_format in range(self.table.num_formats):
-                for number, slot in self.table.pages(sequence, unit, page_format):
-                    if number == page_idx:
-                        target = self.topologies[unit // self.evictor.streams].owner(home, page_idx)
-                        known = self.evictor.knowledge(slot)
-                        return Move(*sequence, unit, page_idx, page_format, home, target, *known)
-        return None
+    def _targets(self, units: Ints, numbers: Ints, homes: Ints) -> Ints:
+        """The ranks that pages belong to by their home experts, ``[N]``."""
+        targets, layers = np.full(len(units), self.exchange.rank), units // self.shard.streams
+        for layer in np.unique(layers):
+            here = layers == layer
+            owners = self.topologies[layer].owners(numbers[here])
+            targets[here] = np.take_along_axis(owners, homes[here, None].clip(min=0), axis=1)[:, 0]
+        return targets
 
-    def _note(self, move: Move, rank: int, batches: list[SequenceBatch]) -> None:
-        """Keeps the counts of the sequence's own rank up to date."""
-        for batch in batches:
-            if move.source == (SHARED_SOURCE if batch.shared else self.exchange.rank) and move.sequence in batch.ids:
-                loads = batch.loads[move.unit][batch.ids.index(move.sequence)]
-                loads[rank] -= 1
-                loads[move.target] += 1
+    def _move(self, free: list[int]) -> None:
+        rank, size, moves = self.exchange.rank, self.exchange.size, self.policy.moves
+        proposals, self._queue = self._queue[:moves], self._queue[moves:]
+        slots, formats = self.shard.table.find(*proposals.T)
+        here = slots > 0  # others have been evicted or demoted since
+        rows, units, numbers = proposals[here].T
+        headers = self.shard.headers(rows, units, numbers, slots[here], formats[here])
+        targets = self._targets(units, numbers, headers.homes)
+        width = len(Headers._fields) + 1
+        table = np.column_stack([headers.stack(), targets])
+        counts = [c for (c,) in self.exchange.all_gather([len(table)], kind="rebalance")]
+        tables = self.exchange.gather_arrays(table.reshape(-1), [n * width for n in counts], kind="rebalance")
+        everyone = np.concatenate(tables).reshape(-1, width)
+        self._moving = len(everyone) > 0
+        if not self._moving:
+            return
+        owners, targets = np.repeat(np.arange(size), counts), everyone[:, -1]
+        headers = Headers.of(everyone[:, :-1])
+        accepted = self._accept(headers, owners, targets, free)
+        headers, owners, targets = headers.at(accepted), owners[accepted], targets[accepted]
+        self.ledger.move(headers.rows, headers.units, owners, targets)
+        change = np.bincount(owners, minlength=size) - np.bincount(targets, minlength=size)
+        free[:] = [pages + int(n) for pages, n in zip(free, change, strict=True)]
+        if accepted.any():
+            self._exchange(headers, owners, targets)
 
-    def _exchange(self, accepted: list[list[Move]]) -> None:
+    def _accept(self, headers: Headers, owners: Ints, targets: Ints, free: list[int]) -> NDArray[np.bool_]:
+        """Which moves their targets have room for, one after the other, ``[N]``. There are few: `Packing.moves` of each
+        rank."""
+        tokens = self.ledger.num_sealed(headers.rows) * self.ledger.page_size
+        limits = owner_limit(tokens, self.ledger.page_size, self.topologies[0])
+        limits -= (targets == self.ledger.source[headers.rows]) & ~self.ledger.shared[headers.rows]
+        accepted = np.zeros(len(targets), np.bool_)
+        room, changes = list(free), Counter[tuple[int, int, int]]()
+        for i, (row, unit, owner, target) in enumerate(
+            zip(headers.rows.tolist(), headers.units.tolist(), owners.tolist(), targets.tolist(), strict=True)
+        ):
+            held = int(self.ledger.pages[row, unit, target]) + changes[row, unit, target]
+            if held < limits[i] and room[target] > 0:
+                accepted[i] = True
+                changes[row, unit, owner] -= 1
+                changes[row, unit, target] += 1
+                room[owner], room[target] = room[owner] + 1, room[target] - 1
+        return accepted
+
+    def _exchange(self, headers: Headers, owners: Ints, targets: Ints) -> None:
         rank, size = self.exchange.rank, self.exchange.size
-        leaving = sorted(accepted[rank], key=lambda move: move.target)
-        slots = [self.table.remove_page(move.key, move.unit, move.page_idx, "move") for move in leaving]
-        rows = [self.pool.read(slot) for slot in slots]
-        self.pool.free(slots)
-        for move in leaving:
-            self._homes[move.key].pop((move.unit, move.page_idx))
-        arriving = [(source, move) for source in range(size) for move in accepted[source] if move.target == rank]
-        sizes = [sum(self.pool.sizes[move.page_format]) for _, move in arriving]
-        receive = [sum(n for n, (s, _) in zip(sizes, arriving, strict=True) if s == r) for r in range(size)]
-        send = [sum(sum(self.pool.sizes[m.page_format]) for m in leaving if m.target == r) for r in range(size)]
-        payload = torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8, device=self.pool.device)
-        received = self.exchange.send_pages(payload, send, receive, kind="moved_page").wait()
-        for row, (_, move) in zip(received.split(sizes) if arriving else (), arriving, strict=True):
-            (slot,) = self.pool.allocate(1, move.page_format)
-            split = self.pool.sizes[move.page_format].page
-            self.pool.write([slot], row[None, :split], row[None, split:])
-            self.table.add(move.key, move.unit, move.page_idx, slot, move.page_format)
-            self.evictor.recall(slot, (move.mass, move.last_step, move.visits))
-            if self.reuse is not None:
-                self.reuse.stored([slot], self.pool.num_slots)
-            self._homes.setdefault(move.key, {})[move.unit, move.page_idx] = move.home
+        leaving = in_order(targets, headers.formats, np.flatnonzero(owners == rank))
+        going = headers.at(leaving)
+        slots = self.shard.take(going.rows, going.units, going.numbers, "move")
+
+        def read(places: slice, page_format: int) -> Tensor:
+            return self.shard.read(slots[places], page_format)
+
+        outgoing = Outgoing.of(self.shard, size, targets[leaving], going.formats, read)
+        self.shard.free(slots)
+        arriving = in_order(owners, headers.formats, np.flatnonzero(targets == rank))
+        coming = headers.at(arriving)
+        new = self.shard.put(coming, self.ledger.serial[coming.rows])
+        arrays = owners[arriving], coming.formats, new
+        Incoming.start(self.exchange, self.shard, outgoing, *arrays, kind="moved_page").store(self.shard)
         self.counters["moved_pages"] += len(arriving)
 
 

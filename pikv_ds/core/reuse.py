@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,14 +30,13 @@ class Reuse:
         self._last = torch.full([0], -1, dtype=torch.int64, device=self.device)
         self._misses = torch.zeros(0, dtype=torch.float32, device=self.device)
 
-    def stored(self, slots: Sequence[int], num_slots: int) -> None:
-        """New pages lie in these slots: nobody has visited them yet."""
+    def stored(self, slots: Tensor, num_slots: int) -> None:
+        """New pages lie in these slots, ``[N]``: nobody has visited them yet."""
         more = num_slots - len(self._last)
         if more > 0:
             self._last = torch.cat([self._last, self._last.new_full([more], -1)])
             self._misses = torch.cat([self._misses, self._misses.new_zeros(more)])
-        at = list(slots)
-        self._last[at], self._misses[at] = -1, 0.0
+        self._last[slots], self._misses[slots] = -1, 0.0
 
     def misses(self, slots: Tensor) -> Tensor:
         """Misses in a row of the pages in some slots, float32 in their shape."""
@@ -63,35 +61,35 @@ class Reuse:
 class Audit:
     """How much attention mass a sparse lookup's choice held, where all pages were read beside it."""
 
-    boosts: dict[tuple[int, int], float] = field(default_factory=dict)
-    """What a sequence's budget is multiplied by now, where that is not 1. By sequence, so that none depends on which
-    others there are."""
+    boosts: dict[int, float] = field(default_factory=dict)
+    """What a row's budget is multiplied by now, where that is not 1. By row, so that none depends on which others
+    there are."""
     count: int = 0
     total: float = 0.0
     worst: float = 1.0
     _highest: float = 1.0
 
-    def boost(self, sequence: tuple[int, int]) -> float:
+    def boost(self, row: int) -> float:
         """What its budget is multiplied by."""
-        return self.boosts.get(sequence, 1.0)
+        return self.boosts.get(row, 1.0)
 
     @property
     def raised(self) -> float:
-        """The highest factor that any sequence has come to."""
+        """The highest factor that any row has come to."""
         return self._highest
 
-    def forget(self, sequence: tuple[int, int]) -> None:
-        """A sequence is gone."""
-        self.boosts.pop(sequence, None)
+    def forget(self, row: int) -> None:
+        """A row is gone."""
+        self.boosts.pop(row, None)
 
-    def note(self, sequence: tuple[int, int], captured: Tensor, floor: float) -> None:
-        """Takes in the mass that each query and head of a sequence found; raises its budget where it is too little."""
+    def note(self, row: int, captured: Tensor, floor: float) -> None:
+        """Takes in the mass that each query and head of a row found; raises its budget where it is too little."""
         self.count += captured.numel()
         self.total += float(captured.sum())
         self.worst = min(self.worst, float(captured.min()))
         if float(captured.mean()) < floor:
-            self.boosts[sequence] = self.boost(sequence) * 1.25
-            self._highest = max(self._highest, self.boosts[sequence])
+            self.boosts[row] = self.boost(row) * 1.25
+            self._highest = max(self._highest, self.boosts[row])
 
     @property
     def mean(self) -> float | None:

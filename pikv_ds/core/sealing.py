@@ -2,329 +2,404 @@
 
 Prompts are sent layer by layer, while the next layer computes (seal-behind): a rank never holds
 more than its shard plus about one layer of its own prompts. While decoding, the pages of all
-layers wait for the next step and go in one exchange.
+layers wait for the next step and go in one exchange. Pages are rows of arrays all the way: there is
+no object and no turn of a loop per page.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pikv_ds.core.eviction import bits_float, float_bits
-from pikv_ds.core.exchange import Exchange, PagesInFlight
-from pikv_ds.core.formats import PageFormat
-from pikv_ds.core.pages import PagePool, PageTable
-from pikv_ds.core.placement import choose_owner, fair_shares, page_limits
+from pikv_ds.core.exchange import Exchange
+from pikv_ds.core.ledger import SHARED_SOURCE, Ledger
+from pikv_ds.core.placement import NO_OWNER, fair_shares, owner_limit
 from pikv_ds.core.sequences import FullPages, SequenceBatch
-from pikv_ds.core.step import SHARED_SOURCE, StepPlan
+from pikv_ds.core.shard import Headers, Shard, float_bits
+from pikv_ds.core.step import StepPlan
+from pikv_ds.core.table import Ints
+from pikv_ds.core.transfer import Incoming, Outgoing, in_order
 from pikv_ds.errors import PeerError, PoolFullError
 from pikv_ds.policies.codecs import CodecPolicy
-from pikv_ds.policies.placements import Placement
+from pikv_ds.policies.placements import Placement, SealedPages
 from pikv_ds.policies.topology import Topology
-
-NO_OWNER = -1
-
-
-class Header(NamedTuple):
-    """What announces a page to all ranks."""
-
-    sequence: int
-    unit: int
-    page_idx: int
-    owner: int
-    """Rank, or `NO_OWNER`."""
-    score: int
-    """The bits of what retention thinks of it."""
-    page_format: int
-    home: int
-    """Its home expert, -1 where no router is."""
 
 
 @dataclass
-class StagedPage:
-    """A page that is encoded and waits for its owner."""
+class StagedPages:
+    """Pages of one unit that are encoded and wait for their owners, ``N`` of them."""
 
     batch: SequenceBatch
-    row: int
+    index: Ints
+    """``[N]``: each page's sequence in the batch."""
     unit: int
     """See `SequenceBatch`."""
-    page_idx: int
-    votes: list[int] | None
-    page_format: int
-    payload: Tensor
-    """uint8 ``[page bytes + summary bytes]``"""
-    score: float = 0.0
-    """What retention thinks of it."""
-    seen: list[int] = field(default_factory=list)
-    """The votes of all pages of its layer that this rank had staged by then."""
+    numbers: Ints
+    """``[N]``: of the pages within their sequences."""
+    votes: Tensor | None
+    """int64 ``[N, experts]``: how often a page's tokens chose each; None where no router is."""
+    formats: Ints
+    """``[N]``"""
+    payloads: dict[int, Tensor]
+    """By format: uint8 ``[pages of it, page bytes + summary bytes]``, in the order of the pages."""
+    scores: Tensor | None
+    """float32 ``[N]``: what retention thinks of them, where it does."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(payload.nbytes for payload in self.payloads.values())
+
+    def without(self, gone: NDArray[np.bool_]) -> StagedPages:
+        """The pages that are left when some are forgotten."""
+        stays = ~gone
+        kept = torch.from_numpy(stays)
+        payloads = {f: x[torch.from_numpy(stays[self.formats == f]).to(x.device)] for f, x in self.payloads.items()}
+        votes = None if self.votes is None else self.votes[kept.to(self.votes.device)]
+        scores = None if self.scores is None else self.scores[kept.to(self.scores.device)]
+        arrays = self.index[stays], self.unit, self.numbers[stays], votes, self.formats[stays]
+        return StagedPages(self.batch, *arrays, payloads, scores)
 
 
-class Sent(NamedTuple):
-    """What `PageSender.send` did."""
+class Sending(NamedTuple):
+    """Which pages are sent together, as every rank knows beforehand."""
 
-    placed: Sequence[tuple[int, Header]] = ()
-    """Every page that got an owner, of all ranks, with its source rank; the same on every rank."""
-    slots: Sequence[int] = ()
-    """Of the pages that this rank owns."""
-    scores: Sequence[float] = ()
-    """What retention thinks of each of them."""
+    rows: Sequence[Ints]
+    """Per source: the rows that have pages among them."""
+    pages: Sequence[int]
+    """Per source: how many pages."""
+    units: range
+    """The units that they belong to."""
 
 
 class PageSender:
     """Moves full pages from their sequences' rank to their owners, all ranks in step.
 
     Args:
-        formats: those of the codec policy's codecs, then that of demoted pages, if there is one.
         topologies: of every layer; `Rebalancer` changes them.
         flags: int32 ``[num_layers]``, a `SealFlag` of each layer's pages.
-        streams: KV heads of a layer with pages of their own, 1 where a page holds all heads.
     """
 
     def __init__(
         self,
         exchange: Exchange,
-        pool: PagePool,
-        table: PageTable,
-        formats: list[PageFormat],
+        shard: Shard,
+        ledger: Ledger,
         codec: CodecPolicy,
         placement: Placement,
         topologies: list[Topology],
         flags: Tensor,
-        streams: int,
     ) -> None:
-        self.exchange, self.pool, self.table, self.formats, self.codec = exchange, pool, table, formats, codec
-        self.placement, self.topologies = placement, topologies
-        self.flags, self.streams = flags, streams
-        self.page_size = formats[0].layout.page_size
-        self.staged: list[StagedPage] = []
-        self._seen: dict[int, list[int]] = {}  # votes per expert so far, per layer
-        self.num_sealed: dict[tuple[int, int], int] = {}
+        self.exchange, self.shard, self.ledger = exchange, shard, ledger
+        self.codec, self.placement, self.topologies, self.flags = codec, placement, topologies, flags
+        self.staged: list[StagedPages] = []
         self.counters: Counter[str] = Counter()
-        self._in_flight: tuple[PagesInFlight, list[int]] | None = None  # and the slots of what arrives
+        self._seen = np.zeros(
+            (len(topologies), topologies[0].num_experts), np.int64
+        )  # votes so far, if they are asked
+        self._in_flight: Incoming | None = None
+
+    @property
+    def num_staged(self) -> int:
+        """Pages that wait for the next step."""
+        return sum(map(len, self.staged))
 
     @property
     def nbytes(self) -> int:
         """Bytes of pages that are staged or under way."""
-        flying = self._in_flight[0].nbytes if self._in_flight else 0
-        return flying + sum(p.payload.nbytes for p in self.staged)
+        flying = self._in_flight.flight.nbytes if self._in_flight else 0
+        return flying + sum(pages.nbytes for pages in self.staged)
 
     def stage(self, batch: SequenceBatch, unit: int, pages: FullPages) -> None:
-        """Encodes full pages of one sequence; they wait for `send`."""
-        layer, head = divmod(unit, self.streams)
-        flags = self.flags[layer : layer + 1]
+        """Encodes full pages; they wait for `send`."""
+        layer, head = divmod(unit, self.shard.streams)
         votes = None if pages.experts is None else self._votes(pages.experts)
-        chosen = [
-            len(self.formats) - 1
-            if pages.cold is not None and pages.cold[i]
-            else self.codec.choose(layer, head, None if votes is None else home_expert(votes[i]))
-            for i in range(len(pages.keys))
-        ]
-        payloads: dict[int, Tensor] = {}
-        for page_format in dict.fromkeys(chosen):
-            which = [i for i, f in enumerate(chosen) if f == page_format]
+        formats = self._formats(layer, head, votes, len(pages.index))
+        if pages.cold is not None:
+            formats[pages.cold] = len(self.shard.formats) - 1
+        payloads = {}
+        for page_format in np.unique(formats).tolist():
             keys, values = pages.keys, pages.values
-            if len(which) < len(chosen):
-                keys, values = keys[which], None if values is None else values[which]
-            sealed = self.formats[page_format].seal(layer, head, keys, values, flags)
-            payloads |= dict(zip(which, sealed, strict=True))
-        for i, page_format in enumerate(chosen):
-            if votes is not None:
-                before = self._seen.get(layer, [0] * self.topologies[layer].num_experts)
-                self._seen[layer] = [a + b for a, b in zip(before, votes[i], strict=True)]
-            self.staged.append(
-                StagedPage(
-                    batch,
-                    pages.row,
-                    unit,
-                    pages.numbers[i],
-                    None if votes is None else votes[i],
-                    page_format,
-                    payloads[i],
-                    0.0 if pages.scores is None else pages.scores[i],
-                    self._seen.get(layer, []),
-                )
-            )
+            which = np.flatnonzero(formats == page_format)
+            if len(which) < len(formats):
+                at = torch.from_numpy(which).to(keys.device)
+                keys, values = keys[at], None if values is None else values[at]
+            flags = self.flags[layer : layer + 1]
+            payloads[page_format] = self.shard.formats[page_format].seal(layer, head, keys, values, flags)
+        arrays = pages.index, unit, pages.numbers, votes, formats
+        self.staged.append(StagedPages(batch, *arrays, payloads, pages.scores))
 
-    def _votes(self, experts: Tensor) -> list[list[int]]:
-        """How often each expert was chosen, per page, from ``[N, S, k]`` (-1: dropped by the gate)."""
+    def _formats(self, layer: int, head: int, votes: Tensor | None, num_pages: int) -> Ints:
+        """The format of each page, ``[N]``: what the codec policy chooses by its home expert."""
+        if votes is None or not self.codec.per_expert:
+            return np.full(num_pages, self.codec.choose(layer, head, None))
+        by_expert = np.array([self.codec.choose(layer, head, e) for e in range(votes.shape[1])])
+        return by_expert[votes.cpu().numpy().argmax(1)]
+
+    def _votes(self, experts: Tensor) -> Tensor:
+        """How often each expert was chosen, per page, int64 ``[N, experts]``, from ``[N, S, k]`` (-1: dropped by the
+        gate)."""
         flat = experts.flatten(1).long() + 1
         counts = torch.zeros(flat.shape[0], self.topologies[0].num_experts + 1, dtype=torch.int64, device=flat.device)
         counts.scatter_add_(1, flat, torch.ones_like(flat))
-        return counts[:, 1:].tolist()
+        return counts[:, 1:]
 
-    def drop(self, batch: SequenceBatch, rows: list[int]) -> None:
+    def drop(self, batch: SequenceBatch, indices: list[int]) -> None:
         """Forgets staged pages of sequences that are finished."""
-        gone = set(rows)
-        self.staged = [p for p in self.staged if p.batch is not batch or p.row not in gone]
+        left = []
+        for pages in self.staged:
+            gone = np.isin(pages.index, indices) if pages.batch is batch else np.zeros(len(pages), np.bool_)
+            if not gone.any():
+                left.append(pages)
+            elif not gone.all():
+                left.append(pages.without(gone))
+        self.staged = left
 
-    def send(self, plan: StepPlan, counts: list[int]) -> Sent:
+    def send(self, plan: StepPlan, sending: Sending) -> None:
         """Places and sends what is staged; every rank calls it at the same point.
-
-        Args:
-            counts: staged pages of every rank, which all ranks know.
-
-        Returns:
-            What happened, for those who keep account of pages.
 
         Raises:
             PoolFullError: on every rank alike, before anything has been moved.
+            PeerError: a shared batch fills other pages here than on the rank that speaks for it.
         """
         self.settle()
         staged, self.staged = self.staged, []
         rank = self.exchange.rank
-        assert len(staged) == counts[rank], f"{len(staged)} pages staged, {counts[rank]} announced"
-        if sum(counts) == 0:
-            return Sent()
-        if plan.shared:  # the others have the same pages, and take one rank's word for their homes
-            counts = [n if r == SHARED_SOURCE else 0 for r, n in enumerate(counts)]
-        placed = staged if counts[rank] else []
-        owners = self._place(placed, fair_shares(plan.free, counts)[rank])
-        rows = [self._header(page, owner) for page, owner in zip(placed, owners, strict=True)]
-        gathered = self.exchange.all_gather_ragged(rows, len(Header._fields), counts, kind="page_header")
-        headers = [[Header(*row) for row in table] for table in gathered]
-        homeless = [header for table in headers for header in table if header.owner == NO_OWNER]
-        if homeless:
+        places = not plan.shared or rank == SHARED_SOURCE
+        if not any(sending.pages):
+            assert not staged, f"{staged} is staged, but no pages were announced"
+            return
+        headers, votes = self._describe(staged)
+        expected = sending.pages[SHARED_SOURCE if plan.shared else rank]
+        assert len(headers.rows) == expected or plan.shared, f"{len(headers.rows)} staged, {expected} announced"
+        if places:
+            share = fair_shares(plan.free, sending.pages)[rank]
+            owners, first = self._place(headers, votes, plan.shared, share)
+        else:
+            owners = first = np.zeros(0, np.int64)
+        homeless = int((owners == NO_OWNER).sum())
+        everyone = self._exchange_counts(sending, headers if places else _none(headers), owners, homeless)
+        lacking = sum(int(table[-1]) for table in everyone)
+        if lacking:
             self.staged = staged
-            for page, owner in zip(placed, owners, strict=True):
-                if owner != NO_OWNER:
-                    page.batch.loads[page.unit][page.row][owner] -= 1
+            tokens = lacking * self.ledger.page_size
             raise PoolFullError(
-                f"the KV pool is full: {len(homeless)} of {sum(counts)} new pages found no rank with room; "
-                f"{len(homeless) * self.page_size} tokens "
-                f"({sum(self.pool.sizes[h.page_format].page for h in homeless)} bytes) more are needed. "
+                f"the KV pool is full: {lacking} of {sum(sending.pages)} new pages found no rank with room; "
+                f"{tokens} tokens ({lacking * self.shard.pool.sizes[0].page} bytes) more are needed. "
                 "Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
             )
-        self.counters["seals"] += len(placed)
-        if self.table.trace is not None:
-            for page, row in zip(placed, rows, strict=True):
-                self.table.trace.seal(row.sequence, row.unit, row.page_idx, row.owner, row.home, page.votes)
-        self.counters["overflowed"] += sum(o != self._preference(p)[0] for p, o in zip(placed, owners, strict=True))
-        if plan.shared:
-            owners = self._adopt(staged, headers[SHARED_SOURCE], known=bool(placed))
-        all_placed: list[tuple[int, Header]] = []
-        incoming: list[tuple[int, Header]] = []  # from the others, in rank order
-        receive_bytes = [0] * self.exchange.size
-        for source, table in enumerate(headers):
-            for header in table:
-                plan.free[header.owner] -= 1
-                key = (source, header.sequence)
-                self.num_sealed[key] = max(self.num_sealed.get(key, 0), header.page_idx + 1)
-                all_placed.append((source, header))
-                if header.owner == rank and source != rank and not plan.shared:
-                    incoming.append((source, header))
-                    receive_bytes[source] += sum(self.pool.sizes[header.page_format])
-        kept = [page for page, owner in zip(staged, owners, strict=True) if owner == rank]
-        source = SHARED_SOURCE if plan.shared else rank
-        entering = [(source, self._header(page, rank)) for page in kept]
-        kept_slots = self._enter(entering)
-        self._store([page.payload for page in kept], kept_slots)
-        if plan.shared:  # what is not kept lies on another rank
-            return Sent(all_placed, kept_slots, [bits_float(header.score) for _, header in entering])
-        slots = self._enter(incoming)
-        leaving = sorted((o, i) for i, o in enumerate(owners) if o != rank)
-        send_bytes = [
-            sum(sum(self.pool.sizes[staged[i].page_format]) for o, i in leaving if o == r)
-            for r in range(self.exchange.size)
-        ]
-        nothing = torch.empty(0, dtype=torch.uint8, device=self.pool.device)
-        payload = torch.cat([staged[i].payload for _, i in leaving]) if leaving else nothing
-        self._in_flight = (self.exchange.send_pages(payload, send_bytes, receive_bytes), slots)
-        scores = [bits_float(header.score) for _, header in [*entering, *incoming]]
-        return Sent(all_placed, [*kept_slots, *slots], scores)
-
-    @staticmethod
-    def _header(page: StagedPage, owner: int) -> Header:
-        sequence = page.batch.ids[page.row]
-        home = -1 if page.votes is None else home_expert(page.votes)
-        return Header(sequence, page.unit, page.page_idx, owner, float_bits(page.score), page.page_format, home)
-
-    def _enter(self, pages: list[tuple[int, Header]]) -> list[int]:
-        """Finds room for pages, given with their source ranks, and notes them; returns their slots."""
-        slots = [0] * len(pages)
-        for page_format in dict.fromkeys(header.page_format for _, header in pages):
-            which = [i for i, (_, header) in enumerate(pages) if header.page_format == page_format]
-            for i, slot in zip(which, self.pool.allocate(len(which), page_format), strict=True):
-                slots[i] = slot
-        for (source, header), slot in zip(pages, slots, strict=True):
-            key = (source, header.sequence)
-            self.table.add(key, header.unit, header.page_idx, slot, header.page_format)
-        return slots
-
-    @staticmethod
-    def _adopt(staged: list[StagedPage], table: list[Header], known: bool) -> list[int]:
-        """Owners of pages that every rank has, as `SHARED_SOURCE` has chosen them.
-
-        Args:
-            known: this rank chose them, so its loads count them.
-
-        Raises:
-            PeerError: the ranks' sequences are not the same.
-        """
-        if [[p.batch.ids[p.row], p.unit, p.page_idx] for p in staged] != [list(row[:3]) for row in table]:
-            raise PeerError(
-                f"this rank's shared sequences fill {len(staged)} pages, those of rank {SHARED_SOURCE} "
-                f"{len(table)}, or others: every rank must make the same passes with the same tokens"
+        for rows, table in zip(sending.rows, everyone, strict=True):
+            counts = table[:-1].reshape(len(rows), len(sending.units), 2, self.exchange.size)
+            whole = np.zeros((len(rows), self.ledger.num_units, self.exchange.size), np.int64)
+            whole[:, sending.units.start : sending.units.stop] = counts.sum(2)
+            self.ledger.place(rows, whole)
+            self.ledger.demoted[rows, sending.units.start : sending.units.stop] += (
+                counts[:, :, 1].sum(2).astype(np.int32)
             )
-        owners = [header.owner for header in table]
-        if not known:
-            for page, owner in zip(staged, owners, strict=True):
-                page.batch.loads[page.unit][page.row][owner] += 1
-        return owners
+            plan.free[:] = [free - int(n) for free, n in zip(plan.free, whole.sum((0, 1)), strict=True)]
+        if places:
+            if self.placement.wants_seen:
+                for layer, of_layer in votes.items():
+                    self._seen[layer] += of_layer.sum(0)
+            self.counters["seals"] += len(owners)
+            self.counters["overflowed"] += int((owners != first).sum())
+            if self.shard.trace is not None:
+                serials = self.ledger.serial[headers.rows]
+                self.shard.trace.seal(serials, headers.units, headers.numbers, owners, headers.homes, votes)
+        payloads = self._payloads(staged)
+        if plan.shared:
+            owners = self._adopt(headers, owners, expected)
+            self._enter(headers, owners == rank, payloads)
+            return
+        self._enter(headers, owners == rank, payloads)
+        if self.exchange.size > 1:
+            arriving = [int(table[:-1].reshape(-1, self.exchange.size)[:, rank].sum()) for table in everyone]
+            self._ship(headers, owners, payloads, arriving)
 
     def settle(self) -> None:
         """Waits for the pages under way and stores those that this rank owns."""
         if self._in_flight is None:
             return
-        transfer, slots = self._in_flight
-        self._in_flight = None
-        received = transfer.wait()
-        sizes = [sum(self.pool.sizes[self.pool.format_of(slot)]) for slot in slots]
-        self._store(list(received.split(sizes)) if slots else [], slots)
+        incoming, self._in_flight = self._in_flight, None
+        incoming.store(self.shard)
 
-    def _place(self, staged: list[StagedPage], free: list[int]) -> list[int]:
-        """Owner rank of each staged page, `NO_OWNER` where nobody has room."""
-        owners = []
-        free = list(free)
-        for page in staged:
-            batch, row = page.batch, page.row
-            limits = page_limits(
-                batch.lengths[row] + batch.new[row],
-                self.page_size,
-                self._topology(page),
-                None if batch.shared else self.exchange.rank,
+    def _describe(self, staged: list[StagedPages]) -> tuple[Headers, dict[int, NDArray[np.int64]]]:
+        """Headers of all staged pages, in their order, and the votes of each layer's where it has a router."""
+        num_pages = sum(map(len, staged))
+        if not num_pages:
+            return Headers(*np.zeros((len(Headers._fields), 0), np.int64)), {}
+        rows = np.concatenate([np.array(pages.batch.rows, np.int64)[pages.index] for pages in staged])
+        units = np.concatenate([np.full(len(pages), pages.unit) for pages in staged])
+        numbers, formats = (np.concatenate([getattr(p, name) for p in staged]) for name in ("numbers", "formats"))
+        homes, masses = np.full(num_pages, -1, np.int64), np.zeros(num_pages, np.int64)
+        routed = [pages.votes for pages in staged if pages.votes is not None]
+        every = torch.cat(routed).cpu().numpy() if routed else None  # one copy to the host
+        scored = [pages.scores for pages in staged if pages.scores is not None]
+        scores = torch.cat(scored).float().cpu().numpy() if scored else None
+        of_layer: dict[int, list[NDArray[np.int64]]] = {}
+        at = vote = score = 0
+        for pages in staged:
+            here = slice(at, at + len(pages))
+            at += len(pages)
+            if pages.votes is not None:
+                assert every is not None
+                votes = every[vote : vote + len(pages)]
+                vote += len(pages)
+                homes[here] = votes.argmax(1)
+                of_layer.setdefault(pages.unit // self.shard.streams, []).append(votes)
+            if pages.scores is not None:
+                assert scores is not None
+                masses[here] = float_bits(scores[score : score + len(pages)])
+                score += len(pages)
+        steps = np.full(num_pages, self.shard.step)
+        headers = Headers(rows, units, numbers, formats, homes, masses, steps, np.zeros(num_pages, np.int64))
+        return headers, {layer: np.concatenate(votes) for layer, votes in of_layer.items()}
+
+    def _place(
+        self, headers: Headers, votes: dict[int, NDArray[np.int64]], shared: bool, free: list[int]
+    ) -> tuple[Ints, Ints]:
+        """Owner of each page, `NO_OWNER` where nobody has room, and the rank that its placement preferred."""
+        num_pages, size = len(headers.rows), self.exchange.size
+        if not num_pages:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        preference = np.zeros((num_pages, size), np.int32)
+        limits = np.zeros(num_pages, np.int32)
+        layers = headers.units // self.shard.streams
+        alike: dict[tuple[int, bool], list[int]] = {}  # layers with one topology go together
+        for layer in np.unique(layers).tolist():
+            alike.setdefault((id(self.topologies[layer]), layer in votes), []).append(layer)
+        for (_, routed), members in alike.items():
+            topology = self.topologies[members[0]]
+            which = np.flatnonzero(np.isin(layers, members))
+            which = which[layers[which].argsort(kind="stable")]  # the order in which votes are joined
+            numbers, every = headers.numbers[which], None
+            seen = None
+            if routed:
+                every = np.concatenate([votes[layer] for layer in members])
+                if self.placement.wants_seen:
+                    seen = np.concatenate([self._seen[layer] + votes[layer].cumsum(0) for layer in members])
+            preference[which] = self.placement.owners(SealedPages(numbers, every, seen), topology)
+            limits[which] = owner_limit((numbers + 1) * self.ledger.page_size, self.ledger.page_size, topology)
+        keys, groups = np.unique(headers.rows * self.ledger.num_units + headers.units, return_inverse=True)
+        loads = torch.from_numpy(self.ledger.pages.reshape(-1, size)[keys])
+        out, room = torch.empty(num_pages, dtype=torch.int32), torch.tensor(free)
+        self.shard.formats[0].ops.place_pages(
+            torch.from_numpy(preference),
+            torch.from_numpy(groups.reshape(-1).astype(np.int32)),
+            torch.from_numpy(limits),
+            -1 if shared else self.exchange.rank,
+            loads,
+            room,
+            out,
+        )
+        return out.numpy().astype(np.int64), preference[:, 0].astype(np.int64)
+
+    def _exchange_counts(
+        self, sending: Sending, headers: Headers, owners: Ints, homeless: int
+    ) -> list[NDArray[np.int64]]:
+        """How many pages of each row and unit go to each rank, of every source: ``[rows, units, 2, ranks]``, demoted
+        ones apart, flat; then the number of pages that found no rank with room."""
+        units, size = sending.units, self.exchange.size
+        shapes = [(len(rows), len(units), 2, size) for rows in sending.rows]
+        mine = sending.rows[self.exchange.rank]
+        counts = np.zeros(shapes[self.exchange.rank], np.int64)
+        placed = owners != NO_OWNER
+        if placed.any():
+            order = mine.argsort()
+            at = order[mine[order].searchsorted(headers.rows[placed])]
+            demoted = headers.formats[placed] >= self.num_warm
+            np.add.at(counts, (at, headers.units[placed] - units.start, demoted.astype(np.int64), owners[placed]), 1)
+        table = np.append(counts.reshape(-1), homeless)
+        return self.exchange.gather_arrays(table, [int(np.prod(shape)) + 1 for shape in shapes], kind="page_counts")
+
+    @property
+    def num_warm(self) -> int:
+        """Formats of pages that have not been demoted."""
+        return len(self.codec.codecs)
+
+    @staticmethod
+    def _payloads(staged: list[StagedPages]) -> dict[int, Tensor]:
+        """The bytes of all staged pages by format, in their order."""
+        by_format: dict[int, list[Tensor]] = {}
+        for pages in staged:
+            for page_format, payload in pages.payloads.items():
+                by_format.setdefault(page_format, []).append(payload)
+        return {f: parts[0] if len(parts) == 1 else torch.cat(parts) for f, parts in by_format.items()}
+
+    def _enter(self, headers: Headers, kept: NDArray[np.bool_], payloads: dict[int, Tensor]) -> None:
+        """Takes in those of the staged pages that this rank owns."""
+        if not kept.any():
+            return
+        mine = headers if kept.all() else headers.at(kept)
+        slots = self.shard.put(mine, self.ledger.serial[mine.rows])
+        for page_format, payload in payloads.items():
+            which = kept[headers.formats == page_format]
+            if not which.all():
+                payload = payload[torch.from_numpy(which).to(payload.device)]
+            self.shard.write(slots[mine.formats == page_format], page_format, payload)
+
+    def _ship(self, headers: Headers, owners: Ints, payloads: dict[int, Tensor], arriving: list[int]) -> None:
+        """Sends pages to the other ranks, headers first, and takes in those that come from them.
+
+        Args:
+            arriving: per source: pages that this rank owns, its own included.
+        """
+        rank, size, sizes = self.exchange.rank, self.exchange.size, self.shard.pool.sizes
+        leaving = np.flatnonzero(owners != rank)
+        leaving = leaving[np.lexsort((leaving, headers.formats[leaving], owners[leaving]))]
+        send_counts = np.bincount(owners[leaving], minlength=size)
+        rank, size = self.exchange.rank, self.exchange.size
+        arriving[rank] = 0
+        leaving = in_order(owners, headers.formats, np.flatnonzero(owners != rank))
+        send_counts = np.bincount(owners[leaving], minlength=size).tolist()
+        table = headers.at(leaving).stack()
+        incoming = Headers.of(self.exchange.swap_arrays(table, send_counts, arriving, kind="page_header"))
+        slots = self.shard.put(incoming, self.ledger.serial[incoming.rows])
+        place = np.zeros(len(owners), np.int64)  # of each page within the payload of its format
+        for page_format in payloads:
+            which = headers.formats == page_format
+            place[which] = np.arange(int(which.sum()))
+
+        def read(places: slice, page_format: int) -> Tensor:
+            at = torch.from_numpy(place[leaving[places]]).to(self.shard.device)
+            return payloads[page_format][at]
+
+        outgoing = Outgoing.of(self.shard, size, owners[leaving], headers.formats[leaving], read)
+        sources = np.repeat(np.arange(size), arriving)
+        arrays = sources, incoming.formats, slots
+        self._in_flight = Incoming.start(self.exchange, self.shard, outgoing, *arrays, kind="page")
+
+    def _adopt(self, headers: Headers, owners: Ints, num_pages: int) -> Ints:
+        """Owners of pages that every rank has, as `SHARED_SOURCE` has chosen them.
+
+        Raises:
+            PeerError: the ranks' sequences are not the same.
+        """
+        rank, size = self.exchange.rank, self.exchange.size
+        mine = np.stack([headers.rows, headers.units, headers.numbers], axis=1)
+        if size == 1:
+            return owners
+        table = np.column_stack([mine, owners]) if rank == SHARED_SOURCE else np.zeros((0, 4), np.int64)
+        widths = [4 * num_pages if r == SHARED_SOURCE else 0 for r in range(size)]
+        tables = self.exchange.gather_arrays(table.reshape(-1), widths, kind="page_header")
+        theirs = tables[SHARED_SOURCE].reshape(-1, 4)
+        if not np.array_equal(mine, theirs[:, :3]):
+            raise PeerError(
+                f"this rank's shared sequences fill {len(mine)} pages, those of rank {SHARED_SOURCE} "
+                f"{len(theirs)}, or others: every rank must make the same passes with the same tokens"
             )
-            loads = batch.loads[page.unit][row]
-            owner = choose_owner(self._preference(page), loads, limits, free)
-            if owner is None:
-                owners.append(NO_OWNER)
-                continue
-            loads[owner] += 1
-            free[owner] -= 1
-            owners.append(owner)
-        return owners
-
-    def _preference(self, page: StagedPage) -> list[int]:
-        return self.placement.owners(page.page_idx, page.votes, self._topology(page), page.seen)
-
-    def _topology(self, page: StagedPage) -> Topology:
-        return self.topologies[page.unit // self.streams]
-
-    def _store(self, payloads: list[Tensor], slots: list[int]) -> None:
-        """Writes pages with their summaries into their slots."""
-        by_format: dict[int, list[int]] = {}
-        for i, slot in enumerate(slots):
-            by_format.setdefault(self.pool.format_of(slot), []).append(i)
-        for page_format, which in by_format.items():
-            rows = torch.stack([payloads[i] for i in which])
-            split = self.pool.sizes[page_format].page
-            self.pool.write([slots[i] for i in which], rows[:, :split], rows[:, split:])
+        return theirs[:, 3]
 
 
-def home_expert(votes: list[int]) -> int:
-    """The expert that a page's tokens chose most often, the first of several."""
-    return max(range(len(votes)), key=lambda e: (votes[e], -e))
+def _none(headers: Headers) -> Headers:
+    """No page."""
+    return headers.at(np.zeros(0, np.int64))

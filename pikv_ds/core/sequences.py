@@ -4,19 +4,25 @@ All layers append the same tokens in a forward pass, so lengths, page numbers an
 fill up are known when the pass begins; only the home experts differ from layer to layer.
 
 Tokens are packed: the tensors of a pass are ``[N, heads, D]`` without padding, the tokens of a
-sequence side by side, sequences in the order of their rows. So a pass may take a whole prompt of
-one sequence and one token of another (continuous batching), and a row may be used again for a new
-sequence when the old one has been released.
+sequence side by side, sequences in the order of the batch. So a pass may take a whole prompt of
+one sequence and one token of another (continuous batching), and a place in the batch may be used
+again for a new sequence when the old one has been released.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pikv_ds.slabs import lasting_zeros
+
+Ints = NDArray[np.int64]
+NO_ROW = -1
+"""Of a sequence that no step plan has announced yet."""
 
 
 @dataclass
@@ -34,13 +40,13 @@ class Tail:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.keys, self.values, self.experts) if t is not None)
 
-    def grown(self, rows: int) -> Tail:
+    def grown(self, size: int) -> Tail:
         """The same with room for more sequences."""
 
         def grow(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
-            grown = lasting_zeros((rows, *x.shape[1:]), x.dtype, x.device)
+            grown = lasting_zeros((size, *x.shape[1:]), x.dtype, x.device)
             grown[: len(x)] = x
             return grown
 
@@ -53,7 +59,7 @@ class Tail:
 class TailPlaces:
     """Where the tokens of those sequences go that append a single one in a pass."""
 
-    rows: Tensor
+    indices: Tensor
     """int64 ``[n]``: the sequences."""
     tokens: Tensor
     """int64 ``[n]``: their tokens among the packed ones."""
@@ -63,74 +69,66 @@ class TailPlaces:
     """int32 ``[B]``: open tokens with the new one; 0 at other sequences."""
     all_tokens: bool
     """The pass has no other tokens."""
-    all_rows: bool
-    """Every sequence appends a single token, so packed tokens and rows are the same."""
+    all_sequences: bool
+    """Every sequence appends a single token, so packed tokens and sequences are the same."""
+    filling: Tensor
+    """int64 ``[m]``: the sequences whose tails fill up with it."""
+    filling_host: Ints
+    """The same on the host."""
 
 
 @dataclass
 class FullPages:
-    """Pages of one sequence at one layer that have just filled up.
+    """Pages at one layer that have just filled up: those of one prompt, or one of each sequence that fills its tail.
 
-    While decoding they are views of the tail, which the next token overwrites: encode them at once.
+    The latter are views of the tails, which the next token overwrites: encode them at once.
     """
 
-    row: int
-    numbers: list[int]
-    """Of the pages within their sequence."""
+    index: Ints
+    """``[N]``: each page's sequence in the batch."""
+    numbers: Ints
+    """``[N]``: of the pages within their sequences."""
     keys: Tensor
     """``[N, K, S, D]``"""
     values: Tensor | None
     """The same; None where they are channels of the keys."""
     experts: Tensor | None
     """``[N, tokens, k]``: S tokens, or those of all heads where each has its own."""
-    scores: list[float] | None = None
-    """What retention thinks of each page, where it does."""
-    cold: list[bool] | None = None
-    """Whether each page is over the budget and demoted at once; None: none is."""
+    scores: Tensor | None = None
+    """``[N]``: what retention thinks of each page, where it does."""
+    cold: NDArray[np.bool_] | None = None
+    """``[N]``: whether each page is over the budget and demoted at once; None: none is."""
 
 
 class SequenceBatch:
     """The sequences that go through the model together on one rank.
 
     Args:
-        ids: one number per sequence, unique on this rank for ever.
-        num_ranks: ranks of the group, for the count of pages placed on each.
+        size: sequences.
         shared: every rank of the group has this same batch (see `ExpertShardedKVCache.new_batch`).
         streams: KV heads of a layer with pages of their own; 1: a page holds all heads. A *unit* is a stream of a
             layer, ``layer * streams + stream``.
     """
 
-    def __init__(
-        self,
-        ids: list[int],
-        num_layers: int,
-        num_ranks: int,
-        page_size: int,
-        shared: bool = False,
-        streams: int = 1,
-    ) -> None:
-        self.ids = ids
-        self.num_layers = num_layers
-        self.num_ranks = num_ranks
-        self.page_size = page_size
-        self.shared = shared
-        self.alive = [True] * len(ids)
-        self.lengths = [0] * len(ids)  # tokens, before the pass under way
-        self.sealed = [0] * len(ids)  # full pages, before the pass under way
-        self.new = [0] * len(ids)  # tokens of the pass under way
+    def __init__(self, size: int, num_layers: int, page_size: int, shared: bool = False, streams: int = 1) -> None:
+        self.num_layers, self.page_size, self.shared = num_layers, page_size, shared
+        self.rows = [NO_ROW] * size
+        """Each sequence's number in the group (see `Ledger`), once a step plan has announced it."""
+        self.alive = [True] * size
+        self.lengths = [0] * size  # tokens, before the pass under way
+        self.sealed = [0] * size  # full pages, before the pass under way
+        self.new = [0] * size  # tokens of the pass under way
         self.tails: list[Tail | None] = [None] * num_layers
-        self.fresh: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}  # [layer][row]: with tail, until routed
-        self.loads = [
-            [[0] * num_ranks for _ in ids] for _ in range(num_layers * streams)
-        ]  # [unit][row]: pages per rank
-        self.dropped = [[0] * len(ids) for _ in range(num_layers * streams)]  # [unit][row]: pages that are gone
-        self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][row]: of a prompt's tokens, until routed
+        self.fresh: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}  # [layer][index]: with tail, until routed
+        self.dropped = np.zeros((num_layers * streams, size), np.int64)
+        """``[units, size]``: full pages that are gone."""
+        self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][index]: of a prompt's tokens, until routed
         self._open_layers: set[int] = set()
         self._tail_nbytes: int | None = 0  # None: to be counted again
         self._places: TailPlaces | None = None  # of this pass
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
     @property
     def in_step(self) -> bool:
@@ -142,48 +140,45 @@ class SequenceBatch:
         """The first layer that has not ended the pass under way."""
         return min(self._open_layers)
 
-    def open_tokens(self, row: int) -> int:
+    def open_tokens(self, index: int) -> int:
         """Tokens in the tail of a sequence before the pass under way."""
-        return self.lengths[row] - self.sealed[row] * self.page_size
+        return self.lengths[index] - self.sealed[index] * self.page_size
 
-    def filling(self, row: int) -> int:
+    def filling(self, index: int) -> int:
         """Pages of a sequence that fill up in the pass under way."""
-        return (self.open_tokens(row) + self.new[row]) // self.page_size
+        return (self.open_tokens(index) + self.new[index]) // self.page_size
 
     def slices(self) -> list[tuple[int, slice]]:
-        """``(row, its tokens among the packed ones)`` of each sequence that takes part in the pass."""
+        """``(index, its tokens among the packed ones)`` of each sequence that takes part in the pass."""
         out, start = [], 0
-        for row, n in enumerate(self.new):
+        for index, n in enumerate(self.new):
             if n:
-                out.append((row, slice(start, start + n)))
+                out.append((index, slice(start, start + n)))
                 start += n
         return out
 
     def prompts(self) -> list[tuple[int, slice]]:
         """`slices` of those sequences that begin in this pass, with several tokens."""
-        return [(row, mine) for row, mine in self.slices() if self.new[row] > 1 and not self.lengths[row]]
+        return [(index, mine) for index, mine in self.slices() if self.new[index] > 1 and not self.lengths[index]]
 
-    def admit(self, sequence: int) -> int:
-        """Takes in one more sequence and returns its row: that of a released one, or a new one."""
+    def admit(self) -> int:
+        """Takes in one more sequence and returns its index: that of a released one, or a new one."""
         assert not self.in_step, "sequences join between passes"
         if False in self.alive:
-            row = self.alive.index(False)
-            self.ids[row], self.alive[row] = sequence, True
-            self.lengths[row] = self.sealed[row] = 0
-            for loads, dropped in zip(self.loads, self.dropped, strict=True):
-                loads[row], dropped[row] = [0] * self.num_ranks, 0
-            return row
-        self.ids.append(sequence)
+            index = self.alive.index(False)
+            self.rows[index], self.alive[index] = NO_ROW, True
+            self.lengths[index] = self.sealed[index] = 0
+            self.dropped[:, index] = 0
+            return index
+        self.rows.append(NO_ROW)
         self.alive.append(True)
         for counts in (self.lengths, self.sealed, self.new):
             counts.append(0)
-        for loads, dropped in zip(self.loads, self.dropped, strict=True):
-            loads.append([0] * self.num_ranks)
-            dropped.append(0)
-        return len(self.ids) - 1
+        self.dropped = np.pad(self.dropped, ((0, 0), (0, 1)))
+        return len(self.rows) - 1
 
     def begin(self, new: list[int]) -> None:
-        """Starts a pass that appends ``new[row]`` tokens to each sequence."""
+        """Starts a pass that appends ``new[index]`` tokens to each sequence."""
         self.new, self._places = list(new), None
         self._open_layers = set(range(self.num_layers))
 
@@ -191,22 +186,22 @@ class SequenceBatch:
         """Ends the pass for one layer; the last one commits the new lengths."""
         self._open_layers.discard(layer)
         if not self._open_layers:
-            for row in range(len(self)):
-                self.sealed[row] += self.filling(row)
-                self.lengths[row] += self.new[row]
-                self.new[row] = 0
+            for index in range(len(self)):
+                self.sealed[index] += self.filling(index)
+                self.lengths[index] += self.new[index]
+                self.new[index] = 0
 
     def break_off(self) -> None:
         """Undoes `begin`: the pass never started."""
         self.new = [0] * len(self)
         self._open_layers.clear()
 
-    def release(self, rows: list[int]) -> list[int]:
-        """Marks sequences as finished; returns the ids of those that were alive. Tails of a batch
+    def release(self, indices: list[int]) -> list[int]:
+        """Marks sequences as finished; returns the rows of those that were alive and had one. Tails of a batch
         with no living sequence are given back."""
-        released = [self.ids[r] for r in rows if self.alive[r]]
-        for row in rows:
-            self.alive[row] = False
+        released = [self.rows[i] for i in indices if self.alive[i] and self.rows[i] != NO_ROW]
+        for index in indices:
+            self.alive[index] = False
         if not any(self.alive):
             self.tails = [None] * self.num_layers
             self._tail_nbytes = 0
@@ -228,17 +223,17 @@ class SequenceBatch:
 
     def tail(self, layer: int, keys: Tensor, values: Tensor | None) -> Tail:
         """The tail of a layer, with room for all sequences, in the shape and type of keys and values ``[N, K, D]``."""
-        tail, rows = self.tails[layer], len(self)
+        tail, size = self.tails[layer], len(self)
         if tail is None:
             empty = [
-                None if x is None else lasting_zeros((rows, x.shape[1], self.page_size, x.shape[2]), x.dtype, x.device)
+                None if x is None else lasting_zeros((size, x.shape[1], self.page_size, x.shape[2]), x.dtype, x.device)
                 for x in (keys, values)
             ]
             assert empty[0] is not None
             tail = self.tails[layer] = Tail(empty[0], empty[1])
             self._tail_nbytes = None
-        elif len(tail.keys) < rows:  # sequences have joined
-            tail = self.tails[layer] = tail.grown(max(rows, 2 * len(tail.keys)))
+        elif len(tail.keys) < size:  # sequences have joined
+            tail = self.tails[layer] = tail.grown(max(size, 2 * len(tail.keys)))
             self._tail_nbytes = None
         return tail
 
@@ -260,33 +255,37 @@ class SequenceBatch:
             places = self.places(keys.device)
             at = slice(None) if places.all_tokens else places.tokens
             for kept, x in pairs:
-                kept[places.rows, :, places.slots] = x[at]
+                kept[places.indices, :, places.slots] = x[at]
         joined = {}
-        for row, mine in self.slices():
-            if self.new[row] > 1:
-                start = self.open_tokens(row)
+        for index, mine in self.slices():
+            if self.new[index] > 1:
+                start = self.open_tokens(index)
                 whole = [x[mine].transpose(0, 1) for _, x in pairs]
                 if start:
                     whole = [
-                        torch.cat([kept[row, :, :start], x], dim=1) for (kept, _), x in zip(pairs, whole, strict=True)
+                        torch.cat([kept[index, :, :start], x], dim=1)
+                        for (kept, _), x in zip(pairs, whole, strict=True)
                     ]
-                joined[row] = whole[0], None if values is None else whole[1]
+                joined[index] = whole[0], None if values is None else whole[1]
         if joined:
             self.fresh[layer] = joined
 
     def places(self, device: torch.device) -> TailPlaces:
         """Where the single tokens of this pass go; the same at every layer."""
         if self._places is None:
-            single = [(row, mine.start) for row, mine in self.slices() if self.new[row] == 1]
+            single = [(index, mine.start) for index, mine in self.slices() if self.new[index] == 1]
             lengths = [self.open_tokens(r) + 1 if n == 1 else 0 for r, n in enumerate(self.new)]
-            rows, tokens = [row for row, _ in single], [token for _, token in single]
+            indices, tokens = [index for index, _ in single], [token for _, token in single]
+            full = np.array([index for index in indices if lengths[index] == self.page_size], np.int64)
             self._places = TailPlaces(
-                torch.tensor(rows, dtype=torch.int64, device=device),
+                torch.tensor(indices, dtype=torch.int64, device=device),
                 torch.tensor(tokens, dtype=torch.int64, device=device),
-                torch.tensor([self.open_tokens(row) for row in rows], dtype=torch.int64, device=device),
+                torch.tensor([self.open_tokens(index) for index in indices], dtype=torch.int64, device=device),
                 torch.tensor(lengths, dtype=torch.int32, device=device),
                 all_tokens=len(single) == sum(self.new),
-                all_rows=len(single) == len(self) == sum(self.new),
+                all_sequences=len(single) == len(self) == sum(self.new),
+                filling=torch.from_numpy(full).to(device),
+                filling_host=full,
             )
         return self._places
 
@@ -308,37 +307,45 @@ class SequenceBatch:
                 tail.experts = lasting_zeros(shape, experts.dtype, experts.device)
                 self._tail_nbytes = None
             kept, places = tail.experts, self.places(experts.device)
-            kept[places.rows, places.slots] = experts if places.all_tokens else experts[places.tokens]
+            kept[places.indices, places.slots] = experts if places.all_tokens else experts[places.tokens]
         pages = []
-        for row, mine in self.slices():
-            start, size = self.open_tokens(row), self.page_size
-            full, rest = divmod(start + self.new[row], size)
-            if row in fresh:
-                keys, values = fresh[row]
-            elif full:  # its last token has gone into the tail
-                keys, values = tail.keys[row], None if tail.values is None else tail.values[row]
-            else:
+        places = self.places(tail.keys.device)
+        if len(places.filling_host):  # their last tokens have gone into the tails
+            at = places.filling
+            pages.append(
+                FullPages(
+                    places.filling_host,
+                    np.array(self.sealed)[places.filling_host],
+                    tail.keys[at],
+                    None if tail.values is None else tail.values[at],
+                    None if kept is None else kept[at],
+                )
+            )
+        for index, mine in self.slices() if fresh else ():
+            if index not in fresh:
                 continue
+            start, size = self.open_tokens(index), self.page_size
+            full, rest = divmod(start + self.new[index], size)
+            keys, values = fresh[index]
             chosen = None
             if kept is not None and experts is not None:
-                chosen = torch.cat([kept[row, :start], experts[mine]])
+                chosen = torch.cat([kept[index, :start], experts[mine]])
             if full:
                 pages.append(
                     FullPages(
-                        row,
-                        list(range(self.sealed[row], self.sealed[row] + full)),
+                        np.full(full, index),
+                        np.arange(self.sealed[index], self.sealed[index] + full),
                         _as_pages(keys, full, size),
                         None if values is None else _as_pages(values, full, size),
                         None if chosen is None else chosen[: full * size].unflatten(0, (full, size)),
                     )
                 )
-            if row in fresh:
-                tail.keys[row, :, :rest] = keys[:, full * size :]
-                if values is not None:
-                    assert tail.values is not None
-                    tail.values[row, :, :rest] = values[:, full * size :]
-                if kept is not None and chosen is not None:
-                    kept[row, :rest] = chosen[full * size :]
+            tail.keys[index, :, :rest] = keys[:, full * size :]
+            if values is not None:
+                assert tail.values is not None
+                tail.values[index, :, :rest] = values[:, full * size :]
+            if kept is not None and chosen is not None:
+                kept[index, :rest] = chosen[full * size :]
         return pages
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pikv_ds.config import PiKVConfig
 from pikv_ds.errors import NonFiniteError, OutOfRangeError, PeerError, PiKVError, PoolFullError
-
-SHARED_SOURCE = 0
-"""The rank that stands as the source of sequences that all ranks have; its word counts for their pages' homes."""
 
 UNLIMITED = 2**40
 """Free pages that a rank without a capacity announces."""
@@ -25,38 +25,27 @@ class Announcement(NamedTuple):
     step: int
     status: int
     num_entries: int
-    """Sequences with sealed pages in this pass, 0 if the list has not changed."""
+    """Sequences that take part in this pass, 0 if the list has not changed."""
     changed: int
     num_released: int
-    seals: int
-    """Pages that this pass seals, over all layers."""
-    prompt: int
-    """Whether some sequence appends several tokens."""
-    staged: int
-    """Pages of earlier passes that wait to be sent."""
-    free: int
-    spare: int
-    """Free pages without the reserve."""
-    own_tokens: int
-    """Tokens of the rank's own sequences after the last pass."""
     shared: int
     """Whether the pass is made with a batch that every rank has."""
     digest: int
     """Of the tokens of such a batch."""
     committed: int
     """See `ExpertShardedKVCache.committed_tokens`."""
-    pages: int
-    """In the rank's pool, of all layers."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """What every rank will do in one forward pass: exchanged once, before its first layer."""
 
-    rows: tuple[tuple[tuple[int, int], ...], ...]
-    """Per rank: ``(sequence id, query tokens)`` of each sequence whose queries travel to its pages."""
+    queries: tuple[tuple[tuple[int, int], ...], ...]
+    """Per rank: ``(row, query tokens)`` of each row whose queries travel to its pages."""
     fetches: tuple[tuple[int, ...], ...]
-    """Per rank: ids of the sequences whose pages travel to their queries, because these are more."""
+    """Per rank: the rows whose pages travel to their queries, because these are more."""
+    sealing: tuple[NDArray[np.int64], ...]
+    """Per rank: the rows that fill pages in this pass."""
     seals: tuple[tuple[int, ...], ...]
     """Per rank and layer: pages that this pass seals."""
     prefill: bool
@@ -69,7 +58,7 @@ class StepPlan:
     @property
     def query_counts(self) -> list[int]:
         """Query rows of every rank."""
-        return [sum(tokens for _, tokens in rows) for rows in self.rows]
+        return [sum(tokens for _, tokens in rows) for rows in self.queries]
 
 
 def any_failed(everyone: Sequence[Announcement]) -> bool:
@@ -94,7 +83,7 @@ def failure(everyone: Sequence[Announcement], texts: Sequence[str | None], rank:
 
 
 def check_together(everyone: Sequence[Announcement]) -> None:
-    """All ranks must be in the same pass, and have the same batch where it is said to be shared.
+    """All ranks must be in the same pass.
 
     Raises:
         PeerError: on every rank alike.
@@ -105,8 +94,19 @@ def check_together(everyone: Sequence[Announcement]) -> None:
             f"the ranks are not in the same forward pass (steps {steps}): every rank of the group must make the "
             "same calls; use generate(..., synced_gpus=True)"
         )
-    different = len({(a.shared, a.digest, a.seals, a.staged) for a in everyone}) > 1
-    if different and any(a.shared for a in everyone):
+
+
+def check_shared(everyone: Sequence[Announcement], rows: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """All ranks must have the same batch where it is said to be shared.
+
+    Args:
+        rows: per rank: ``(row, tokens)`` of each sequence of the pass.
+
+    Raises:
+        PeerError: on every rank alike.
+    """
+    batches = {(a.shared, a.digest, tuple(of_rank)) for a, of_rank in zip(everyone, rows, strict=True)}
+    if len(batches) > 1 and any(a.shared for a in everyone):
         what = "tokens" if all(a.shared for a in everyone) else "batches"
         raise PeerError(
             f"the ranks make this pass with different {what} (digests {[a.digest for a in everyone]}), but the "

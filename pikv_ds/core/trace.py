@@ -21,13 +21,18 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pikv_ds import checks
 from pikv_ds.errors import UsageError
+
+Ints = NDArray[np.int64]
 
 VERSION = 1
 TOP_VOTES = 8
@@ -70,20 +75,29 @@ class PageTrace:
             self._file.flush()
 
     def seal(
-        self, sequence: int, unit: int, page_idx: int, owner: int, home: int, votes: Sequence[int] | None
+        self, serials: Ints, units: Ints, numbers: Ints, owners: Ints, homes: Ints, votes: Mapping[int, Ints]
     ) -> None:
-        """A page of this rank's own sequences has got its owner."""
-        first: list[list[int]] = []
-        if votes is not None:
-            ranked = sorted((-n, expert) for expert, n in enumerate(votes) if n)
-            first = [[expert, -n] for n, expert in ranked[:TOP_VOTES]]
-        self._write("seal", seq=sequence, **self._where(unit), page=page_idx, owner=owner, home=home, votes=first)
+        """Pages of this rank's own sequences have got their owners, ``[N]`` each.
 
-    def store(self, sequence: tuple[int, int], unit: int, page_idx: int, slot: int, page_format: int) -> None:
-        """A page lies in a slot now."""
-        source, seq = sequence
-        where = self._where(unit)
-        self._write("store", source=source, seq=seq, **where, page=page_idx, slot=slot, codec=page_format)
+        Args:
+            votes: of the pages of each layer that has a router, in their order, ``[pages of it, experts]``.
+        """
+        taken: Counter[int] = Counter()
+        arrays = (x.tolist() for x in (serials, units, numbers, owners, homes))
+        for sequence, unit, page_idx, owner, home in zip(*arrays, strict=True):
+            layer, first = unit // self._streams, []
+            if layer in votes:
+                ranked = sorted((-n, expert) for expert, n in enumerate(votes[layer][taken[layer]].tolist()) if n)
+                first = [[expert, -n] for n, expert in ranked[:TOP_VOTES]]
+                taken[layer] += 1
+            self._write("seal", seq=sequence, **self._where(unit), page=page_idx, owner=owner, home=home, votes=first)
+
+    def store(self, serials: Ints, units: Ints, numbers: Ints, slots: Ints, formats: Ints) -> None:
+        """Pages lie in some slots now, ``[N]`` each."""
+        arrays = (x.tolist() for x in (serials, units, numbers, slots, formats))
+        for sequence, unit, page_idx, slot, page_format in zip(*arrays, strict=True):
+            where = self._where(unit)
+            self._write("store", seq=sequence, **where, page=page_idx, slot=slot, codec=page_format)
 
     def free(self, slots: Sequence[int], why: str) -> None:
         """Slots are empty again."""

@@ -33,13 +33,13 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
     """
     layers, fullest = cache.shape.num_layers, cache.fullest
     attention, sender = cache.attention.counters, cache.sender.counters
-    reuse, audit = cache.attention.reuse, cache.attention.audit
+    reuse, audit = cache.shard.reuse, cache.shard.audit
     return {
         "rank": cache.exchange.rank,
         "tokens": cache.stored_tokens / layers,
         "own_tokens": cache.own_tokens,
         "pages": cache.pool.num_used,
-        "skew": _skew([float(n) for n in cache.pages_by_rank]),
+        "skew": _skew([float(n) for n in cache.ledger.totals]),
         "kv_bytes": cache.kv_bytes,
         "pool_bytes": cache.pool.page_storage_bytes,
         "summary_bytes": cache.pool.summary_storage_bytes,
@@ -60,8 +60,8 @@ def rank_stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "pages_by_codec": _pages_by_codec(cache),
         "moved_pages": 0 if cache.rebalancer is None else cache.rebalancer.counters["moved_pages"],
         "queries": attention["queries"],
-        "pages_in_scope": attention["pages_in_scope"],
-        "pages_visited": cache.attention.pages_visited,
+        "pages_in_scope": cache.shard.counters["pages_in_scope"],
+        "pages_visited": cache.shard.pages_visited,
         "reuse": None if reuse is None else reuse.counts.tolist(),
         "reuse_distances": None if reuse is None else reuse.histogram.tolist(),
         "audit": {"mean": audit.mean, "worst": audit.worst, "raised": audit.raised} if audit.count else None,
@@ -105,7 +105,7 @@ def stats(cache: ExpertShardedKVCache) -> dict[str, Any]:
         "wire_formula_bytes": wire_bytes_per_token_layer(cache),
         "page_wire_bytes": sum(r["sent_bytes"].get("page", 0) for r in per_rank),
         "plan_wire_bytes": sum(
-            r["sent_bytes"].get("plan", 0) + r["sent_bytes"].get("page_header", 0) for r in per_rank
+            r["sent_bytes"].get(kind, 0) for r in per_rank for kind in ("plan", "page_counts", "page_header")
         ),
         "seals": sum(r["seals"] for r in per_rank),
         "dropped_pages": sum(r["dropped_pages"] for r in per_rank),

@@ -5,6 +5,8 @@ op                     what
 =====================  ======================================================================
 `seal_pages`           encode the keys and values of full pages, and take their key bounds
 `gather_pages`         copy pages out of their slots
+`scatter_pages`        copy pages into their slots
+`place_pages`          give pages owners within the ranks' limits; on the host
 `decode_attention`     partial attention of few queries over paged keys
 `prefill_attention`    partial attention of many queries of one sequence over its pages
 `context_attention`    partial attention of many queries over plain keys
@@ -48,6 +50,8 @@ READ_VALUES = (
 """Ops whose kernels need code of their own for latent pages."""
 READ_PAGES = ("seal_pages", "decode_attention", "prefill_attention", "key_scores")
 """Ops whose kernels need code of their own for each kind of page elements."""
+ON_THE_HOST = ("place_pages",)
+"""Ops whose tensors are on the host whatever the device; all backends but the reference take the compiled ones."""
 SPECIAL_PAGES = ("cpp",)
 """Backends whose kernels know latent and packed pages, and narrow ranges (`PageLayout.clip`)."""
 
@@ -68,6 +72,8 @@ class Ops:
 
     seal_pages = staticmethod(reference.seal_pages)
     gather_pages = staticmethod(reference.gather_pages)
+    scatter_pages = staticmethod(reference.scatter_pages)
+    place_pages = staticmethod(reference.place_pages)
     decode_attention = staticmethod(reference.decode_attention)
     prefill_attention = staticmethod(reference.prefill_attention)
     context_attention = staticmethod(reference.context_attention)
@@ -95,6 +101,11 @@ class Ops:
                 self._take(name, importlib.import_module(f"pikv_ds.ops.{name}_ops"))
             elif backend != "auto":
                 raise UsageError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
+        if backend != "reference" and why_missing("cpp", "cpu") is None:
+            compiled = importlib.import_module("pikv_ds.ops.cpp_ops")
+            for op in compiled.supported("cpu").intersection(ON_THE_HOST):
+                self._owners[op] = "cpp"
+                setattr(self, op, getattr(compiled, op))
         missing = why_missing("cpp", device_type) if device_type == "cuda" and backend == "auto" else None
         if missing is not None and self._owners:
             _warn_once(f"the ops run on Triton, slower than with CUDA kernels: {missing}")

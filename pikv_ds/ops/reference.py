@@ -97,6 +97,58 @@ def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:
         out.view(word).index_copy_(0, here, storage.view(word).index_select(0, rows[here] % slabs.slab_rows))
 
 
+def scatter_pages(slabs: Slabs, slots: Tensor, pages: Tensor) -> None:
+    """Copies pages into their slots.
+
+    Args:
+        slots: int32 ``[N]``, all valid, each once.
+        pages: uint8 ``[N, row_bytes]``, rows contiguous (they may be part of a longer row).
+    """
+    word = torch.int64 if _in_words(slabs, pages) else torch.uint8
+    rows, slab_of = slots.long(), slots.long() // slabs.slab_rows
+    for slab in slab_of.unique().tolist():
+        here = (slab_of == slab).nonzero().squeeze(1)
+        storage = slabs.tensors[slab]
+        assert storage is not None, f"slab {slab} was given back, but a page is to go into it"
+        storage.view(word).index_copy_(0, rows[here] % slabs.slab_rows, pages.view(word).index_select(0, here))
+
+
+def _in_words(slabs: Slabs, pages: Tensor) -> bool:
+    """Whether rows can be copied eight bytes at a time, which is several times faster."""
+    return slabs.row_bytes % 8 == 0 and pages.stride(0) % 8 == 0 and pages.storage_offset() % 8 == 0
+
+
+def place_pages(
+    preference: Tensor, groups: Tensor, limits: Tensor, source: int, loads: Tensor, free: Tensor, out: Tensor
+) -> None:
+    """Gives every page an owner, one after the other: the first rank of its preference that has room, else the one
+    with room that has the fewest pages of its group, the lower one of several. It runs on the host.
+
+    Args:
+        preference: int32 ``[N, G]``, ranks, best first; -1 in the places that are left where a row names only some.
+        groups: int32 ``[N]``, each page's group: a sequence and unit.
+        limits: int32 ``[N]``: how many pages of its group a rank may own when this one is placed.
+        source: the rank that may own one less, for it keeps the open tail; -1: none.
+        loads: int32 ``[M, G]``, pages of each group that each rank owns; what is placed is added.
+        free: int64 ``[G]``, pages for which each rank has memory; what is placed is taken off.
+        out: int32 ``[N]``: owners, -1 where no rank has room.
+    """
+    ranks = range(len(free))
+    table, room = loads.tolist(), free.tolist()
+    owners = []
+    for wanted, group, limit in zip(preference.tolist(), groups.tolist(), limits.tolist(), strict=True):
+        held = table[group]
+        able = [r for r in ranks if held[r] < limit - (r == source) and room[r] > 0]
+        owner = next((r for r in wanted if r in able), min(able, key=lambda r: (held[r], r), default=-1))
+        if owner >= 0:
+            held[owner] += 1
+            room[owner] -= 1
+        owners.append(owner)
+    loads.copy_(torch.tensor(table, dtype=loads.dtype).view_as(loads))
+    free.copy_(torch.tensor(room, dtype=free.dtype))
+    out.copy_(torch.tensor(owners, dtype=out.dtype))
+
+
 def decode_attention(
     query: Tensor,
     slabs: Slabs,

@@ -50,6 +50,11 @@ class CodecPolicy(Protocol):
         """Heads of a layer may differ, so each has pages of its own."""
         ...
 
+    @property
+    def per_expert(self) -> bool:
+        """`choose` looks at the home expert."""
+        ...
+
     def choose(self, layer: int, head: int, expert: int | None) -> int:
         """A page's codec, as an index into `codecs`.
 
@@ -185,6 +190,7 @@ class Codec:
         return (self,)
 
     per_head = False
+    per_expert = False
 
     def choose(self, layer: int, head: int, expert: int | None) -> int:
         return 0
@@ -299,6 +305,7 @@ class RangesCodec:
     default: Any = "none"
     """Of all that the table does not name."""
     per_head = False
+    per_expert = False
 
     def __post_init__(self) -> None:
         _ = self.codecs
@@ -368,6 +375,7 @@ class PerExpertCodec(RangesCodec):
     experts: Mapping[str, Any] = field(default_factory=dict)
     """``{"0-3": "int8"}``"""
     name = "per_expert"
+    per_expert = True
 
     @property
     def _ranges(self) -> tuple[str, Mapping[str, Any]]:
@@ -395,6 +403,7 @@ class PerHeadCodec:
     """Of the others."""
     name = "per_head"
     per_head = True
+    per_expert = False
 
     def __post_init__(self) -> None:
         checks.path(self, "heads", HEADS_REMEDY)

@@ -1,13 +1,16 @@
 """Placements: on which rank a sealed page lives. They never touch the model's own choice of experts.
 
-A policy is a frozen dataclass with one method; add one by writing it and naming it in `PLACEMENTS`.
+A policy is a frozen dataclass with one method, which ranks the ranks for many pages at once; add one by writing it
+and naming it in `PLACEMENTS`. Ties go to the lower expert or rank, so that all ranks agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pikv_ds import checks
 from pikv_ds.policies.topology import Topology
@@ -37,6 +40,19 @@ class Packing(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SealedPages:
+    """What a placement knows of ``N`` pages with one topology, in the order in which they are placed."""
+
+    numbers: NDArray[np.int64]
+    """``[N]``: of the pages within their sequences, 0 = first."""
+    votes: NDArray[np.int64] | None
+    """``[N, E]``: how often a page's tokens chose each expert; None at layers without a router."""
+    seen: NDArray[np.int64] | None = None
+    """``[N, E]``: the sums of the votes of all pages that this rank has placed at a page's layer so far, it included;
+    None unless the placement `wants_seen`."""
+
+
 @runtime_checkable
 class Placement(Protocol):
     """Where a page lives."""
@@ -48,24 +64,38 @@ class Placement(Protocol):
         """How experts are packed anew over the ranks, and pages move after them; None: never."""
         ...
 
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        """Ranks in order of preference.
+    @property
+    def wants_seen(self) -> bool:
+        """Whether it reads `SealedPages.seen`."""
+        ...
 
-        Args:
-            page_idx: number of the page within its sequence, 0 = first.
-            votes: how often the page's tokens chose each expert, ``[num_experts]``; None at
-                layers without a router.
-            seen: the sums of the votes of all pages that this rank has placed at the layer so far, this one
-                included, ``[num_experts]``.
-        """
+    def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+        """Ranks in order of preference, ``[N, ranks]``. A row may name only some, and -1 in the places that are left."""
         ...
 
 
-def _ranking(votes: Sequence[float]) -> list[int]:
-    """Experts by votes, most first; ties go to the lower number, so that all ranks agree."""
-    return sorted(range(len(votes)), key=lambda e: (-votes[e], e))
+def _interleaved(numbers: NDArray[np.int64], num_ranks: int) -> NDArray[np.int64]:
+    return (numbers[:, None] + np.arange(num_ranks)) % num_ranks
+
+
+def _by_best_expert(values: NDArray[Any], pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+    """Ranks by the best of their experts, most first.
+
+    Args:
+        values: ``[N, E]``
+    """
+    ranks, (_, experts) = topology.num_ranks, values.shape
+    if topology.homes is None:  # blocks: the lower expert is also on the lower rank
+        best = values.reshape(len(values), ranks, experts // ranks).max(2)
+        return (-best).argsort(axis=1, kind="stable")
+    owner = topology.owners(pages.numbers)
+    order = (-values).argsort(axis=1, kind="stable")
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(experts)[None], axis=1)
+    first = np.full((len(values), ranks), experts)
+    np.minimum.at(first, (np.arange(len(values))[:, None], owner), place)
+    named = np.where(first == experts, -1, np.arange(ranks))
+    return np.take_along_axis(named, first.argsort(axis=1, kind="stable"), axis=1)
 
 
 @dataclass(frozen=True)
@@ -74,11 +104,10 @@ class InterleavePlacement:
 
     name = "interleave"
     packing = None
+    wants_seen = False
 
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        return [(page_idx + i) % topology.num_ranks for i in range(topology.num_ranks)]
+    def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+        return _interleaved(pages.numbers, topology.num_ranks)
 
 
 @dataclass(frozen=True)
@@ -87,13 +116,12 @@ class ExpertPlacement:
 
     name = "expert"
     packing = None
+    wants_seen = False
 
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        if votes is None:
-            return InterleavePlacement().owners(page_idx, votes, topology)
-        return list(dict.fromkeys(topology.owner(e) for e in _ranking(votes)))
+    def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+        if pages.votes is None:
+            return _interleaved(pages.numbers, topology.num_ranks)
+        return _by_best_expert(pages.votes, pages, topology)
 
 
 @dataclass(frozen=True)
@@ -104,17 +132,16 @@ class HashPlacement:
     """N: the page number is taken modulo this."""
     name = "hash"
     packing = None
+    wants_seen = False
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "period")
 
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        home = _ranking(votes)[0] if votes is not None else 0
-        expert = ((page_idx % self.period) ^ home) % topology.num_experts
-        first = topology.owner(expert)
-        return [(first + i) % topology.num_ranks for i in range(topology.num_ranks)]
+    def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+        homes = np.zeros_like(pages.numbers) if pages.votes is None else pages.votes.argmax(1)
+        experts = ((pages.numbers % self.period) ^ homes) % topology.num_experts
+        first = topology.owners(np.zeros_like(experts))[np.arange(len(experts)), experts]
+        return _interleaved(first, topology.num_ranks)
 
 
 @dataclass(frozen=True)
@@ -129,19 +156,18 @@ class BalancedPlacement:
     """Weight of the malus; 0: `ExpertPlacement`."""
     name = "balanced"
     packing = None
+    wants_seen = True
 
     def __post_init__(self) -> None:
         checks.real_attribute(self, "alpha", 0, 100, "use a number between 0 (votes alone) and 100")
 
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        if votes is None:
-            return InterleavePlacement().owners(page_idx, votes, topology)
-        total, all_votes = max(1, sum(votes)), max(1, sum(seen))
-        usual = [n / all_votes - 1 / len(votes) for n in seen] or [0.0] * len(votes)
-        ranked = _ranking([v / total - self.alpha * u for v, u in zip(votes, usual, strict=True)])
-        return list(dict.fromkeys(topology.owner(e) for e in ranked))
+    def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+        if pages.votes is None:
+            return _interleaved(pages.numbers, topology.num_ranks)
+        assert pages.seen is not None
+        shares = pages.votes / pages.votes.sum(1, keepdims=True).clip(min=1)
+        usual = pages.seen / pages.seen.sum(1, keepdims=True).clip(min=1) - 1 / topology.num_experts
+        return _by_best_expert(shares - self.alpha * usual, pages, topology)
 
 
 @dataclass(frozen=True)
@@ -156,21 +182,21 @@ class HierarchicalPlacement:
     """Ranks that share a node; the last node may have fewer."""
     name = "hierarchical"
     packing = None
+    wants_seen = False
 
     def __post_init__(self) -> None:
         checks.whole_attributes(self, "ranks_per_node")
 
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        if votes is None:
-            return InterleavePlacement().owners(page_idx, votes, topology)
-        by_rank = [max(v for e, v in enumerate(votes) if topology.owner(e) == r) for r in range(topology.num_ranks)]
-        node = [r // self.ranks_per_node for r in range(topology.num_ranks)]
-        by_node = [0] * (node[-1] + 1)
-        for expert, n in enumerate(votes):
-            by_node[node[topology.owner(expert)]] += n
-        return sorted(range(topology.num_ranks), key=lambda r: (-by_node[node[r]], node[r], -by_rank[r], r))
+    def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
+        if pages.votes is None:
+            return _interleaved(pages.numbers, topology.num_ranks)
+        ranks = topology.num_ranks
+        by_expert = pages.votes.reshape(len(pages.numbers), ranks, -1)
+        node = np.arange(ranks) // self.ranks_per_node
+        firsts = np.arange(0, ranks, self.ranks_per_node)
+        by_node = np.add.reduceat(by_expert.sum(2), firsts, axis=1)[:, node]
+        best = by_expert.max(2)
+        return np.lexsort((np.broadcast_to(np.arange(ranks), best.shape), -best, node + 0 * best, -by_node), axis=1)
 
 
 @dataclass(frozen=True)
@@ -199,13 +225,6 @@ class EplbPlacement(ExpertPlacement):
         checks.whole_attributes(self, "every", "moves")
         checks.whole_attributes(self, "redundant", least=0)
         checks.real_attribute(self, "slack", 1, 100, "use a factor of at least 1 and at most 100")
-
-    def owners(
-        self, page_idx: int, votes: list[int] | None, topology: Topology, seen: Sequence[int] = ()
-    ) -> list[int]:
-        if votes is None:
-            return InterleavePlacement().owners(page_idx, votes, topology)
-        return list(dict.fromkeys(topology.owner(e, page_idx) for e in _ranking(votes)))
 
 
 PLACEMENTS: dict[str, type[Placement]] = {

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pikv_ds.errors import UsageError
 
 
@@ -24,9 +27,23 @@ class Topology:
                 f"choose an EP size that divides {self.num_experts}"
             )
 
+    def owners(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rank that hosts each expert's page of some numbers within their sequences.
+
+        Args:
+            numbers: ``[N]``
+
+        Returns:
+            ``[N, num_experts]``
+        """
+        if self.homes is None:
+            blocks = np.arange(self.num_experts) // (self.num_experts // self.num_ranks)
+            return np.broadcast_to(blocks, (len(numbers), self.num_experts))
+        most = max(map(len, self.homes))
+        table = np.array([[*ranks, *[0] * (most - len(ranks))] for ranks in self.homes])
+        turn = numbers[:, None] % np.array([len(ranks) for ranks in self.homes])
+        return table[np.arange(self.num_experts), turn]
+
     def owner(self, expert: int, page_idx: int = 0) -> int:
-        """Rank that hosts ``expert``'s page of this number within its sequence."""
-        if self.homes is not None:
-            ranks = self.homes[expert]
-            return ranks[page_idx % len(ranks)]
-        return expert // (self.num_experts // self.num_ranks)
+        """Rank that hosts an expert's page of this number."""
+        return int(self.owners(np.array([page_idx]))[0, expert])

@@ -16,6 +16,7 @@ from typing import Any
 import tiny
 import torch
 import torch.distributed as dist
+from passes import pages_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -176,15 +177,20 @@ def assert_parity(results: Sequence[Mapping[str, Any]], tolerance: float = TOLER
 
 def snapshot(store: pikv_ds.ExpertShardedKVCache) -> dict[str, Any]:
     """What a rank holds and knows after a forward pass."""
-    staged = [(p.batch.ids[p.row], p.unit, p.page_idx) for p in store.sender.staged]
-    layers = range(store.shape.num_layers)
+    staged = [
+        (p.batch.rows[index], p.unit, number)
+        for p in store.sender.staged
+        for index, number in zip(p.index.tolist(), p.numbers.tolist(), strict=True)
+    ]
+    ledger, layers = store.ledger, range(store.shape.num_layers)
     return {
         "step": store.num_steps,
         "table": {
-            s: [[page for page, _ in store.table.pages(s, layer)] for layer in layers] for s in store.table.sequences()
+            (int(ledger.source[row]), row): [[page for page, _ in pages_of(store, row, layer)] for layer in layers]
+            for row in ledger.rows.tolist()
         },
         "own": [
-            {"id": b.ids[row], "length": b.lengths[row], "open": b.open_tokens(row)}
+            {"id": b.rows[row], "length": b.lengths[row], "open": b.open_tokens(row)}
             for b in store._batches
             for row in range(len(b))
             if b.alive[row]
@@ -203,9 +209,9 @@ def storage_bytes(store: pikv_ds.ExpertShardedKVCache) -> int:
             if tail is not None:
                 tensors += [t for t in (tail.keys, tail.values, tail.experts) if t is not None]
         tensors += [t for rows in batch.fresh.values() for pair in rows for t in pair]
-    tensors += [page.payload for page in store.sender.staged]
+    tensors += [payload for pages in store.sender.staged for payload in pages.payloads.values()]
     if store.sender._in_flight is not None:
-        flight = store.sender._in_flight[0]
+        flight = store.sender._in_flight.flight
         tensors += [flight.received, flight._sent]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Ranks, ranks_fixture
-from passes import LATENT, PAGE, SHAPE, Driver, make_cache
+from passes import LATENT, PAGE, SHAPE, Driver, make_cache, pages_of
 
 from pikv_ds import PeerError
 from pikv_ds.core.cache import ModelShape
@@ -79,7 +79,7 @@ def latent_bytes(rank: int, prompt: int, steps: int, partial_dtype: str) -> dict
         driver.pass_of([1])
         assert cache.plan is not None
         fetched.append([len(ids) for ids in cache.plan.fetches])
-    here = [len(cache.table.pages((source, 0), layer)) for source in range(2) for layer in range(2)]
+    here = [len(pages_of(cache, row, layer)) for row in range(2) for layer in range(2)]
     sent, formula = dict(exchange.sent_bytes), wire_bytes_per_token_layer(cache)
     exchange.close()
     return {"fetched": fetched, "here": here, "sent": sent, "formula": formula}

@@ -67,8 +67,8 @@ def passes(cache: ExpertShardedKVCache, seeds: tuple[int, int], prompt: int, ste
     cache.begin_step(None, [])  # what has filled up last is sent
     cache.check_integrity()
     sealed = sum(batch.sealed) * cache.num_units
-    gone = sum(map(sum, batch.dropped))
-    held = sum(sum(map(sum, loads)) for loads in batch.loads)
+    gone = int(batch.dropped.sum())
+    held = int(cache.ledger.pages[batch.rows].sum())
     assert held + gone == sealed  # exactly once, or counted as dropped
     assert gone == 0 or cache.evictor.cuts
     cache.release(batch)

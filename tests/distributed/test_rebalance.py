@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import Ranks, ranks_fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes import PAGE, Driver, make_cache
+from passes import PAGE, Driver, make_cache, pages_of
 
 from pikv_ds.core.exchange import Exchange, make_group
 from pikv_ds.core.rebalance import pack
@@ -36,14 +36,14 @@ def skewed_passes(rank: int, passes: int, shared: bool = False, hot: int = 2, **
     driver.release([late])
     driver.step(3)
     stats, sent = rank_stats(cache), dict(exchange.sent_bytes)
-    routed = [len(cache.table.pages(s, 0)) for s in cache.table.sequences()]
+    routed = [len(pages_of(cache, row, 0)) for row in cache.ledger.rows.tolist()]
     homes = cache.sender.topologies[0].homes
     driver.release([0, 1])
     cache.begin_step(None, [])
     cache.check_integrity()
     left = cache.pool.num_used
     if cache.rebalancer is not None:
-        left += len(cache.rebalancer._homes) + len(cache.rebalancer._loads)
+        left += int(cache.shard.by_expert.sum()) + len(cache.rebalancer._queue)
     exchange.close()
     return {**stats, "routed": sum(routed), "homes": homes, "left": left, "sent": sent}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Ranks, ranks_fixture
-from passes import PAGE, make_cache
+from passes import PAGE, make_cache, pages_of
 
 from pikv_ds.core.cache import ExpertShardedKVCache
 from pikv_ds.core.exchange import Exchange, make_group
@@ -39,10 +39,10 @@ def one_sequence(cache: ExpertShardedKVCache, source: int, passes: int) -> None:
 
 def pages_here(cache: ExpertShardedKVCache, source: int) -> list[list[int]]:
     """Numbers of a sequence's pages that lie here, of each unit; those of a second format with 1,000 added."""
-    table = cache.table
+    (row,) = [row for row in cache.ledger.rows.tolist() if cache.ledger.source[row] == source]
+    formats = range(cache.table.num_formats)
     return [
-        [1000 * f + p for f in range(table.num_formats) for p, _ in table.pages((source, 0), unit, f)]
-        for unit in range(cache.num_units)
+        [1000 * f + p for f in formats for p, _ in pages_of(cache, row, unit, f)] for unit in range(cache.num_units)
     ]
 
 
@@ -52,10 +52,10 @@ def on_ranks(rank: int, passes: int, **settings: Any) -> dict[str, Any]:
     one_sequence(cache, rank, passes)
     here = [pages_here(cache, source) for source in range(exchange.size)]
     batch = cache._batches[0]
-    loads = [sum(loads[0]) for loads in batch.loads]
+    loads = cache.ledger.pages[batch.rows[0]].sum(1).tolist()
     cache.release(batch)
     cache.begin_step(None, [])
-    left = cache.pool.num_used, len(cache.evictor._live)
+    left = cache.pool.num_used, len(cache.ledger.rows)
     sent = dict(exchange.sent_bytes)
     exchange.close()
     return {"here": here, "left": left, "loads": loads, "sent": sent}

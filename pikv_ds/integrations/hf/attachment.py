@@ -146,8 +146,8 @@ class Attachment:
         for layer in self.layers.values():
             layer.module.__dict__.pop("_pikv", None)
             layer.module.__dict__.pop("rotary_emb", None)
-        if self.store.table.trace is not None:
-            self.store.table.trace.close()
+        if self.store.shard.trace is not None:
+            self.store.shard.trace.close()
         self.model.__dict__.pop("generate", None)
         if self._own_generate is not None:
             self.model.generate = self._own_generate

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pikv_ds import checks
 from pikv_ds.config import PiKVConfig
-from pikv_ds.core.placement import page_limits
+from pikv_ds.core.placement import owner_limit
 from pikv_ds.core.rebalance import pack
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.core.trace import RankTrace
@@ -189,16 +189,14 @@ def place(
     routing: Routing, drawn: Tensor, lengths: Sequence[int], page_size: int, topology: Topology, name: str
 ) -> Tensor:
     """Pages of all sequences that each rank holds at a layer, int64 ``[ranks]``: each sequence placed as its rank
-    places it (`pikv_ds.core.placement.choose_owner`), all of them side by side.
+    places it (`pikv_ds.ops.reference.place_pages`), all of them side by side.
 
     Args:
         drawn: recorded pages of each sequence, ``[sequences, pages]``.
         lengths: tokens of each sequence; sequence ``i`` is rank ``i mod ranks``'s own.
     """
     ranks, sequences = topology.num_ranks, len(lengths)
-    limits = torch.tensor(
-        [page_limits(n, page_size, topology, i % ranks) for i, n in enumerate(lengths)], dtype=torch.int64
-    )
+    is_source = torch.arange(sequences)[:, None] % ranks == torch.arange(ranks)
     counts = torch.tensor([n // page_size for n in lengths])
     blocks = topology.homes or tuple((topology.owner(expert),) for expert in range(topology.num_experts))
     copies = torch.tensor([len(owners) for owners in blocks])
@@ -211,7 +209,7 @@ def place(
             experts = routing.experts[drawn[:, page]]
             owner = homes[experts.clamp(min=0), page % copies[experts.clamp(min=0)]]
             wanted = torch.where(experts >= 0, owner, -1)
-        room = loads < limits
+        room = loads < owner_limit((page + 1) * page_size, page_size, topology) - is_source.long()
         fits = (wanted >= 0) & room.gather(1, wanted.clamp(min=0))
         first = wanted.gather(1, fits.long().argmax(1, keepdim=True))[:, 0]
         least = torch.where(room, loads, torch.iinfo(torch.int64).max).argmin(1)
