@@ -107,7 +107,7 @@ def make_extension():
         link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     return extension_class(
         name="pikv_ds._C",
-        sources=sources("*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") * with_cuda),
+        sources=sources("bindings/*.cpp") + sources("cpu/*.cpp") + (sources("cuda/*.cu") * with_cuda),
         depends=sources("**/*.h") + sources("**/*.cuh"),
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=link,

@@ -1,8 +1,8 @@
 // The arguments of all kernels: plain structs with raw pointers.
 //
 // Kernels include this file and never torch, so they compile in a fraction of a second and can be
-// called from any host program. bindings.cpp fills the structs and checks everything beforehand:
-// a kernel trusts its params. Arrays are contiguous and row-major unless strides are given. What an
+// called from any host program. The bindings fill the structs and check everything beforehand: a
+// kernel trusts its params. Arrays are contiguous and row-major unless strides are given. What an
 // op means is told once, in pikv_ds/ops/reference.py.
 //
 // Dimensions (as there):

@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "attention.h"
 
@@ -16,9 +17,8 @@
 #pragma GCC push_options
 #pragma GCC target( \
     "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma,f16c,amx-tile,amx-int8,amx-bf16")
-#include "attention_kernel.h"
-//
 #include "attention_avx512.h"
+#include "attention_kernel.h"
 
 namespace pikv_ds {
 namespace {

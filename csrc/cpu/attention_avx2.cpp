@@ -6,12 +6,13 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "attention.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-#include "attention_kernel.h"
+#include "attention_float.h"
 
 namespace pikv_ds {
 namespace {

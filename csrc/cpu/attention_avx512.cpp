@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "attention.h"
 
@@ -14,9 +15,9 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")
-#include "attention_kernel.h"
-//
 #include "attention_avx512.h"
+#include "attention_float.h"
+#include "attention_multiply.h"
 
 namespace pikv_ds {
 namespace {

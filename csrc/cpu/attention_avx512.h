@@ -1,5 +1,8 @@
 // What the files for AVX-512 and for AMX share: vectors of 16, and bytes as operands. Included
-// inside their target pragmas, after attention_kernel.h.
+// inside their target pragmas.
+#pragma once
+
+#include "attention_elements.h"
 
 namespace pikv_ds {
 namespace {

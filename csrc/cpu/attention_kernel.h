@@ -1,7 +1,8 @@
 // Online-softmax attention over blocks, written once for all instruction sets.
 //
-// Each instruction set's file includes this header inside its target pragma; everything is in an
-// anonymous namespace, so that no two files share (and the linker mixes) a function's versions.
+// Each instruction set's file includes this header and those it needs (attention_*.h) inside its
+// target pragma, after the standard library's; everything is in an anonymous namespace, so that no
+// two files share (and the linker mixes) a function's versions.
 //
 // Both products are brought to one form, C[row, place] = sum over k of A[row, k] * B[k, place]:
 //
@@ -9,343 +10,31 @@
 //   scores   query rows     channels               tokens of the block
 //   output   query rows     tokens (weights in A)  channels
 //
-// A `Simd` has the vectors. An `Operand` decides what A and B are made of: float32, or bytes and
-// bfloat16 for the dot-product instructions, which take 4 or 2 successive k from a 32-bit word.
-// B is packed as [block of kLanes places][k / kGroup][kLanes] words. Scales never touch B: key
-// scales go into the query and value scales into the weights, once per page and not per element;
-// minima turn into one number per query row and page. Values that are the keys have scales per
-// channel, which go into C. Where A is narrower than float32, a row of
-// it is split into digits: several rows of A whose products are added up again in C.
+// A `Simd` has the vectors; it stands in the instruction set's file. An `Operand` decides what A
+// and B are made of: float32 (attention_float.h), or bytes (attention_avx512.h) and bfloat16
+// (attention_amx.cpp) for the dot-product instructions, which take 4 or 2 successive k from a
+// 32-bit word. B is packed as [block of kLanes places][k / kGroup][kLanes] words. Scales never
+// touch B: key scales go into the query and value scales into the weights, once per page and not
+// per element; minima turn into one number per query row and page. Values that are the keys have
+// scales per channel, which go into C. Where A is narrower than float32, a row of it is split into
+// digits: several rows of A whose products are added up again in C.
+#pragma once
 
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
 #include "attention.h"
+#include "attention_vectors.h"
+#include "prefetcher.h"
 
 namespace pikv_ds {
 namespace {
 
-#define PIKV_INLINE inline __attribute__((always_inline))
-
-constexpr float kMinusInfinity = -__builtin_inff();
-
-// Not std::min and the like: their out-of-line copies would be shared with code for all machines.
-template <typename T>
-PIKV_INLINE T Min(T a, T b) {
-  return a < b ? a : b;
-}
-template <typename T>
-PIKV_INLINE T Max(T a, T b) {
-  return a > b ? a : b;
-}
-template <typename T>
-PIKV_INLINE T RoundUp(T x, T multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-template <typename To, typename From>
-PIKV_INLINE To BitCast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-template <typename Vector>
-PIKV_INLINE Vector Load(const void* from) {
-  Vector vector;
-  __builtin_memcpy(&vector, from, sizeof(vector));
-  return vector;
-}
-template <typename Vector>
-PIKV_INLINE void Store(void* to, const Vector& vector) {
-  __builtin_memcpy(to, &vector, sizeof(vector));
-}
-
-// How an element is stored in 32-bit words.
-template <Element kElement>
-struct Codec {
-  static constexpr int kBits = ElementBits(kElement);
-  static constexpr int kPerWord = 32 / kBits;
-  static constexpr int kPieces = kBits < 8 ? 8 / kBits : 1;  // channels that share a byte
-  static constexpr bool kScales = ScaleRows(kElement) > 0;
-  static constexpr bool kMinima = ScaleRows(kElement) > 1;
-
-  static constexpr int RowBytes(int head_dim) { return head_dim * kBits / 8; }
-  static constexpr int RowWords(int head_dim) { return (RowBytes(head_dim) + 3) / 4; }
-
-  // The channel of a word's j-th element, -1 beyond the row's end. A word of nibbles holds its
-  // four low ones first.
-  static PIKV_INLINE int Channel(int head_dim, int word, int j) {
-    if constexpr (kPieces == 1) {
-      const int channel = word * kPerWord + j;
-      return channel < head_dim ? channel : -1;
-    } else {
-      const int byte = 4 * word + j % 4;
-      return byte < RowBytes(head_dim) ? byte + j / 4 * (head_dim / kPieces) : -1;
-    }
-  }
-};
-
-// The j-th elements of words as float; of fp8 the 256th part, which float16 can hold.
-template <class Simd, Element kElement>
-PIKV_INLINE typename Simd::F Expand(typename Simd::U words, int j) {
-  using F = typename Simd::F;
-  using I = typename Simd::I;
-  if constexpr (kElement == Element::kFloat32) {
-    return (F)words;
-  } else if constexpr (kElement == Element::kBFloat16) {
-    return (F)(j == 0 ? words << 16 : words & 0xffff0000u);
-  } else if constexpr (kElement == Element::kFloat16) {
-    return Simd::HalfToFloat(j == 0 ? words & 0xffffu : words >> 16);
-  } else if constexpr (kElement == Element::kFp8) {
-    const auto byte = words >> (8 * j);
-    return Simd::HalfToFloat(((byte & 0x80u) << 8) | ((byte & 0x7fu) << 7));
-  } else {
-    constexpr int kBits = Codec<kElement>::kBits;
-    const auto code = (words >> (j % 4 * 8 + j / 4 * kBits)) & ((1u << kBits) - 1);
-    return __builtin_convertvector((I)code, F);
-  }
-}
-
-// 2^x for x <= 0 to 2e-9 and rounding; 0 below 2^-125, NaN for NaN.
-template <class Simd>
-PIKV_INLINE typename Simd::F Exp2(typename Simd::F x) {
-  using F = typename Simd::F;
-  using I = typename Simd::I;
-  const F rounder = F{} + 0x1.8p23f;  // pushes the fraction out and leaves the integer lowest
-  const F shifted = x + rounder;
-  const F f = x - (shifted - rounder);
-  F power = f * 0x1.41d332p-13f + 0x1.5f456ap-10f;
-  power = power * f + 0x1.3b2dbcp-7f;
-  power = power * f + 0x1.c6aed4p-5f;
-  power = power * f + 0x1.ebfbdap-3f;
-  power = power * f + 0x1.62e430p-1f;
-  power = power * f + 1.0f;
-  const F result = (F)((I)power + ((I)shifted << 23));
-  return x < F{} - 125.0f ? F{} : result;
-}
-
-// Pointers to kLanes successive tokens; beyond the last one it is repeated, as something readable.
-template <class Simd>
-struct TokenRows {
-  PIKV_INLINE TokenRows(const uint8_t* first, int64_t stride, int num_tokens) {
-    for (int i = 0; i < Simd::kLanes; ++i) row[i] = first + stride * Min(i, num_tokens - 1);
-  }
-  const uint8_t* row[Simd::kLanes];
-};
-
-// Reads kLanes token rows and hands them on as words, transposed: `use(word index, words)`.
-template <class Simd, class Use>
-PIKV_INLINE void ForEachWordOfTokens(const TokenRows<Simd>& tokens, int row_bytes, const Use& use) {
-  typename Simd::U words[4];
-  int at = 0;
-  for (; at + 16 <= row_bytes; at += 16) {
-    Simd::TransposeWords(tokens.row, at, words);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) use(at / 4 + i, words[i]);
-  }
-  if (at == row_bytes) return;
-  alignas(16) uint8_t rest[Simd::kLanes][16] = {};  // a full read might leave the allocation
-  const uint8_t* rest_rows[Simd::kLanes];
-  for (int i = 0; i < Simd::kLanes; ++i) {
-    std::memcpy(rest[i], tokens.row[i] + at, row_bytes - at);
-    rest_rows[i] = rest[i];
-  }
-  Simd::TransposeWords(rest_rows, 0, words);
-  for (int i = 0; at + 4 * i < row_bytes; ++i) use(at / 4 + i, words[i]);
-}
-
-// Asks for the next blocks' memory while these are attended. Pages are scattered, so the hardware
-// cannot foresee where the next one lies; and a core can have only some 16 lines under way, so they
-// are asked for a few at a time: a burst would stall it. Keys and values take turns, as two streams
-// come in faster than one.
-class Prefetcher {
- public:
-  void Start() { num_parts_ = lines_ = part_ = asked_ = 0; }
-
-  // Adds `bytes` of keys and as many of values.
-  void Add(const uint8_t* keys, const uint8_t* values, int64_t bytes) {
-    lines_ = (bytes + kLine - 1) / kLine;  // all parts are as long
-    keys_[num_parts_] = keys - num_parts_ * lines_ * kLine;
-    values_[num_parts_] = values - num_parts_ * lines_ * kLine;
-    ++num_parts_;
-  }
-
-  // Asks until a share of the lines has been asked for.
-  PIKV_INLINE void Until(float share) {
-    const int64_t goal = static_cast<int>(static_cast<float>(num_parts_ * lines_) * share);
-    while (asked_ < goal) {
-      const int64_t end = Min(goal, (part_ + 1) * lines_);
-      const uint8_t *keys = keys_[part_], *values = values_[part_];
-      for (int64_t line = asked_; line < end; ++line) {
-        __builtin_prefetch(keys + line * kLine, 0, 2);
-        __builtin_prefetch(values + line * kLine, 0, 2);
-      }
-      asked_ = end;
-      part_ += end == (part_ + 1) * lines_;
-    }
-  }
-
-  // Asks for something small at once.
-  static void Now(const void* begin, int64_t bytes) {
-    const uint8_t* from = static_cast<const uint8_t*>(begin);
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const uint8_t *keys_[kMaxParts], *values_[kMaxParts];  // less the lines of the parts before
-  int64_t num_parts_ = 0, lines_ = 0, part_ = 0, asked_ = 0;
-};
+#include "exp2.h"
 
 // Shares of the next blocks that are asked for by the end of a phase; about the phases' times.
 constexpr float kAfterPackKeys = 0.2f, kAfterScores = 0.45f, kAfterWeights = 0.75f;
-
-// c[rows, places] = a * b, where each word of A meets kLanes words of B. Works for all operands
-// whose MulAdd takes vectors. The tile of kRows x kBlocks sums stays in registers for kRun words,
-// then it is added to c: long sums of float32 lose less in two levels.
-template <class Operand, int kRows, int kBlocks>
-PIKV_INLINE void MultiplyTile(const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                              int num_groups, float* c, int64_t c_stride) {
-  using Simd = typename Operand::Simd;
-  using Sum = typename Operand::Sum;
-  constexpr int kLanes = Simd::kLanes;
-  constexpr int kRun = 32;
-  for (int begin = 0; begin < num_groups; begin += kRun) {
-    Sum sum[kRows][kBlocks] = {};
-    for (int k = begin; k < Min(begin + kRun, num_groups); ++k) {
-      typename Simd::U words[kBlocks];
-#pragma GCC unroll 8
-      for (int n = 0; n < kBlocks; ++n) {
-        words[n] = Load<typename Simd::U>(b + (int64_t{n} * num_groups + k) * kLanes);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < kBlocks; ++n) {
-          sum[r][n] = Operand::MulAdd(a[r * a_stride + k], words[n], sum[r][n]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int n = 0; n < kBlocks; ++n) {
-        float* to = c + r * c_stride + n * kLanes;
-        Store(to, begin == 0 ? sum[r][n] : Load<Sum>(to) + sum[r][n]);
-      }
-    }
-  }
-}
-
-template <class Operand, int kRows>
-void MultiplyRows(const uint32_t* a, int64_t a_stride, const uint32_t* b, int num_groups,
-                  int num_blocks, float* c, int64_t c_stride) {
-  constexpr int kLanes = Operand::Simd::kLanes;
-  constexpr int kBlocks = Operand::kTileBlocks;
-  int n = 0;
-  const auto at = [&](int block) { return b + int64_t{block} * num_groups * kLanes; };
-  for (; n + kBlocks <= num_blocks; n += kBlocks) {
-    MultiplyTile<Operand, kRows, kBlocks>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride);
-  }
-  for (; n < num_blocks; ++n) {
-    MultiplyTile<Operand, kRows, 1>(a, a_stride, at(n), num_groups, c + n * kLanes, c_stride);
-  }
-}
-
-template <class Operand>
-void MultiplyWithVectors(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
-                         int num_groups, int num_blocks, float* c, int64_t c_stride) {
-  int r = 0;
-  const auto multiply = [&](auto rows) {
-    MultiplyRows<Operand, decltype(rows)::value>(a + r * a_stride, a_stride, b, num_groups,
-                                                 num_blocks, c + r * c_stride, c_stride);
-    r += decltype(rows)::value;
-  };
-  while (r + 4 <= num_rows) multiply(Constant<4>{});
-  while (r + 2 <= num_rows) multiply(Constant<2>{});
-  if (r < num_rows) multiply(Constant<1>{});
-}
-
-// A and B in float32, for any element and head size.
-template <class SimdType, Element kElement>
-struct FloatOperand {
-  using Simd = SimdType;
-  using F = typename Simd::F;
-  using U = typename Simd::U;
-  using Sum = F;
-  using Code = Codec<kElement>;
-  static constexpr int kLanes = Simd::kLanes;
-  static constexpr int kGroup = 1;          // k per word
-  static constexpr int kGroupMultiple = 1;  // the words of a row of A are a multiple of this
-  static constexpr int kTileBlocks = Simd::kTileBlocks;
-  static constexpr float kUnit = kElement == Element::kFp8 ? 256.0f : 1.0f;  // see Expand
-
-  static int QueryDigits(Dtype) { return 1; }
-  static int WeightDigits(Dtype) { return 1; }
-  static void Begin(int) {}
-  static void End() {}
-
-  static int NumPlaces(int head_dim) {
-    return RoundUp(Code::RowWords(head_dim), kLanes) * Code::kPerWord;
-  }
-  static int Channel(int head_dim, int place) {
-    const int block = place / kLanes;
-    const int word = block / Code::kPerWord * kLanes + place % kLanes;
-    return Code::Channel(head_dim, word, block % Code::kPerWord);
-  }
-
-  // Packs a block of kLanes places.
-  static void PackKeys(const TokenRows<Simd>& rows, int head_dim, int, uint32_t* b) {
-    ForEachWordOfTokens<Simd>(rows, Code::RowBytes(head_dim), [&](int word, U words) {
-#pragma GCC unroll 16
-      for (int j = 0; j < Code::kPerWord; ++j) {
-        const int channel = Code::Channel(head_dim, word, j);
-        if (channel >= 0) Store(b + channel * kLanes, Expand<Simd, kElement>(words, j));
-      }
-    });
-  }
-
-  // Packs up to 16 tokens; `num_groups` is that of all of B. Words of a token row lie side by side,
-  // so their j-th elements are channels kPerWord apart.
-  static void PackValues(const uint8_t* values, int64_t stride, int num, int head_dim,
-                         int num_groups, uint32_t* b) {
-    const int row_bytes = Code::RowBytes(head_dim);
-    for (int token = 0; token < num; ++token) {
-      const uint8_t* row = values + token * stride;
-      uint32_t* to = b + token * kLanes;
-      for (int at = 0; at < row_bytes; at += 4 * kLanes) {
-        const U words = Simd::LoadBytes(row + at, row_bytes - at);
-#pragma GCC unroll 16
-        for (int j = 0; j < Code::kPerWord; ++j, to += num_groups * kLanes) {
-          Store(to, Expand<Simd, kElement>(words, j));
-        }
-      }
-    }
-  }
-
-  static PIKV_INLINE F MulAdd(uint32_t a, U b, F sum) { return sum + BitCast<float>(a) * (F)b; }
-
-  static void Multiply(const uint32_t* a, int64_t a_stride, int num_rows, const uint32_t* b,
-                       int num_groups, int num_blocks, float* c, int64_t c_stride) {
-    MultiplyWithVectors<FloatOperand>(a, a_stride, num_rows, b, num_groups, num_blocks, c,
-                                      c_stride);
-  }
-
-  // Writes x[0, n) as A's digits, rows a_stride words apart; returns the value of one unit of C.
-  static float Split(const float* x, int n, float, int, uint32_t* a, int64_t) {
-    std::memcpy(a, x, n * sizeof(float));
-    return 1.0f;
-  }
-  static PIKV_INLINE F Combine(const float* c, int64_t, int) { return Load<F>(c); }
-};
 
 // Attends one task. Memory for one thread is carved from its scratch at the start.
 template <class Operand, bool kLatent>
@@ -355,8 +44,8 @@ class Attention {
   using I = typename Simd::I;
   using Code = typename Operand::Code;
   static constexpr int kLanes = Simd::kLanes;
-  static constexpr int kRowStep =
-      16;  // rows at a time: what they need in between fits the L1 cache
+  // Rows at a time: what they need in between fits the L1 cache.
+  static constexpr int kRowStep = 16;
   static constexpr float kLog2E = 1.44269504088896340736f;
   static constexpr bool kValueScales = Code::kScales && !kLatent;  // per token
   static constexpr bool kValueMinima = Code::kMinima && !kLatent;
@@ -712,7 +401,7 @@ class Attention {
     F sums{}, minima{}, largest{};
     int t = 0;
     for (; t < visible; t += kLanes) {
-      F weight = Exp2<Simd>(Load<F>(weights + t) - peak);
+      F weight = Exp2(Load<F>(weights + t) - peak);
       sums = sums + weight;
       if (task_.keys_only) continue;  // nothing of the values has been read
       if (kValueMinima) minima = minima + weight * Load<F>(value_minima_ + t);
@@ -748,7 +437,7 @@ class Attention {
     if (peak == kMinusInfinity) {  // it sees none of them
       take = 0.0f;
     } else {
-      const float ratio = Exp2<Simd>(F{} + (grew ? old_peak - peak : peak - old_peak))[0];
+      const float ratio = Exp2(F{} + (grew ? old_peak - peak : peak - old_peak))[0];
       (grew ? keep : take) = ratio;
     }
     if (grew) state[kPeak] = peak;
@@ -816,28 +505,6 @@ const AttentionKernel& KernelOf() {
   static constexpr AttentionKernel kernel = {&AttendWith<Operand>, &Operand::NumPlaces,
                                              &Operand::Channel};
   return kernel;
-}
-
-// The kernel of an element for operands that take any: `Operand<Simd, element>`.
-template <class Simd>
-const AttentionKernel& FloatKernelOf(Element element) {
-  switch (element) {
-    case Element::kFloat32:
-      return KernelOf<FloatOperand<Simd, Element::kFloat32>>();
-    case Element::kBFloat16:
-      return KernelOf<FloatOperand<Simd, Element::kBFloat16>>();
-    case Element::kFloat16:
-      return KernelOf<FloatOperand<Simd, Element::kFloat16>>();
-    case Element::kFp8:
-      return KernelOf<FloatOperand<Simd, Element::kFp8>>();
-    case Element::kInt8:
-      return KernelOf<FloatOperand<Simd, Element::kInt8>>();
-    case Element::kInt4:
-      return KernelOf<FloatOperand<Simd, Element::kInt4>>();
-    case Element::kInt2:
-      break;
-  }
-  return KernelOf<FloatOperand<Simd, Element::kInt2>>();
 }
 
 }  // namespace

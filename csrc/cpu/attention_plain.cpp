@@ -1,6 +1,6 @@
 // Attention for any machine: vectors of four floats as GCC and clang have them everywhere, which
 // are SSE2 on x86-64 and NEON on aarch64.
-#include "attention_kernel.h"
+#include "attention_float.h"
 
 namespace pikv_ds {
 namespace {

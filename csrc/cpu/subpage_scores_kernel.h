@@ -5,6 +5,8 @@
 // q . centre = scale * (q . c - kMiddle * sum(q)): two dot products of bytes, added with their
 // scales before the lanes are.
 
+#include "exp2.h"
+
 // The low end of a row of bytes as integers.
 PIKV_INLINE Ints WidenBytes(const uint8_t* from) {
 #if defined(PIKV_X86_KERNELS) && PIKV_LANES == 16
@@ -14,21 +16,6 @@ PIKV_INLINE Ints WidenBytes(const uint8_t* from) {
 #else
   return __builtin_convertvector(LoadBits<Bytes>(from), Ints);
 #endif
-}
-
-// 2^x for x <= 0 to 2e-9 and rounding; 0 below 2^-125, NaN for NaN. As attention_kernel.h has it.
-PIKV_INLINE Floats Exp2(Floats x) {
-  const Floats rounder = Splat(0x1.8p23f);  // pushes the fraction out and leaves the integer lowest
-  const Floats shifted = x + rounder;
-  const Floats f = x - (shifted - rounder);
-  Floats power = f * 0x1.41d332p-13f + 0x1.5f456ap-10f;
-  power = power * f + 0x1.3b2dbcp-7f;
-  power = power * f + 0x1.c6aed4p-5f;
-  power = power * f + 0x1.ebfbdap-3f;
-  power = power * f + 0x1.62e430p-1f;
-  power = power * f + 1.0f;
-  const Floats result = (Floats)((Ints)power + ((Ints)shifted << 23));
-  return x < Splat(-125.0f) ? Floats{} : result;
 }
 
 // log2 of normal x to 2e-8 and rounding; NaN for NaN.

@@ -25,7 +25,7 @@ PIKV_HOST_DEVICE constexpr int DtypeBytes(Dtype dtype) { return dtype == Dtype::
 
 __device__ __forceinline__ float NegativeInfinity() { return BitsFloat(0xff800000u); }
 
-// ---- 16 bytes at a time ----
+// ---- several bytes at a time ----
 
 struct alignas(16) Vector16 {
   uint32_t words[4];
@@ -33,6 +33,24 @@ struct alignas(16) Vector16 {
 
 __device__ __forceinline__ bool Aligned16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// kBytes (2, 4, 8 or 16) from an aligned address, in words.
+template <int kBytes>
+__device__ __forceinline__ void LoadWords(const uint8_t* from, uint32_t* out) {
+  if constexpr (kBytes == 16) {
+    const Vector16 x = *reinterpret_cast<const Vector16*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = x.words[i];
+  } else if constexpr (kBytes == 8) {
+    const uint64_t x = *reinterpret_cast<const uint64_t*>(from);
+    out[0] = static_cast<uint32_t>(x);
+    out[1] = static_cast<uint32_t>(x >> 32);
+  } else if constexpr (kBytes == 4) {
+    out[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else {
+    out[0] = *reinterpret_cast<const uint16_t*>(from);
+  }
 }
 
 // ---- elements of the caller's tensors, as float ----

@@ -1,15 +1,11 @@
-// Eight lanes per page, four pages per warp and step: few lanes share a dot product, so few
-// shuffles reduce it, and their loads of 16 bytes still make whole 128-byte lines.
-#include "common.cuh"
+// Upper bounds of pages' scores from their key bounds. A lane loads 16 bytes at a time, so a page's
+// lanes read whole 128-byte lines.
+#include "summaries.cuh"
 
 namespace pikv_ds {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLanes = 8;    // per page
 constexpr int kQueries = 8;  // per load of the bounds
-constexpr int kPagesPerBlock = kThreads / kLanes;
 
 // kWidth channels of a bounds row as floats: 16 bytes at a time, or one element.
 template <Dtype kDtype, int kWidth>
@@ -31,34 +27,23 @@ __device__ __forceinline__ void LoadBounds(const typename Stored<kDtype>::Type* 
   }
 }
 
-// Block (i, k, r) scores the i-th kPagesPerBlock pages of row r for KV head k.
 template <Dtype kDtype, int kWidth>
-__global__ void __launch_bounds__(kThreads) PageScoresKernel(const PageScoresParams p) {
+__global__ void __launch_bounds__(kSummaryThreads) PageScoresKernel(const PageScoresParams p) {
   using T = typename Stored<kDtype>::Type;
-  const int64_t row = blockIdx.z, head = blockIdx.y;
-  const int64_t position = int64_t{blockIdx.x} * kPagesPerBlock + threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const int head_dim = static_cast<int>(p.head_dim);
-  const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
-
-  float* query = reinterpret_cast<float*>(DynamicShared());  // [group, D]
-  const int64_t first = (row * p.num_heads + head * group) * head_dim;
-  for (int i = threadIdx.x; i < group * head_dim; i += kThreads) {
-    query[i] = LoadFloat(p.query, first + i, p.dtype);
-  }
-  __syncthreads();
-
-  const int slot = position < p.counts[row] ? p.table[row * p.table_width + position] : 0;
-  const bool there = slot > 0;
+  const SummaryBlock block(p);
+  const int64_t row = block.row, head = block.head, position = block.position;
+  const int lane = block.lane, head_dim = block.head_dim, group = block.group;
+  const bool there = block.slot > 0;
   float best = NegativeInfinity();
   if (AnyLane(there)) {  // the warp stays together for the shuffles below
-    const T* low = reinterpret_cast<const T*>(p.summaries.Row(there ? slot : 0)) + head * head_dim;
+    const T* low =
+        reinterpret_cast<const T*>(p.summaries.Row(there ? block.slot : 0)) + head * head_dim;
     const T* high = low + p.num_kv_heads * head_dim;
     for (int first_query = 0; first_query < group; first_query += kQueries) {
-      const float* queries = query + first_query * head_dim;
+      const float* queries = block.query + first_query * head_dim;
       const int num_queries = min(group - first_query, kQueries);
       float scores[kQueries] = {};
-      for (int d = lane * kWidth; there && d < head_dim; d += kLanes * kWidth) {
+      for (int d = lane * kWidth; there && d < head_dim; d += kSummaryLanes * kWidth) {
         float lows[kWidth], highs[kWidth];
         LoadBounds<kDtype, kWidth>(low + d, lows);
         LoadBounds<kDtype, kWidth>(high + d, highs);
@@ -74,9 +59,8 @@ __global__ void __launch_bounds__(kThreads) PageScoresKernel(const PageScoresPar
       }
 #pragma unroll
       for (int j = 0; j < kQueries; ++j) {
-#pragma unroll
-        for (int mask = kLanes / 2; mask > 0; mask /= 2) scores[j] += ShuffleXor(scores[j], mask);
-        if (j < num_queries) best = fmaxf(best, scores[j]);
+        const float score = SumOverPage(scores[j]);
+        if (j < num_queries) best = fmaxf(best, score);
       }
     }
   }
@@ -88,10 +72,8 @@ __global__ void __launch_bounds__(kThreads) PageScoresKernel(const PageScoresPar
 
 template <Dtype kDtype, int kWidth>
 void LaunchPageScores(const PageScoresParams& p, cudaStream_t stream) {
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  const dim3 grid(CeilDiv(p.table_width, kPagesPerBlock), p.num_kv_heads, p.num_rows);
-  Launch("page_scores", PageScoresKernel<kDtype, kWidth>, grid, kThreads,
-         static_cast<int>(group * p.head_dim * sizeof(float)), stream, p);
+  Launch("page_scores", PageScoresKernel<kDtype, kWidth>, SummaryBlock::Grid(p), kSummaryThreads,
+         SummaryBlock::SharedBytes(p), stream, p);
 }
 
 }  // namespace

@@ -1,17 +1,13 @@
-// Eight lanes per page, as in page_scores.cu: each takes the codes of 16 channels at a time, so a
-// page's lanes read whole sectors, and few shuffles add them up. (32 channels of 4 bits would not
-// fit into the registers.)
-#include "common.cuh"
+// Estimates of pages' log-sum-exps from their sub-pages. A lane takes the codes of 16 channels at a
+// time, so a page's lanes read whole sectors. (32 channels of 4 bits would not fit into the
+// registers.)
+#include "summaries.cuh"
 
 namespace pikv_ds {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kLanes = 8;    // per page
 constexpr int kBlocks = 4;   // per processor; without a word ptxas keeps to 64 registers and spills
 constexpr int kQueries = 4;  // per load of the codes
-constexpr int kPagesPerBlock = kThreads / kLanes;
 
 // kWidth bytes at once: 16, 8 or one.
 template <int kWidth>
@@ -28,34 +24,22 @@ __device__ __forceinline__ void LoadCodes(const uint8_t* from, uint8_t (&out)[kW
   }
 }
 
-// Block (i, k, r) scores the i-th kPagesPerBlock pages of row r for the query heads of KV head k.
 template <int kBits, int kWidth>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kSummaryThreads, kBlocks)
     SubpageScoresKernel(const SubpageScoresParams p) {
   constexpr int kParts = 8 / kBits;  // channels in a byte
   constexpr float kMiddle = ((1 << kBits) - 1) / 2;
-  const int64_t row = blockIdx.z, head = blockIdx.y;
-  const int64_t position = int64_t{blockIdx.x} * kPagesPerBlock + threadIdx.x / kLanes;
-  const int lane = threadIdx.x % kLanes;
-  const int head_dim = static_cast<int>(p.head_dim), bytes = head_dim / kParts;
-  const int count = static_cast<int>(p.num_subpages);
-  const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
-
-  float* query = reinterpret_cast<float*>(DynamicShared());  // [group, D]
-  const int64_t first = (row * p.num_heads + head * group) * head_dim;
-  for (int i = threadIdx.x; i < group * head_dim; i += kThreads) {
-    query[i] = LoadFloat(p.query, first + i, p.dtype);
-  }
-  __syncthreads();
-
-  const int slot = position < p.counts[row] ? p.table[row * p.table_width + position] : 0;
-  const bool there = slot > 0;
+  const SummaryBlock block(p);
+  const int64_t row = block.row, head = block.head, position = block.position;
+  const int lane = block.lane, head_dim = block.head_dim, group = block.group;
+  const int bytes = head_dim / kParts, count = static_cast<int>(p.num_subpages);
+  const bool there = block.slot > 0;
   const bool any = AnyLane(there);  // the warp stays together for the shuffles below
-  const uint8_t* page = p.summaries.Row(there ? slot : 0);
+  const uint8_t* page = p.summaries.Row(there ? block.slot : 0);
   const int64_t vectors = p.num_kv_heads * count;
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(page + 2 * vectors * bytes);
   for (int first_query = 0; first_query < group; first_query += kQueries) {
-    const float* queries = query + first_query * head_dim;
+    const float* queries = block.query + first_query * head_dim;
     const int num_queries = min(group - first_query, kQueries);
     float highest[kQueries], sums[kQueries];
 #pragma unroll
@@ -70,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const uint8_t* centres = page + vector * bytes;
       const uint8_t* spreads = page + (vectors + vector) * bytes;
       float scores[kQueries] = {};
-      for (int b = lane * kWidth; there && b < bytes; b += kLanes * kWidth) {
+      for (int b = lane * kWidth; there && b < bytes; b += kSummaryLanes * kWidth) {
         uint8_t centre[kWidth], spread[kWidth];
         LoadCodes<kWidth>(centres + b, centre);
         LoadCodes<kWidth>(spreads + b, spread);
@@ -93,9 +77,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
 #pragma unroll
       for (int j = 0; j < kQueries; ++j) {
-#pragma unroll
-        for (int mask = kLanes / 2; mask > 0; mask /= 2) scores[j] += ShuffleXor(scores[j], mask);
-        const float score = scores[j] * p.scale;
+        const float score = SumOverPage(scores[j]) * p.scale;
         const float above = fmaxf(highest[j], score);
         sums[j] = sums[j] * expf(highest[j] - above) + expf(score - above);
         highest[j] = above;
@@ -113,10 +95,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <int kBits, int kWidth>
 void LaunchSubpageScores(const SubpageScoresParams& p, cudaStream_t stream) {
-  const int64_t group = p.num_heads / p.num_kv_heads;
-  const dim3 grid(CeilDiv(p.table_width, kPagesPerBlock), p.num_kv_heads, p.num_rows);
-  Launch("subpage_scores", SubpageScoresKernel<kBits, kWidth>, grid, kThreads,
-         static_cast<int>(group * p.head_dim * sizeof(float)), stream, p);
+  Launch("subpage_scores", SubpageScoresKernel<kBits, kWidth>, SummaryBlock::Grid(p),
+         kSummaryThreads, SummaryBlock::SharedBytes(p), stream, p);
 }
 
 }  // namespace

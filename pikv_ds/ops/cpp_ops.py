@@ -1,4 +1,4 @@
-"""The compiled ops: arguments of `Ops` to those of ``torch.ops.pikv_ds`` (csrc/bindings.cpp)."""
+"""The compiled ops: arguments of `Ops` to those of ``torch.ops.pikv_ds`` (csrc/bindings)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Checked while compiling: no load of keys or values from shared memory in decode_tensor.cuh has a
+// Checked while compiling: no load of keys or values from shared memory in decode_products.cuh has a
 // bank conflict, and the lanes' words and units cover every channel once.
 #include "../../csrc/cuda/fragments.cuh"
 

@@ -328,7 +328,7 @@ class EmulatedOps:
 
 
 def _layout(layout: PageLayout, code: int | None = None) -> ctypes.Structure:
-    """As `Args.LayoutOf` of csrc/checks.h makes it."""
+    """As `Args.LayoutOf` of csrc/bindings/checks.h makes it."""
     code = layout.code if code is None else code
     bits = code >> 8 & 0xFF, code >> 16 & 0xFF, code >> 24 & 1, code >> 25 & 1
     sizes = layout.num_kv_heads, layout.head_dim, layout.page_size

@@ -1,4 +1,4 @@
-// Argument checks of bindings.cpp: from tensors to the raw pointers of launch.h.
+// Argument checks of the ops: from tensors to the raw pointers of launch.h.
 //
 // A check reads a tensor's metadata and costs nanoseconds, whatever the tensor's size. What a table
 // or a list of slots holds is trusted.
@@ -16,7 +16,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
+#include "../launch.h"
 
 namespace pikv_ds {
 

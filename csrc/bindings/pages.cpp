@@ -1,0 +1,88 @@
+// The ops that write and copy pages: seal_pages and gather_pages.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "../launch.h"
+#include "checks.h"
+#include "launch_kernel.h"
+
+namespace pikv_ds {
+namespace {
+
+template <auto kKernel>
+void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element,
+               int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, Tensor out,
+               std::optional<Tensor> bounds, Tensor flags) {
+  Args args("seal_pages", Traits<kKernel>::kDevice, keys);
+  args.CheckDim("keys", keys, 4, "[N, K, S, D]");
+  const int64_t n = keys.size(0), k = num_kv_heads, s = page_size, d = keys.size(3);
+  const ScalarType dtype = keys.scalar_type();
+
+  SealPagesParams p{};
+  p.layout = args.LayoutOf(element, k, s, d, latent_dim);
+  p.dtype = args.FloatingDtype("keys", dtype);
+  // Plain elements have the number of their type.
+  if (ScaleRows(p.layout.element) == 0 && element != static_cast<int64_t>(p.dtype)) {
+    args.Fail("element must be the type of keys (", static_cast<int64_t>(p.dtype),
+              ") or a quantized one, got ", element);
+  }
+  p.num_pages = n;
+  p.keys = args.StridedIn("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype, p.key_strides);
+  if (latent_dim == 0) {
+    if (!values) args.Fail("values must have shape [N, K, S, D], got None");
+    p.values =
+        args.StridedIn("values", *values, {n, k, s, d}, "[N, K, S, D]", dtype, p.value_strides);
+  }
+  p.out = args.RowsOut("out", out, n, p.layout.PageBytes(), "[N, page_bytes]", &p.out_stride);
+  if (bounds) {
+    const int64_t bounds_bytes = 2 * k * d * static_cast<int64_t>(keys.element_size());
+    p.bounds =
+        args.RowsOut("bounds", *bounds, n, bounds_bytes, "[N, bounds_bytes]", &p.bounds_stride);
+  }
+  p.flags = args.Out<int32_t>("flags", flags, {1}, "[1]");
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void GatherPages(const Tensor& slab_pointers, int64_t slab_rows, int64_t row_bytes,
+                 const Tensor& slots, Tensor out) {
+  Args args("gather_pages", Traits<kKernel>::kDevice, slots);
+  args.CheckDim("slots", slots, 1, "[N]");
+  const int64_t n = slots.size(0);
+
+  GatherPagesParams p{};
+  p.slabs = args.SlabsOf(slab_pointers, slab_rows, row_bytes);
+  p.slots = args.In<int32_t>("slots", slots, {n}, "[N]");
+  p.out = args.Out<uint8_t>("out", out, {n, row_bytes}, "[N, row_bytes]");
+  p.num_pages = n;
+  if constexpr (Traits<kKernel>::kDevice == Device::kCpu) {
+    // Copying a page takes far longer than this look at where it lies.
+    const int64_t num_slabs = slab_pointers.size(0);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t slab = p.slots[i] / slab_rows;
+      if (p.slots[i] < 0 || slab >= num_slabs || p.slabs.pointers[slab] == 0) {
+        args.Fail("slots[", i, "] = ", p.slots[i], " is in slab ", slab,
+                  ", which was given back or never was");
+      }
+    }
+  }
+  Launch<kKernel>(p, args);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CPU, m) {
+  m.impl("seal_pages", TORCH_BOX(&SealPages<&SealPagesCpu>));
+  m.impl("gather_pages", TORCH_BOX(&GatherPages<&GatherPagesCpu>));
+}
+
+#if defined(PIKV_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CUDA, m) {
+  m.impl("seal_pages", TORCH_BOX(&SealPages<&SealPagesCuda>));
+  m.impl("gather_pages", TORCH_BOX(&GatherPages<&GatherPagesCuda>));
+}
+#endif
+
+}  // namespace
+}  // namespace pikv_ds
