@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from megatron_patch.patch import Attachment
+    from megatron_patch.attachment import Attachment
     from megatron_patch.requests import Pass
 
 MARK = "_pikv"

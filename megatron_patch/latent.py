@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp8": ((None, False), "absorbed queries need the up-projection's weight itself"),
     "fp4": ((None, False), "absorbed queries need the up-projection's weight itself"),
 }
-"""Settings of an `MLATransformerConfig`, beside those that no attention works with: see `patch.REFUSED`."""
+"""Settings of an `MLATransformerConfig`, beside those that no attention works with: see `checks.REFUSED`."""
 
 
 def is_latent(attention: nn.Module) -> bool:

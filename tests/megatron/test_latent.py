@@ -21,7 +21,7 @@ from test_patch import CONFIG, COUNT, PROMPTS, Ids, dynamic, left, prompts_of, r
 
 import megatron_patch
 from megatron_patch import engine, latent
-from megatron_patch.patch import UnsupportedMegatronError
+from megatron_patch.checks import UnsupportedMegatronError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
 two = ranks_fixture(2)

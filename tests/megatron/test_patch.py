@@ -20,7 +20,7 @@ from harness import Ranks, ranks_fixture
 
 import megatron_patch
 from megatron_patch import compat, engine
-from megatron_patch.patch import REFUSED, UnsupportedMegatronError
+from megatron_patch.checks import REFUSED, UnsupportedMegatronError
 from pikv_ds.config import ConfigError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
