@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron_patch import compat, dynamic, latent
-from megatron_patch.attention import MARK, LayerTap, arm, disarm, router_ran
+from megatron_patch.attention import LayerTap, arm, disarm, router_ran
 from megatron_patch.checks import check_attention, model_shape
 from megatron_patch.requests import DynamicRequests, IdlePass, Pass, StaticRequests
 from pikv_ds.api import compare
@@ -38,7 +38,7 @@ class Attachment:
             raise UsageError(f"static_batches = {static_batches!r}: choose one of {', '.join(STATIC_BATCHES)}")
         self.config, self.exchange = config, exchange
         self.static_batches = static_batches
-        self.layers: list[nn.Module] = []
+        self.layers: list[LayerTap] = []
         self.requests: dict[int, StaticRequests | DynamicRequests] = {}  # by the context's id
         self.contexts: dict[int, weakref.ref[Any]] = {}
         self._hooks: list[Any] = []
@@ -53,9 +53,9 @@ class Attachment:
             raise UsageError("layers cannot join a model that has been used; patch the whole model")
         check_attention(attention)
         kind = latent.LatentTap if latent.is_latent(attention) else LayerTap
-        tap = kind(self, len(self.layers), router is not None, compat.softmax_scale(attention))
-        self.layers.append(attention)
-        arm(attention, tap)
+        tap = kind(attention, self, len(self.layers), router is not None, compat.softmax_scale(attention))
+        self.layers.append(tap)
+        arm(tap)
         if router is not None:
             self._hooks.append(router.register_forward_hook(functools.partial(router_ran, tap)))
 
@@ -63,10 +63,11 @@ class Attachment:
     def store(self) -> ExpertShardedKVCache:
         """The rank's cache; made when all layers are known, in the first pass at the latest (collectively)."""
         if self._store is None:
-            unrouted = tuple(i for i, layer in enumerate(self.layers) if not layer.__dict__[MARK].has_router)
-            shape = model_shape(self.layers, self.exchange.size, unrouted)
+            attentions = [layer.attention for layer in self.layers]
+            unrouted = tuple(layer.index for layer in self.layers if not layer.has_router)
+            shape = model_shape(attentions, self.exchange.size, unrouted)
             compare(self.exchange, self.config, shape)
-            device = next(self.layers[0].parameters()).device
+            device = next(attentions[0].parameters()).device
             self._store = ExpertShardedKVCache(shape, self.config, self.exchange, device)
         return self._store
 
@@ -75,9 +76,9 @@ class Attachment:
         """Whether finished requests still have their pages."""
         return self._store is not None and self._store.has_to_release
 
-    def pass_of(self, tap: LayerTap, context: Any, key: torch.Tensor) -> Pass | None:
+    def pass_of(self, layer: int, context: Any, key: torch.Tensor) -> Pass | None:
         """The pass under way, started by its first layer; None where PiKV has no part in it."""
-        if tap.index > 0:
+        if layer > 0:
             return self._pass
         self._pass = None
         if context is None and not self._idle:  # an ordinary forward pass, of which no keys are kept
@@ -133,8 +134,8 @@ class Attachment:
         """Takes PiKV out of the layers again."""
         for hook in self._hooks:
             hook.remove()
-        for attention in self.layers:
-            disarm(attention)
+        for layer in self.layers:
+            disarm(layer)
         for reference in self.contexts.values():
             if (context := reference()) is not None:
                 dynamic.restore_buffer(context)

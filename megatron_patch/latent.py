@@ -99,7 +99,7 @@ class LatentTap(LayerTap):
             (attention.linear_kv_up_proj, up_projection_forward),
         ]
 
-    def attend(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_packed(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of packed tokens.
 
         Args:
@@ -108,9 +108,9 @@ class LatentTap(LayerTap):
         Returns:
             ``[N, H, V]``.
         """
-        attention = self.attachment.layers[self.index]
-        up, content = attention.linear_kv_up_proj, attention.config.qk_head_dim
-        up_key, up_value = up.weight.view(query.shape[1], -1, attention.config.kv_lora_rank).split(
+        config, up = self.attention.config, self.attention.linear_kv_up_proj
+        content = config.qk_head_dim
+        up_key, up_value = up.weight.view(query.shape[1], -1, config.kv_lora_rank).split(
             [content, value.shape[-1]], dim=1
         )
         assert self.latent is not None

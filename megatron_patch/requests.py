@@ -7,7 +7,7 @@ as the store wants them and puts the result back.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from megatron_patch import compat, dynamic
 from pikv_ds.config import ConfigError
 from pikv_ds.core.cache import ExpertShardedKVCache
 from pikv_ds.core.sequences import SequenceBatch
-
-if TYPE_CHECKING:
-    from megatron_patch.attention import LayerTap
 
 
 class Pass:
@@ -45,18 +42,11 @@ class Pass:
         """What `_adjust_key_value_for_inference` returns: new keys only, and how they are rotated."""
         raise NotImplementedError
 
-    def attend(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one layer, in Megatron's shape: ``[*shape, H, D]``."""
-        query, key, value = (self.pack(x.view(*self.shape, *x.shape[-2:])) for x in (query, key, value))
-        out = tap.attend(self, query, key, value)
-        if not tap.has_router:
-            tap.running = None
-            self.store.routed(self.batch, tap.index, None)
-        return self.unpack(out)
-
-    def routed(self, tap: LayerTap, experts: Tensor) -> None:
-        """Seals what has filled up, by the experts ``[tokens, k]`` that this layer's router chose."""
-        self.store.routed(self.batch, tap.index, self.pack(experts.unflatten(0, self.shape)))
+    def routed(self, layer: int, experts: Tensor | None) -> None:
+        """Seals what has filled up, by the experts ``[tokens, k]`` that the layer's router chose, if it has one."""
+        if experts is not None:
+            experts = self.pack(experts.unflatten(0, self.shape))
+        self.store.routed(self.batch, layer, experts)
 
 
 class StaticPass(Pass):
