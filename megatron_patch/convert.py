@@ -40,8 +40,6 @@ class ShapeError(CheckpointError):
 class Report:
     """What loading a model took on this rank."""
 
-    num_tensors: int
-    """Parameters of the model that were set."""
     read_bytes: int
     """Bytes read from the files."""
     checkpoint_bytes: int
@@ -402,7 +400,7 @@ def load_hf(model: Any, directory: str | Path, progress: Callable[[Iterable[Any]
         dispensable = "|".join(_dispensable(directory))
         unexpected = {name for name in unexpected if not re.search(dispensable, name)}
     checkpoints.refuse_unfitting(directory, missing, unexpected, mismatched)
-    return Report(len(targets), checkpoint.read_bytes, checkpoint.nbytes, _peak_host_bytes())
+    return Report(checkpoint.read_bytes, checkpoint.nbytes, _peak_host_bytes())
 
 
 EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..*)")

@@ -20,7 +20,7 @@ from harness import Ranks, ranks_fixture
 from test_patch import CONFIG, COUNT, PROMPTS, Ids, dynamic, left, prompts_of, random_traffic, static
 
 import megatron_patch
-from megatron_patch import engine, latent
+from megatron_patch import latent
 from megatron_patch.checks import UnsupportedMegatronError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
@@ -128,7 +128,7 @@ def test_the_static_engine_of_megatron(model: Any) -> None:
 
     expected = [tiny_megatron.greedy(model, p, COUNT) for p in PROMPTS]
     megatron_patch.patch_model(model, CONFIG)
-    made = engine.static_engine(model, Ids(), max_batch=4, max_length=128)
+    made = tiny_megatron.static_engine(model, Ids())
     requests = made.generate(prompts=PROMPTS, sampling_params=sampling())
     assert [[int(i) for i in request.generated_tokens] for request in requests] == expected
 

@@ -29,13 +29,13 @@ two = ranks_fixture(2)
 CONFIG = {"page_size": 8, "debug": True, "slab_pages": 4, "timeout_s": 20}
 PROMPTS = [[3, 1, 4, 1, 5], [(7 * i) % 100 for i in range(84)], [9]]
 COUNT = 30
-SHAPE = {"max_requests": 4, "max_tokens": 256, "context_length": 160, "block_size": 16}
+SHAPE = {"max_requests": 4, "max_tokens": 256, "context_length": 160}
 
 
 class Ids:
     """A tokenizer for prompts that are ids already."""
 
-    vocab_size, eod, bos, pad = tiny_megatron.VOCAB, 1, None, 1
+    vocab_size, eod, bos = tiny_megatron.VOCAB, 1, None
 
     def tokenize(self, ids: list[int]) -> list[int]:
         return ids
@@ -53,7 +53,7 @@ def sampling(count: int = COUNT) -> Any:
 
 def dynamic(model: Any, prompts: list[list[int]], **changes: Any) -> tuple[Any, list[list[int]]]:
     """A dynamic engine's context and tokens."""
-    made = engine.dynamic_engine(model, Ids(), **{**SHAPE, **changes})
+    made = tiny_megatron.dynamic_engine(model, Ids(), **{**SHAPE, **changes})
     records = made.generate(prompts, sampling())
     return made.context, [list(r.merge().generated_tokens) for r in records]
 
@@ -156,9 +156,7 @@ def test_a_static_context_that_jumps_is_refused(model: Any) -> None:
 def test_static_and_dynamic_engines_of_megatron(model: Any) -> None:
     expected = [tiny_megatron.greedy(model, p, COUNT) for p in PROMPTS]
     megatron_patch.patch_model(model, CONFIG)
-    requests = engine.static_engine(model, Ids(), max_batch=4, max_length=128).generate(
-        prompts=PROMPTS, sampling_params=sampling()
-    )
+    requests = tiny_megatron.static_engine(model, Ids()).generate(prompts=PROMPTS, sampling_params=sampling())
     assert [[int(i) for i in request.generated_tokens] for request in requests] == expected
 
 
@@ -167,7 +165,7 @@ def test_megatrons_static_engine_that_is_made_of_the_dynamic_one(model: Any) -> 
     from megatron.core.inference.engines import StaticInferenceEngine
 
     megatron_patch.patch_model(model, CONFIG)
-    inner = engine.dynamic_engine(model, Ids(), **SHAPE)
+    inner = tiny_megatron.dynamic_engine(model, Ids(), **SHAPE)
     with pytest.warns(DeprecationWarning, match="StaticInferenceEngine"):
         served = StaticInferenceEngine(inner.controller, max_batch_size=4, buffer_size_gb=0.01, legacy=False)
     assert not served.legacy
@@ -291,7 +289,7 @@ def test_a_retention_that_wants_hugging_face_is_refused(model: Any) -> None:
 def test_a_pool_that_could_never_hold_a_request_is_refused(model: Any) -> None:
     megatron_patch.patch_model(model, CONFIG | {"capacity_tokens": 120})
     with pytest.raises(ConfigError, match=r"max_sequence_length = 160 a rank may have to keep 208"):
-        engine.dynamic_engine(model, Ids(), **SHAPE)
+        tiny_megatron.dynamic_engine(model, Ids(), **SHAPE)
 
 
 def test_the_command_line_option(tmp_path: Path) -> None:
@@ -404,7 +402,7 @@ def random_traffic(
     tiny_megatron.initialize()
     model = tiny_megatron.build(latent=latent)
     megatron_patch.patch_model(model, CONFIG | config)
-    served = engine.dynamic_engine(model, Ids(), **SHAPE | {"max_tokens": 64})
+    served = tiny_megatron.dynamic_engine(model, Ids(), **SHAPE | {"max_tokens": 64})
     megatron_patch.patch_context(model, served.context)
     rng = random.Random(1000 * seed + rank)
     prompts: list[tuple[list[int], int]] = []
