@@ -42,14 +42,14 @@ class Attachment:
         self.requests: dict[int, StaticRequests | DynamicRequests] = {}  # by the context's id
         self.contexts: dict[int, weakref.ref[Any]] = {}
         self._hooks: list[Any] = []
-        self._store: ExpertShardedKVCache | None = None
+        self._cache: ExpertShardedKVCache | None = None
         self._pass: Pass | None = None
         self._idle = False
         self._nothing: SequenceBatch | None = None  # the batch of idle passes
 
     def add(self, attention: Any, router: nn.Module | None) -> None:
         """Takes in the next layer."""
-        if self._store is not None:
+        if self._cache is not None:
             raise UsageError("layers cannot join a model that has been used; patch the whole model")
         check_attention(attention)
         kind = latent.LatentTap if latent.is_latent(attention) else LayerTap
@@ -60,21 +60,21 @@ class Attachment:
             self._hooks.append(router.register_forward_hook(functools.partial(router_ran, tap)))
 
     @property
-    def store(self) -> ExpertShardedKVCache:
+    def cache(self) -> ExpertShardedKVCache:
         """The rank's cache; made when all layers are known, in the first pass at the latest (collectively)."""
-        if self._store is None:
+        if self._cache is None:
             attentions = [layer.attention for layer in self.layers]
             unrouted = tuple(layer.index for layer in self.layers if not layer.has_router)
             shape = model_shape(attentions, self.exchange.size, unrouted)
             compare(self.exchange, self.config, shape)
             device = next(attentions[0].parameters()).device
-            self._store = ExpertShardedKVCache(shape, self.config, self.exchange, device)
-        return self._store
+            self._cache = ExpertShardedKVCache(shape, self.config, self.exchange, device)
+        return self._cache
 
     @property
     def has_to_release(self) -> bool:
         """Whether finished requests still have their pages."""
-        return self._store is not None and self._store.has_to_release
+        return self._cache is not None and self._cache.has_to_release
 
     def pass_of(self, layer: int, context: Any, key: torch.Tensor) -> Pass | None:
         """The pass under way, started by its first layer; None where PiKV has no part in it."""
@@ -84,16 +84,16 @@ class Attachment:
         if context is None and not self._idle:  # an ordinary forward pass, of which no keys are kept
             return None
         requests = None if context is None else self.requests_of(context)
-        store = self.store
-        store.committed_tokens = sum(
+        cache = self.cache
+        cache.committed_tokens = sum(
             r.committed(c)
             for i, r in self.requests.items()
             if isinstance(r, DynamicRequests) and (c := self.contexts[i]()) is not None
         )
         if requests is None:
-            self._nothing = self._nothing or store.new_batch(0)
-            store.begin_step(self._nothing, [])
-            self._pass = IdlePass(store, self._nothing, (key.shape[0], key.shape[1]))
+            self._nothing = self._nothing or cache.new_batch(0)
+            cache.begin_step(self._nothing, [])
+            self._pass = IdlePass(cache, self._nothing, (key.shape[0], key.shape[1]))
         else:
             self._pass = requests.begin(context, key)
         return self._pass
@@ -105,9 +105,9 @@ class Attachment:
             return known
         requests: StaticRequests | DynamicRequests
         if context.is_static_batching():
-            requests = StaticRequests(self.store, STATIC_BATCHES[self.static_batches])
+            requests = StaticRequests(self.cache, STATIC_BATCHES[self.static_batches])
         else:
-            requests = DynamicRequests(self.store, context)
+            requests = DynamicRequests(self.cache, context)
             dynamic.give_up_buffer(context, requests.release, requests.may_admit)
         self.requests[id(context)] = requests
         self.contexts[id(context)] = weakref.ref(context)
@@ -120,7 +120,7 @@ class Attachment:
         self.contexts.pop(context_id, None)
         if requests is not None:
             batches = requests.batches.values() if isinstance(requests, StaticRequests) else [requests.batch]
-            self.store.abandoned.extend(batches)
+            self.cache.abandoned.extend(batches)
 
     def dummy_forward(self, forward: Any, wrapper: Any) -> Any:
         """Megatron's forward pass of a rank that has no requests, while others have."""

@@ -6,7 +6,7 @@ swapped for a subclass of itself that intercepts two calls:
 * `_adjust_key_value_for_inference`, where Megatron would write new keys into its own buffer, hands the
   new keys on as they are, and no buffer is made;
 * the attention itself (`core_attention` with static contexts, `flash_decode_and_prefill` with dynamic
-  ones) is asked of the store.
+  ones) is asked of the cache.
 
 A forward hook on the layer's router then seals the pages that have filled up.
 """
@@ -76,7 +76,7 @@ class Passes(Protocol):
 
 @dataclass(eq=False)
 class LayerTap:
-    """What ties one attention module to the store."""
+    """What ties one attention module to the cache."""
 
     attention: Any
     passes: Passes
@@ -108,7 +108,7 @@ class LayerTap:
 
     def attend_packed(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of packed tokens: ``[N, H, D]``, ``[N, K, D]`` twice, to ``[N, H, D]``."""
-        return running.store.attend(running.batch, self.index, query, key, value, self.scale)
+        return running.cache.attend(running.batch, self.index, query, key, value, self.scale)
 
 
 def core_forward(core: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:

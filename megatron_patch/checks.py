@@ -29,7 +29,7 @@ def pair_routers(model: nn.Module) -> list[tuple[Any, nn.Module | None]]:
 
 
 def model_shape(attentions: list[Any], num_ranks: int, unrouted: tuple[int, ...]) -> ModelShape:
-    """What the store must know of the layers of this rank; all must be alike.
+    """What the cache must know of the layers of this rank; all must be alike.
 
     Args:
         unrouted: layers without a router.
@@ -48,7 +48,7 @@ def model_shape(attentions: list[Any], num_ranks: int, unrouted: tuple[int, ...]
 
 
 def _kv_shape(attention: Any) -> tuple[int, int, int | None]:
-    """KV heads and head size of what the store keeps of a token; of latents, how much of it are the values."""
+    """KV heads and head size of what the cache keeps of a token; of latents, how much of it are the values."""
     if not latent.is_latent(attention):
         return attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head, None
     rank = attention.config.kv_lora_rank
@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_attention(attention: Any) -> None:
-    """Refuses, by name, what the store would get wrong.
+    """Refuses, by name, what the cache would get wrong.
 
     Raises:
         UnsupportedMegatronError: with the setting, its value and the reason.

@@ -186,7 +186,7 @@ class Application:
         self._checking = concurrent.futures.ThreadPoolExecutor(CHECKING_THREADS, "check")
         model = {"id": limits.model, "object": "model", "created": int(time.time()), "owned_by": "megatron"}
         self._models = json_answer({"object": "list", "data": [{**model, "max_model_len": limits.context_length}]})
-        self._pages: dict[str, Callable[[], Awaitable[Answer]]] = {
+        self._resources: dict[str, Callable[[], Awaitable[Answer]]] = {
             "/health": self._health,
             "/v1/health": self._health,
             "/metrics": self._show_metrics,
@@ -217,16 +217,16 @@ class Application:
         self._bodies.give_up()
 
     async def _answer(self, request: Request) -> Answer:
-        page, chat = self._pages.get(request.path), COMPLETION_PATHS.get(request.path)
-        if page is None and chat is None:
+        resource, chat = self._resources.get(request.path), COMPLETION_PATHS.get(request.path)
+        if resource is None and chat is None:
             raise Refused(404, f"{request.path[:100]} is not known here; this server has {KNOWN_PATHS}")
-        methods = ("POST",) if page is None else ("GET", "HEAD")
+        methods = ("POST",) if resource is None else ("GET", "HEAD")
         allow = ", ".join((*methods, "OPTIONS"))
         if request.method == "OPTIONS":
             return Answer(200, b"", (("allow", allow),))
         if request.method not in methods:
             raise Refused(405, f"{request.path} has no {request.method}; use {allow}", headers={"allow": allow})
-        return await page() if page is not None else await self._completion(request, bool(chat))
+        return await resource() if resource is not None else await self._completion(request, bool(chat))
 
     async def _health(self) -> Answer:
         return json_answer({"status": "ok", "ready": True})

@@ -62,7 +62,7 @@ def patch_model(
     try:
         for attention, router in pairs:
             attachment.add(attention, router)
-        attachment.store  # noqa: B018 - made now, while every rank is here, so that differences show at once
+        attachment.cache  # noqa: B018 - made now, while every rank is here, so that differences show at once
     except BaseException:
         attachment.detach()
         raise
@@ -161,12 +161,12 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def stats(model: nn.Module) -> dict[str, Any]:
     """What the cache did and holds, over all ranks (`pikv_ds.stats`). Collective."""
-    return metrics.stats(attachment_of(model).store)
+    return metrics.stats(attachment_of(model).cache)
 
 
 def flush(model: nn.Module) -> None:
     """Returns the pages of finished requests at once instead of with the next pass. Collective."""
-    attachment_of(model).store.begin_step(None, [])
+    attachment_of(model).cache.begin_step(None, [])
 
 
 def _attached(model: Any) -> Attachment | None:

@@ -95,9 +95,9 @@ def model() -> Iterator[Any]:
 def left(model: Any) -> int:
     """Pages in the rank's pool once the finished requests' have been returned."""
     megatron_patch.flush(model)
-    store = megatron_patch.attachment_of(model).store
-    store.check_integrity()
-    return store.pool.num_used
+    cache = megatron_patch.attachment_of(model).cache
+    cache.check_integrity()
+    return cache.pool.num_used
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_a_static_context_allocates_no_buffer_and_gives_the_same_logits(model: A
     assert torch.equal(ids, patched_ids)
     torch.testing.assert_close(logits, patched_logits, atol=1e-5, rtol=1e-5)
     assert context.key_value_memory_dict == {}
-    store = megatron_patch.attachment_of(model).store
-    assert store.own_tokens == 2 * (37 + COUNT - 1)
+    cache = megatron_patch.attachment_of(model).cache
+    assert cache.own_tokens == 2 * (37 + COUNT - 1)
     context.reset()  # a new batch takes the place of the old one
     static(model, prompts_of(1, rows=3), 2)
     del context
-    assert left(model) == store.own_tokens == 0
+    assert left(model) == cache.own_tokens == 0
 
 
 def test_a_static_context_that_jumps_is_refused(model: Any) -> None:
@@ -148,7 +148,7 @@ def test_a_static_context_that_jumps_is_refused(model: Any) -> None:
     megatron_patch.patch_model(model, CONFIG)
     context, ids, _ = static(model, prompts_of(0), 3)
     context.increment_sequence_len_offset(5)
-    message = r"continues 2 sequences at token 44, but the store has \(2, 39\)"
+    message = r"continues 2 sequences at token 44, but the cache has \(2, 39\)"
     with torch.inference_mode(), pytest.raises(PiKVError, match=message):
         model(ids[:, -1:], torch.tensor([[44], [44]]), None, inference_context=context)
 
@@ -219,7 +219,7 @@ def test_a_patched_model_without_a_context_is_megatrons(model: Any) -> None:
     expected = tiny_megatron.greedy(model, PROMPTS[0], 5)
     megatron_patch.patch_model(model, CONFIG)
     assert tiny_megatron.greedy(model, PROMPTS[0], 5) == expected
-    assert megatron_patch.attachment_of(model).store.num_steps == 0
+    assert megatron_patch.attachment_of(model).cache.num_steps == 0
     model.train()
     ids = prompts_of(0)
     mask = torch.ones(37, 37, dtype=torch.bool).triu(1)[None, None]
@@ -354,7 +354,7 @@ def within_budget(rank: int) -> dict[str, Any]:
     budget = {"name": "uniform", "prompt": 0.5, "tokens": 24}
     megatron_patch.patch_model(model, CONFIG | {"retention": "snap", "budget": budget})
     static(model, prompts_of(0), 30)
-    held = megatron_patch.attachment_of(model).store.pool.num_used
+    held = megatron_patch.attachment_of(model).cache.pool.num_used
     _, answers = dynamic(model, PROMPTS)
     figures = megatron_patch.stats(model)
     result = {"held": held, "lengths": [len(a) for a in answers], "left": left(model),
