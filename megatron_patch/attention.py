@@ -142,7 +142,7 @@ def chosen_experts(output: Any, k: int) -> Tensor:
 _classes: dict[type, type] = {}
 
 
-def patched_class(cls: type, mixin: type = PiKVAttention) -> type:
+def patched_class(cls: type, mixin: type) -> type:
     """The subclass of a Megatron attention class that asks PiKV; made once per class."""
     if issubclass(cls, PiKVAttention):
         return cls
