@@ -105,7 +105,7 @@ def main() -> None:
 
     plain, patched = load(), load()
     megatron_patch.patch_model(patched, {"codec": args.codec})
-    store = megatron_patch.attachment_of(patched).store
+    cache = megatron_patch.attachment_of(patched).cache
     ids = texts(folder, args.requests, args.tokens).to(launch_env.device())
     prefill: dict[str, list[float]] = {"plain": [], "patched": []}
     decode: dict[str, list[float]] = {"plain": [], "patched": []}
@@ -119,7 +119,7 @@ def main() -> None:
                 for name, batch in batches.items():
                     decode[name].append(batch.step())
     same = torch.equal(batches["plain"].ids, batches["patched"].ids)
-    held = {"plain": batches["plain"].kv_bytes, "patched": store.kv_bytes}
+    held = {"plain": batches["plain"].kv_bytes, "patched": cache.kv_bytes}
     new, prompt = args.requests, args.requests * ids.shape[1]
     out = {"same_tokens": same, "requests": args.requests, "tokens": ids.shape[1], "ranks": world.size}
     seconds = {}
@@ -136,7 +136,7 @@ def main() -> None:
     del batch  # the last one, whose context would keep its pages
     megatron_patch.flush(patched)
     if not args.no_dynamic:
-        out["dynamic"] = dynamic(patched, folder, ids[world.rank :: world.size], args.new_tokens, store)
+        out["dynamic"] = dynamic(patched, folder, ids[world.rank :: world.size], args.new_tokens, cache)
     show(console, args, world, out, seconds)
     if args.json and world.rank == 0:
         Path(args.json).write_text(json.dumps(out, indent=2) + "\n")
@@ -153,7 +153,7 @@ def texts(folder: str, count: int, tokens: int) -> torch.Tensor:
     return torch.tensor([everything[s : s + tokens] for s in starts])
 
 
-def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, store: Any) -> dict[str, float]:
+def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, cache: Any) -> dict[str, float]:
     """Megatron's dynamic engine with PiKV, each rank with its own requests."""
     import megatron_patch
     from megatron_patch import engine
@@ -167,13 +167,13 @@ def dynamic(model: Any, folder: str, mine: torch.Tensor, new_tokens: int, store:
         context_length=mine.shape[1] + new_tokens,
     )
     megatron_patch.patch_context(model, served.context)
-    store.forget_peaks()
+    cache.forget_peaks()
     watch = type("Nobody", (), {"step": lambda self, answers: None})()
     dist.barrier()
     started = time.perf_counter()
     megatron_generate.generate(served, mine.tolist(), [engine.greedy(new_tokens)] * len(mine), watch)
     dist.barrier()
-    return {"batch_s": time.perf_counter() - started, "kv_bytes_per_rank": store.fullest.kv_bytes}
+    return {"batch_s": time.perf_counter() - started, "kv_bytes_per_rank": cache.fullest.kv_bytes}
 
 
 def show(

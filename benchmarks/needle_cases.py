@@ -13,7 +13,6 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,40 +30,28 @@ INSTRUCTION = (
 )
 QUESTION = "What is the special magic number for {city} mentioned in the provided text?"
 ANSWER_PREFIX = "The special magic number for {city} mentioned in the provided text is"
+LENGTHS = (1000, 2000, 3500)
+"""Tokens in front of the question, exactly; the first part of the template counts."""
+DEPTHS = 6
+"""How many places, evenly spread in (0, 1): (i + 1/2) / DEPTHS."""
 
 
 @dataclass(frozen=True)
 class NeedleCase:
-    """One prompt. `input_ids` ends with `question_ids`: what compresses a context before the
-    question is known may look at `context_ids` only."""
+    """One prompt: chat head and document with the needle, `context_tokens` of them, then the question."""
 
     input_ids: list[int]
-    question_ids: list[int]
     answer: str
     context_tokens: int
     depth: float
 
-    @property
-    def context_ids(self) -> list[int]:
-        """The first `context_tokens` of `input_ids`: chat head and document with the needle."""
-        return self.input_ids[: self.context_tokens]
 
-
-def needle_cases(
-    tokenizer: Any,
-    lengths: Sequence[int] = (1000, 2000, 3500),
-    depths: int = 6,
-    seed: int = 0,
-    digits: int = 5,
-) -> list[NeedleCase]:
+def needle_cases(tokenizer: Any, seed: int = 0) -> list[NeedleCase]:
     """One case per length and depth.
 
     Args:
         tokenizer: of the reference model (any with a chat template).
-        lengths: tokens in front of the question, exactly; the first part of the template counts.
-        depths: how many places, evenly spread in (0, 1): (i + 1/2) / depths.
         seed: of the numbers, and of where in the texts the filler starts.
-        digits: of each number.
     """
     rng = random.Random(seed)
     prose = [s for text in texts().values() for s in sentences(text)]
@@ -73,17 +60,15 @@ def needle_cases(
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     cases: list[NeedleCase] = []
-    for length in lengths:
-        for i in range(depths):
-            depth = (i + 0.5) / depths
+    for length in LENGTHS:
+        for i in range(DEPTHS):
+            depth = (i + 0.5) / DEPTHS
             city = CITIES[len(cases) % len(CITIES)]
-            answer = str(rng.randrange(10 ** (digits - 1), 10**digits))
+            answer = str(rng.randrange(10_000, 100_000))
             head, question = chat_parts(tokenizer, QUESTION.format(city=city), ANSWER_PREFIX.format(city=city))
             head = head + encode(INSTRUCTION)
             needle = encode(NEEDLE.format(city=city, number=answer))
             room = length - len(head) - len(needle)
-            if room <= 0:
-                raise ValueError(f"lengths has {length}: the smallest is {length - room + 1}")
             start = rng.randrange(len(prose))
             before: list[int] = []
             after: list[int] = []
@@ -96,7 +81,7 @@ def needle_cases(
                 if len(before) + len(after) >= room:
                     break
             context = head + before + needle + after[: room - len(before)]
-            cases.append(NeedleCase(context + question, question, answer, length, depth))
+            cases.append(NeedleCase(context + question, answer, length, depth))
     return cases
 
 

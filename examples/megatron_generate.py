@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, world: launch_env.World) -> None:
     )
     megatron_patch.patch_context(model, served.context)
     attachment = megatron_patch.attachment_of(model)
-    attachment.store.forget_peaks()
+    attachment.cache.forget_peaks()
     stream = generation.Stream(console, tokenizer, questions, prefixes)
     todo = [[*mine[i], *answers[i]] for i in going]
     watch = Watch(model, sum(map(len, todo)), console, stream, answers[0] if mine else [])

@@ -6,7 +6,7 @@ swapped for a subclass of itself that intercepts two calls:
 * `_adjust_key_value_for_inference`, where Megatron would write new keys into its own buffer, hands the
   new keys on as they are, and no buffer is made;
 * the attention itself (`core_attention` with static contexts, `flash_decode_and_prefill` with dynamic
-  ones) is asked of the store.
+  ones) is asked of the cache.
 
 A forward hook on the layer's router then seals the pages that have filled up.
 """
@@ -16,14 +16,12 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from megatron_patch.patch import Attachment
-    from megatron_patch.requests import Pass
+from megatron_patch.requests import Pass
 
 MARK = "_pikv"
 
@@ -52,12 +50,12 @@ class PiKVAttention:
         own = super()._adjust_key_value_for_inference  # type: ignore[misc]
         if self.training:  # type: ignore[attr-defined]
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
-        running = tap.attachment.pass_of(tap, inference_context, key)
+        running = tap.passes.pass_of(tap.index, inference_context, key)
         if running is None:
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
         tap.running = running
         if running.idle:  # Megatron's dummy pass: the token is attended as ever, and the others are served
-            running.attend(tap, query, key, value)
+            tap.attend(query, key, value)
             return own(inference_context, query, key, value, rotary_pos_emb, *args, **kw)
         return running.adjust(self, query, key, value, rotary_pos_emb, *args, **kw)
 
@@ -66,14 +64,22 @@ class PiKVAttention:
         tap: LayerTap = self.__dict__[MARK]
         if tap.running is None:
             return super().flash_decode_and_prefill(q, k, v, *args, **kw)  # type: ignore[misc]
-        return tap.running.attend(tap, q, k, v)
+        return tap.attend(q, k, v)
+
+
+class Passes(Protocol):
+    """Whom the layers ask for the pass under way: an `attachment.Attachment`."""
+
+    def pass_of(self, layer: int, context: Any, key: Tensor) -> Pass | None:
+        """The pass under way, started by its first layer; None where PiKV has no part in it."""
 
 
 @dataclass(eq=False)
 class LayerTap:
-    """What ties one attention module to the store."""
+    """What ties one attention module to the cache."""
 
-    attachment: Attachment
+    attention: Any
+    passes: Passes
     index: int
     """Of the layer among the attentions of this rank."""
     has_router: bool
@@ -89,9 +95,20 @@ class LayerTap:
         """Modules of an attention, and the `forward` that each gets."""
         return [(attention.core_attention, core_forward)]
 
-    def attend(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the pass under way, in Megatron's shape: ``[*shape, H, D]``, key and value with K heads."""
+        running = self.running
+        assert running is not None
+        query, key, value = (running.pack(x.view(*running.shape, *x.shape[-2:])) for x in (query, key, value))
+        out = self.attend_packed(running, query, key, value)
+        if not self.has_router:
+            self.running = None
+            running.routed(self.index, None)
+        return running.unpack(out)
+
+    def attend_packed(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of packed tokens: ``[N, H, D]``, ``[N, K, D]`` twice, to ``[N, H, D]``."""
-        return running.store.attend(running.batch, self.index, query, key, value, self.scale)
+        return running.cache.attend(running.batch, self.index, query, key, value, self.scale)
 
 
 def core_forward(core: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
@@ -99,14 +116,14 @@ def core_forward(core: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     tap: LayerTap = core.__dict__[MARK]
     if tap.running is None or tap.running.idle:
         return type(core).forward(core, query, key, value, *args, **kw)
-    return tap.running.attend(tap, query, key, value).flatten(2)
+    return tap.attend(query, key, value).flatten(2)
 
 
 def router_ran(tap: LayerTap, router: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the layer's router: its pages can be sealed now."""
     running, tap.running = tap.running, None
     if running is not None:
-        running.routed(tap, chosen_experts(output, router.topk))
+        running.routed(tap.index, chosen_experts(output, router.topk))
 
 
 def chosen_experts(output: Any, k: int) -> Tensor:
@@ -125,7 +142,7 @@ def chosen_experts(output: Any, k: int) -> Tensor:
 _classes: dict[type, type] = {}
 
 
-def patched_class(cls: type, mixin: type = PiKVAttention) -> type:
+def patched_class(cls: type, mixin: type) -> type:
     """The subclass of a Megatron attention class that asks PiKV; made once per class."""
     if issubclass(cls, PiKVAttention):
         return cls
@@ -134,8 +151,9 @@ def patched_class(cls: type, mixin: type = PiKVAttention) -> type:
     return _classes[cls]
 
 
-def arm(attention: nn.Module, tap: LayerTap) -> None:
+def arm(tap: LayerTap) -> None:
     """Swaps the attention's class; its parameters and submodules stay."""
+    attention = tap.attention
     attention.__class__ = patched_class(type(attention), tap.mixin)
     attention.__dict__[MARK] = tap
     for module, forward in tap.overrides(attention):
@@ -143,11 +161,12 @@ def arm(attention: nn.Module, tap: LayerTap) -> None:
         module.__dict__["forward"] = types.MethodType(forward, module)
 
 
-def disarm(attention: nn.Module) -> None:
+def disarm(tap: LayerTap) -> None:
     """Undoes `arm`, exactly."""
+    attention = tap.attention
     attention.__class__ = next(
         c for c in type(attention).__mro__ if issubclass(c, nn.Module) and not issubclass(c, PiKVAttention)
     )
-    tap: LayerTap = attention.__dict__.pop(MARK)
+    del attention.__dict__[MARK]
     for module, _ in tap.overrides(attention):
         del module.__dict__[MARK], module.__dict__["forward"]

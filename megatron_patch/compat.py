@@ -230,12 +230,6 @@ def rotate_key(context: Any, attention: Any, key: Tensor, embedding: Tensor) -> 
     return context.apply_rotary_emb_key(key, embedding, attention.config, groups.cp)
 
 
-def legacy_static(engine: Any) -> dict[str, bool]:
-    """Arguments that make Megatron's static engine static: since 0.14 it wraps a dynamic one instead,
-    with CUDA graphs and a buffer of 40 GB."""
-    return {"legacy": True} if "legacy" in inspect.signature(engine).parameters else {}
-
-
 def cpu_seed_arguments(seed: Any) -> dict[str, bool]:
     """Arguments of `model_parallel_cuda_manual_seed` that keep it from random states of a GPU."""
     names = ("inference_rng_tracker", "force_reset_rng")

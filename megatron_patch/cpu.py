@@ -160,14 +160,14 @@ def flash_decode_and_prefill(
     block_table: Tensor,
     *_: Any,
 ) -> Tensor:
-    """Attention over the paged cache of a dynamic context, in plain torch: the reference.
+    """Attention over the paged KV buffer of a dynamic context, in plain torch: the reference.
 
     Args:
         self: Megatron's attention module.
         q: ``[tokens, 1, heads, head_dim]``, after RoPE, the sequences one after the other, padded.
         k, v: ``[blocks, block_size, kv_heads, head_dim]``, with this step's tokens in place.
         cu_seqlens_q: ``[sequences + 1]``, where each sequence's queries begin.
-        seqlens_k: ``[sequences]``, cached tokens, this step's included.
+        seqlens_k: ``[sequences]``, tokens in the buffer, this step's included.
         block_table: ``[sequences, max_blocks]``.
 
     Returns:

@@ -66,7 +66,7 @@ def give_up_buffer(context: Any, released: Callable[[list[int]], None], admits: 
     """Frees the KV buffer of a dynamic context, and with it the limits that its blocks set.
 
     Blocks go on being counted, since Megatron's scheduler thinks in them, but there are as many as the
-    context's requests can ever want: what is really there is the store's affair.
+    context's requests can ever want: what is really there is the cache's affair.
 
     Args:
         released: told the ids of requests whose blocks Megatron gives back: finished or evicted.
@@ -86,10 +86,10 @@ def give_up_buffer(context: Any, released: Callable[[list[int]], None], admits: 
         type(self).release_memory_blocks_from_request_indexes(self, indexes)
 
     def check(self: Any, request: Any) -> tuple[bool, bool, bool]:
-        slots, tokens, memory = type(self).check_availability(self, request)
+        requests, tokens, memory = type(self).check_availability(self, request)
         started = request.finished_chunk_token_count > 0  # a later chunk of a prompt has been admitted
         growth = request.sampling_params.num_tokens_to_generate
-        return slots, tokens, memory and (started or admits(self, request.remaining_prompt_length + growth))
+        return requests, tokens, memory and (started or admits(self, request.remaining_prompt_length + growth))
 
     def allocate(self: Any, *, is_init: bool) -> None:  # after a suspension
         count, virtual.total_count = virtual.total_count, 1
@@ -131,7 +131,7 @@ def restore_buffer(context: Any) -> None:
 
 
 def serve_dummy_passes(attachment: Any, attached: Callable[[Any], Any]) -> None:
-    """Lets ranks without requests take part in the store's exchanges, until `stop_serving`.
+    """Lets ranks without requests take part in the cache's exchanges, until `stop_serving`.
 
     Replaces four methods of Megatron's; for a model without PiKV they do what they did:
 

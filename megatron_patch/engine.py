@@ -9,10 +9,14 @@ from megatron_patch import compat, cpu
 from pikv_ds import launch_env
 from pikv_ds.errors import UsageError
 
-DEFAULT_SEED = 1234
+SEED = 1234
+"""Of Megatron's random numbers and of the sampling."""
+
+BLOCK_TOKENS = 256
+"""Tokens per block of Megatron's KV buffer."""
 
 
-def initialize(tp: int = 1, seed: int = DEFAULT_SEED) -> Any:
+def initialize(tp: int = 1) -> Any:
     """The job's process groups, all ranks one expert-parallel group, and Megatron's random numbers.
 
     Args:
@@ -41,7 +45,7 @@ def initialize(tp: int = 1, seed: int = DEFAULT_SEED) -> Any:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, expert_model_parallel_size=size, expert_tensor_parallel_size=1
     )
-    cpu.seed(seed)
+    cpu.seed(SEED)
     return dist.PrefixStore("figures", store)
 
 
@@ -59,30 +63,6 @@ def static_context(max_batch: int, max_length: int) -> Any:
     return StaticInferenceContext(max_batch, max_length)
 
 
-def static_engine(
-    model: Any, tokenizer: Any, *, max_batch: int = 8, max_length: int = 2560, seed: int = DEFAULT_SEED
-) -> Any:
-    """Megatron's `StaticInferenceEngine`: one batch, padded to one length, until all are done.
-
-    With expert parallelism every rank must run the same number of steps: give all of them the same
-    prompts, and ``termination_id``-free sampling or equal weights.
-
-    Args:
-        model: a GPTModel on this rank's device.
-        tokenizer: such as `tokenizer.HFTokenizer`.
-        max_batch: most sequences of one batch.
-        max_length: most tokens of one sequence, prompt and answer.
-        seed: of the sampling; greedy sampling is ``SamplingParams(top_k=1)``.
-    """
-    compat.repair()
-    cpu.install()
-    from megatron.core.inference.engines.static_engine import StaticInferenceEngine
-
-    context = static_context(max_batch, max_length)
-    controller = _controller(model, tokenizer, context, max_batch, max_length)
-    return StaticInferenceEngine(controller, random_seed=seed, **compat.legacy_static(StaticInferenceEngine))
-
-
 def dynamic_engine(
     model: Any,
     tokenizer: Any,
@@ -91,8 +71,6 @@ def dynamic_engine(
     max_tokens: int,
     context_length: int,
     buffer_gib: float | None = None,
-    block_size: int = 256,
-    seed: int = DEFAULT_SEED,
 ) -> Any:
     """Megatron's `DynamicInferenceEngine`: requests join and leave the batch at every step.
 
@@ -107,8 +85,6 @@ def dynamic_engine(
             prompts come in chunks of this.
         context_length: most tokens of one sequence, prompt and answer.
         buffer_gib: of Megatron's KV buffer; by default just `max_requests` sequences of full length.
-        block_size: tokens per block of that buffer.
-        seed: of the sampling; greedy sampling is ``SamplingParams(top_k=1)``.
 
     Raises:
         ValueError: a buffer that cannot hold one sequence of `context_length`: the engine would
@@ -125,8 +101,8 @@ def dynamic_engine(
     from megatron.core.inference.engines import DynamicInferenceEngine
 
     config = model.config
-    block_bytes = kv_bytes_per_token(config) * block_size
-    blocks_per_sequence = math.ceil(context_length / block_size)
+    block_bytes = kv_bytes_per_token(config) * BLOCK_TOKENS
+    blocks_per_sequence = math.ceil(context_length / BLOCK_TOKENS)
     smallest = (blocks_per_sequence + 1) * block_bytes  # one block is Megatron's dummy
     if buffer_gib is None:
         buffer_gib = (max_requests * blocks_per_sequence + 1) * block_bytes * (1 + 1e-9) / 2**30
@@ -142,15 +118,15 @@ def dynamic_engine(
         num_attention_heads=config.num_query_groups,  # what it stores: key-value heads
         max_sequence_length=context_length,
         buffer_size_gb=buffer_gib,
-        block_size_tokens=block_size,
+        block_size_tokens=BLOCK_TOKENS,
         max_requests=max_requests,
         max_tokens=DynamicInferenceContext.round_up_tokens(max_tokens, config.tensor_model_parallel_size),
         num_cuda_graphs=None,
     )
     controller = _controller(model, tokenizer, context, max_requests, context_length)
     # Megatron seeds all data-parallel ranks alike: several answers to one prompt would be the same.
-    controller.sampling_rng.manual_seed(seed + parallel_state.get_data_parallel_rank())
-    return DynamicInferenceEngine(controller, context, random_seed=seed)
+    controller.sampling_rng.manual_seed(SEED + parallel_state.get_data_parallel_rank())
+    return DynamicInferenceEngine(controller, context, random_seed=SEED)
 
 
 def kv_bytes_per_token(config: Any) -> int:

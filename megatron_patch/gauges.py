@@ -57,7 +57,7 @@ HELP = {
 
 
 class Metrics:
-    """What ``/metrics`` shows. Names are vLLM's, where it has the same figure; those of the KV store are PiKV's own
+    """What ``/metrics`` shows. Names are vLLM's, where it has the same figure; those of the KV cache are PiKV's own
     (`pikv_ds.observe.prometheus`).
 
     Args:

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one vector per token for all heads.
 
 Megatron projects and rotates as ever, and expands each new token's latent to keys and values per head.
-What goes to the store instead is the latent, after its norm, and the rotary key beside it: ``R + P``
+What goes to the cache instead is the latent, after its norm, and the rotary key beside it: ``R + P``
 elements, of which the first R are the values, too (see `pikv_ds.layout`). With ``k_h = [W_UK_h c, k_P]``
 and ``v_h = W_UV_h c``, a rank attends to the latents that it holds without expanding any of them (the
 paper's weight absorption, section 2.1.2):
@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fp8": ((None, False), "absorbed queries need the up-projection's weight itself"),
     "fp4": ((None, False), "absorbed queries need the up-projection's weight itself"),
 }
-"""Settings of an `MLATransformerConfig`, beside those that no attention works with: see `patch.REFUSED`."""
+"""Settings of an `MLATransformerConfig`, beside those that no attention works with: see `checks.REFUSED`."""
 
 
 def is_latent(attention: nn.Module) -> bool:
@@ -82,7 +82,7 @@ class PiKVLatentAttention(PiKVAttention):
 
 @dataclass(eq=False)
 class LatentTap(LayerTap):
-    """What ties one latent attention to the store."""
+    """What ties one latent attention to the cache."""
 
     latent: Tensor | None = None
     """``[*, R]`` of the tokens of this pass, as the up-projection got it."""
@@ -99,7 +99,7 @@ class LatentTap(LayerTap):
             (attention.linear_kv_up_proj, up_projection_forward),
         ]
 
-    def attend(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_packed(self, running: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of packed tokens.
 
         Args:
@@ -108,9 +108,9 @@ class LatentTap(LayerTap):
         Returns:
             ``[N, H, V]``.
         """
-        attention = self.attachment.layers[self.index]
-        up, content = attention.linear_kv_up_proj, attention.config.qk_head_dim
-        up_key, up_value = up.weight.view(query.shape[1], -1, attention.config.kv_lora_rank).split(
+        config, up = self.attention.config, self.attention.linear_kv_up_proj
+        content = config.qk_head_dim
+        up_key, up_value = up.weight.view(query.shape[1], -1, config.kv_lora_rank).split(
             [content, value.shape[-1]], dim=1
         )
         assert self.latent is not None
@@ -121,7 +121,7 @@ class LatentTap(LayerTap):
             return torch.cat([torch.einsum("nhd,hdr->nhr", q[..., :content], up_key), q[..., content:]], dim=-1)
 
         def ask(absorbed: Tensor) -> Tensor:
-            return running.store.attend(
+            return running.cache.attend(
                 running.batch, self.index, absorbed, stored, None, self.scale, attend_prompts=False
             )
 

@@ -126,18 +126,17 @@ def transformer_config(
     return kind(**settings)
 
 
-def build_model(hf: Any, config: Any, spec: Callable[[Any], Any] = lambda spec: spec) -> Any:
+def build_model(hf: Any, config: Any) -> Any:
     """A `GPTModel` in evaluation mode on this rank's device, its weights not yet set (see `convert`).
 
     Args:
         hf, config: Hugging Face's configuration and what `transformer_config` made of it.
-        spec: changes the block's spec before the model is built, as `megatron_patch.patch_layer_spec` does.
     """
     from megatron.core.models.gpt import GPTModel
 
     model = GPTModel(
         config=config,
-        transformer_layer_spec=spec(block_spec(hf, config)),
+        transformer_layer_spec=block_spec(hf, config),
         vocab_size=hf.vocab_size,
         max_sequence_length=hf.max_position_embeddings,
         position_embedding_type="none" if config.multi_latent_attention else "rope",

@@ -1,13 +1,13 @@
-"""Megatron's inference contexts as batches of the store, and one forward pass over each.
+"""Megatron's inference contexts as batches of the cache, and one forward pass over each.
 
 A static context is a batch of sequences of one length, ``[s, b, ...]``; a dynamic one has requests
 that join, leave and pause at any step, packed as ``[T, 1, ...]``. Either way a pass packs its tokens
-as the store wants them and puts the result back.
+as the cache wants them and puts the result back.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from pikv_ds.config import ConfigError
 from pikv_ds.core.cache import ExpertShardedKVCache
 from pikv_ds.core.sequences import SequenceBatch
 
-if TYPE_CHECKING:
-    from megatron_patch.attention import LayerTap
-
 
 class Pass:
     """One forward pass of this rank's batch."""
@@ -27,12 +24,12 @@ class Pass:
     idle = False
     """Nothing is appended: the pass serves the other ranks."""
 
-    def __init__(self, store: ExpertShardedKVCache, batch: SequenceBatch, shape: tuple[int, int]) -> None:
-        self.store, self.batch = store, batch
+    def __init__(self, cache: ExpertShardedKVCache, batch: SequenceBatch, shape: tuple[int, int]) -> None:
+        self.cache, self.batch = cache, batch
         self.shape = shape  # of the tokens in Megatron's tensors
 
     def pack(self, x: Tensor) -> Tensor:
-        """Megatron's ``[*shape, ...]`` to the store's ``[N, ...]``."""
+        """Megatron's ``[*shape, ...]`` to the cache's ``[N, ...]``."""
         raise NotImplementedError
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -45,25 +42,18 @@ class Pass:
         """What `_adjust_key_value_for_inference` returns: new keys only, and how they are rotated."""
         raise NotImplementedError
 
-    def attend(self, tap: LayerTap, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one layer, in Megatron's shape: ``[*shape, H, D]``."""
-        query, key, value = (self.pack(x.view(*self.shape, *x.shape[-2:])) for x in (query, key, value))
-        out = tap.attend(self, query, key, value)
-        if not tap.has_router:
-            tap.running = None
-            self.store.routed(self.batch, tap.index, None)
-        return self.unpack(out)
-
-    def routed(self, tap: LayerTap, experts: Tensor) -> None:
-        """Seals what has filled up, by the experts ``[tokens, k]`` that this layer's router chose."""
-        self.store.routed(self.batch, tap.index, self.pack(experts.unflatten(0, self.shape)))
+    def routed(self, layer: int, experts: Tensor | None) -> None:
+        """Seals what has filled up, by the experts ``[tokens, k]`` that the layer's router chose, if it has one."""
+        if experts is not None:
+            experts = self.pack(experts.unflatten(0, self.shape))
+        self.cache.routed(self.batch, layer, experts)
 
 
 class StaticPass(Pass):
     """A pass over a static context: ``s`` new tokens of each of ``b`` sequences."""
 
-    def __init__(self, store: ExpertShardedKVCache, batch: SequenceBatch, shape: tuple[int, int], start: int) -> None:
-        super().__init__(store, batch, shape)
+    def __init__(self, cache: ExpertShardedKVCache, batch: SequenceBatch, shape: tuple[int, int], start: int) -> None:
+        super().__init__(cache, batch, shape)
         self.positions = slice(start, start + shape[0])
 
     def pack(self, x: Tensor) -> Tensor:
@@ -75,7 +65,7 @@ class StaticPass(Pass):
     def adjust(
         self, attention: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any, **kw: Any
     ) -> tuple[Any, ...]:
-        if rotary_pos_emb is not None:  # keys that are in the store have been rotated already
+        if rotary_pos_emb is not None:  # keys that are in the cache have been rotated already
             rotary_pos_emb = tuple(None if emb is None else emb[self.positions] for emb in rotary_pos_emb)
         return query, key, value, rotary_pos_emb, attention.attn_mask_type, None
 
@@ -90,14 +80,14 @@ class DynamicPass(Pass):
 
     def __init__(
         self,
-        store: ExpertShardedKVCache,
+        cache: ExpertShardedKVCache,
         batch: SequenceBatch,
         context: Any,
         shape: tuple[int, int],
         num_tokens: int,
         order: Tensor | None,
     ) -> None:
-        super().__init__(store, batch, shape)
+        super().__init__(cache, batch, shape)
         self.context, self.num_tokens, self.order = context, num_tokens, order
 
     def pack(self, x: Tensor) -> Tensor:
@@ -145,8 +135,8 @@ class StaticRequests:
         shared: whether every rank of the group runs the same batch; None: find out at each prompt.
     """
 
-    def __init__(self, store: ExpertShardedKVCache, shared: bool | None) -> None:
-        self.store, self.shared = store, shared
+    def __init__(self, cache: ExpertShardedKVCache, shared: bool | None) -> None:
+        self.cache, self.shared = cache, shared
         self.batches: dict[int, SequenceBatch] = {}  # by the offset of its first sequence
 
     def begin(self, context: Any, key: Tensor) -> Pass:
@@ -155,26 +145,26 @@ class StaticRequests:
         sums: list[int] | None = None
         if start == 0:
             if offset in self.batches:
-                self.store.release(self.batches.pop(offset))
+                self.cache.release(self.batches.pop(offset))
             shared = self.shared
-            if shared is None and self.store.evictor.cuts:  # ranks that round differently would drop different tokens
+            if shared is None and self.cache.evictor.cuts:  # ranks that round differently would drop different tokens
                 shared = False
             if shared is None:
                 sums = fingerprint(key)
-                everyone = self.store.exchange.all_gather([rows, *sums])
-                shared = self.store.exchange.size > 1 and all(d == everyone[0] for d in everyone)
-            self.batches[offset] = self.store.new_batch(rows, shared)
+                everyone = self.cache.exchange.all_gather([rows, *sums])
+                shared = self.cache.exchange.size > 1 and all(d == everyone[0] for d in everyone)
+            self.batches[offset] = self.cache.new_batch(rows, shared)
         batch, error = self.batches.get(offset), None
         if batch is None or len(batch) != rows or batch.lengths[0] != start:
             seen = None if batch is None else (len(batch), batch.lengths[0])
-            batch = batch or self.store.new_batch(0)
+            batch = batch or self.cache.new_batch(0)
             error = (
-                f"the static context continues {rows} sequences at token {start}, but the store has {seen} "
+                f"the static context continues {rows} sequences at token {start}, but the cache has {seen} "
                 "(sequences, tokens) of it; reset the context to start anew"
             )
         digest = (sums or fingerprint(key))[0] if batch.shared else 0
-        self.store.begin_step(batch, [size] * len(batch) if error is None else [0] * len(batch), error, digest)
-        return StaticPass(self.store, batch, (size, rows), start)
+        self.cache.begin_step(batch, [size] * len(batch) if error is None else [0] * len(batch), error, digest)
+        return StaticPass(self.cache, batch, (size, rows), start)
 
 
 class DynamicRequests:
@@ -184,29 +174,29 @@ class DynamicRequests:
         ConfigError: a request as long as the context allows would never be admitted.
     """
 
-    def __init__(self, store: ExpertShardedKVCache, context: Any) -> None:
-        capacity, longest = store.rank_capacity, context.max_sequence_length
-        if capacity is not None and capacity < store.bound(longest):
+    def __init__(self, cache: ExpertShardedKVCache, context: Any) -> None:
+        capacity, longest = cache.rank_capacity, context.max_sequence_length
+        if capacity is not None and capacity < cache.bound(longest):
             raise ConfigError(
-                f"pikv.capacity_tokens = {store.config.capacity_tokens}: {capacity} without the watermark; of one "
+                f"pikv.capacity_tokens = {cache.config.capacity_tokens}: {capacity} without the watermark; of one "
                 f"as long as the context's max_sequence_length = {longest} a rank may have to keep "
-                f"{store.bound(longest)}; raise the one or lower the other"
+                f"{cache.bound(longest)}; raise the one or lower the other"
             )
-        self.store = store
-        self.batch = store.new_batch(0)
+        self.cache = cache
+        self.batch = cache.new_batch(0)
         self.rows: dict[int, int] = {}  # by request id
 
     def committed(self, context: Any) -> int:
         """See `ExpertShardedKVCache.committed_tokens`; of all requests of a context."""
-        return sum(self.store.bound(length) for length in dynamic.final_lengths(context))
+        return sum(self.cache.bound(length) for length in dynamic.final_lengths(context))
 
     def may_admit(self, context: Any, num_tokens: int) -> bool:
         """Whether the ranks' pools have room for a request that may grow to so many tokens."""
-        grant = self.store.grant()
+        grant = self.cache.grant()
         if grant is None:
             return True
-        told = self.store.committed_by_rank[self.store.exchange.rank]
-        return self.committed(context) + self.store.bound(num_tokens) <= told + grant
+        told = self.cache.committed_by_rank[self.cache.exchange.rank]
+        return self.committed(context) + self.cache.bound(num_tokens) <= told + grant
 
     def begin(self, context: Any, key: Tensor) -> Pass:
         """Starts a pass over the context's active requests; key ``[T, 1, K, D]``."""
@@ -219,24 +209,24 @@ class DynamicRequests:
                 self.release([request.id])
                 row = None
             if row is None:
-                row = self.rows[request.id] = self.store.admit(self.batch)
+                row = self.rows[request.id] = self.cache.admit(self.batch)
             if self.batch.lengths[row] != request.offset:
                 error = (
                     f"request {request.id} continues at token {request.offset}, but {self.batch.lengths[row]} are in "
-                    "the store; PiKV needs all tokens of a request (no prefix caching, no restored context)"
+                    "the cache; PiKV needs all tokens of a request (no prefix caching, no restored context)"
                 )
         new = [0] * len(self.batch)
         for request in active:
             new[self.rows[request.id]] = request.num_tokens
-        self.store.begin_step(self.batch, new if error is None else [0] * len(new), error)
+        self.cache.begin_step(self.batch, new if error is None else [0] * len(new), error)
         order = _order([(self.rows[r.id], r.num_tokens) for r in active], key.device)
-        return DynamicPass(self.store, self.batch, context, (key.shape[0], 1), sum(new), order)
+        return DynamicPass(self.cache, self.batch, context, (key.shape[0], 1), sum(new), order)
 
     def release(self, requests: list[int]) -> None:
         """Gives back finished requests; the pages go with the next step plan."""
         rows = [self.rows.pop(r) for r in requests if r in self.rows]
         if rows:
-            self.store.release(self.batch, rows)
+            self.cache.release(self.batch, rows)
 
 
 def _order(requests: list[tuple[int, int]], device: torch.device) -> Tensor | None:

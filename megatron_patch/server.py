@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
         model: a GPTModel on this rank's device.
         tokenizer: such as `tokenizer.HFTokenizer`.
         context_length: the model's own, in tokens.
-        kv_stats: where PiKV is under the model: figures of this rank's KV store
+        kv_stats: where PiKV is under the model: figures of this rank's KV cache
             (`pikv_ds.observe.prometheus.reading`), shown in ``/metrics``; called between two steps of the engine.
     """
 
@@ -150,9 +150,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="GIB",
         help="Megatron's KV buffer of each rank (default: enough for max-requests full sequences)",
     )
-    store = parser.add_mutually_exclusive_group()
-    store.add_argument("--pikv-config", metavar="FILE", help='JSON with PiKV\'s settings, or with a "pikv" section')
-    store.add_argument("--no-pikv", action="store_true", help="leave Megatron's attention as it is")
+    pikv = parser.add_mutually_exclusive_group()
+    pikv.add_argument("--pikv-config", metavar="FILE", help='JSON with PiKV\'s settings, or with a "pikv" section')
+    pikv.add_argument("--no-pikv", action="store_true", help="leave Megatron's attention as it is")
     return parser.parse_args(argv)
 
 
@@ -250,13 +250,13 @@ def _progress(parameters: Iterable[Any]) -> Iterable[Any]:
 
 
 def kv_figures(model: Any) -> Figures:
-    """What a rank's KV store holds and did, for ``/metrics``; needs no other rank."""
+    """What a rank's KV cache holds and did, for ``/metrics``; needs no other rank."""
     from megatron_patch import attachment_of
     from pikv_ds.observe.prometheus import reading
 
-    store = attachment_of(model).store
+    cache = attachment_of(model).cache
 
-    return lambda: reading(store)
+    return lambda: reading(cache)
 
 
 def _dtype(name: str, hf_config: Any) -> torch.dtype:

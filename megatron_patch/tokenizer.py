@@ -19,17 +19,15 @@ class HFTokenizer:
         vocab_size: logits of the model, where it has more (padding) or fewer than the tokenizer.
 
     Attributes:
-        eod, eos_id, bos, pad: ids of special tokens; where the tokenizer has none: eod -1, which no
-            token equals, bos None, pad eod.
+        eod, bos: ids of special tokens; where the tokenizer has none: eod -1, which no token equals, bos None.
         longest_token: most characters that one token stands for.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         self.hf = tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
-        self.eod = self.eos_id = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        self.eod = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
         self.bos = tokenizer.bos_token_id
-        self.pad = self.eod if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         # Where tokens are of bytes, they are written with a letter for each: at least one to a character.
         self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def _imports(tree: ast.AST) -> set[str]:
             assert node.level == 0, "relative imports hide who imports whom"
             assert node.module is not None
             # `from pikv_ds import hf` imports the module hf
-            found |= {f"{node.module}.{a.name}" if node.module == "pikv_ds" else node.module for a in node.names}
+            package = node.module in ("pikv_ds", "megatron_patch")
+            found |= {f"{node.module}.{a.name}" if package else node.module for a in node.names}
     return found
 
 
@@ -131,6 +133,22 @@ def test_only_megatron_patch_imports_megatron() -> None:
     for folder in ("examples", "benchmarks"):
         for path in (root / folder).glob("*.py"):
             assert not {i for i in _imports(ast.parse(path.read_text())) if i.split(".")[0] == "megatron"}, path
+
+
+def test_megatron_patch_has_no_import_cycle() -> None:
+    """Imports inside functions and for type checking count as any other."""
+    paths = (ROOT.parent / "megatron_patch").glob("*.py")
+    imports = {path.stem: _imports(ast.parse(path.read_text())) for path in paths}
+
+    def module(dotted: str) -> str:
+        """What is no module of its own is the package's."""
+        name = dotted.removeprefix("megatron_patch").removeprefix(".").split(".")[0]
+        return name if name in imports else "__init__"
+
+    graph = {name: {module(i) for i in found if i.startswith("megatron_patch")} for name, found in imports.items()}
+    assert graph["attachment"] >= {"attention", "checks", "latent", "requests"}
+    assert graph["server"] >= {"__init__", "coordinator"}  # inside functions
+    TopologicalSorter(graph).prepare()  # CycleError names the cycle
 
 
 def _uses_environment(tree: ast.AST) -> bool:

@@ -54,9 +54,9 @@ def built_from(root: Path = ROOT, *more: Path) -> str:
     return digest([root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file()), *more], root)
 
 
-def measured(root: Path = ROOT) -> str:
+def measured() -> str:
     """Digest of all code that the run measures, or measures with."""
-    return built_from(root, *(p for folder in ("pikv_ds", "benchmarks/gpu") for p in (root / folder).rglob("*.py")))
+    return built_from(ROOT, *(p for folder in ("pikv_ds", "benchmarks/gpu") for p in (ROOT / folder).rglob("*.py")))
 
 
 def fault(folder: Path, root: Path = ROOT) -> str | None:

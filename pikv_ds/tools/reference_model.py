@@ -115,7 +115,7 @@ def example_texts() -> list[Path]:
     return sorted((Path(__file__).resolve().parents[2] / "examples" / "data").glob("*.txt"))
 
 
-def _generated_text(num_sentences: int = 1500, seed: int = 0) -> str:
+def _generated_text(seed: int = 0) -> str:
     """Simple varied English, used for calibration when there is no `examples/data`."""
     rng = random.Random(seed)
     people = ("the captain", "my sister", "a young doctor", "the old gardener", "Mr. Hale", "Ruth")
@@ -132,7 +132,7 @@ def _generated_text(num_sentences: int = 1500, seed: int = 0) -> str:
     )
     parts = (openers, people, acts, things, places, times)
     sentences = []
-    for i in range(num_sentences):
+    for i in range(1500):
         o, who, act, what, where, when = (rng.choice(words) for words in parts)
         sentence = f"{o}{who} {act} {what} {where} {when}"
         sentences.append(sentence[0].upper() + sentence[1:] + (".\n\n" if i % 7 == 6 else ". "))

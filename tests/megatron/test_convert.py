@@ -24,7 +24,8 @@ from harness import Ranks, ranks_fixture
 from safetensors.torch import load_file, save_file
 
 import megatron_patch
-from megatron_patch import convert, models
+from megatron_patch import checkpoint, convert, models
+from megatron_patch.checkpoint import Checkpoint
 from pikv_ds import PiKVConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny models live on a CPU")
@@ -236,7 +237,7 @@ def test_ranks_read_only_what_they_own(family: str, tp: int, ep: int, two: Ranks
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_experts_in_one_tensor_are_read_in_slices(family: str, two: Ranks, tmp_path: Path) -> None:
     folder = save(tmp_path, family, fused=True)
-    assert any("experts.gate_up_proj" in name for name in convert.Checkpoint(folder)._paths)
+    assert any("experts.gate_up_proj" in name for name in Checkpoint(folder)._paths)
     expected = hf_logits(folder)
     for logits, report in two.run(case, folder=str(folder), tp=1, ep=2):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
@@ -252,7 +253,7 @@ def memory_case(rank: int, folder: str) -> tuple[int, convert.Report]:
     with megatron_groups(ep=2):
         hf = models.load_config(folder)
         model = models.build_model(hf, models.transformer_config(hf, ep=2))  # allocated, not yet touched
-        convert.MAPPED_BYTES, before = 4 * 2**20, convert.MAPPED_BYTES
+        checkpoint.MAPPED_BYTES, before = 4 * 2**20, checkpoint.MAPPED_BYTES
         seen = [resident_bytes()]
 
         def watch(parameters: Iterable[Any]) -> Iterator[Any]:
@@ -261,7 +262,7 @@ def memory_case(rank: int, folder: str) -> tuple[int, convert.Report]:
                 seen.append(resident_bytes())
 
         report = convert.load_hf(model, folder, progress=watch)
-        convert.MAPPED_BYTES = before
+        checkpoint.MAPPED_BYTES = before
     return max(seen) - seen[0], report
 
 
@@ -297,7 +298,7 @@ def test_the_bias_of_a_bf16_model_chooses_the_same_experts(tmp_path: Path) -> No
         model = models.build_model(hf, models.transformer_config(hf, dtype=torch.bfloat16))
         convert.load_hf(model, folder)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    stored = convert.Checkpoint(folder)
+    stored = Checkpoint(folder)
     for number, layer in enumerate(model.decoder.layers):
         if number >= hf.first_k_dense_replace:
             bias = stored.read(f"model.layers.{number}.mlp.gate.e_score_correction_bias")
@@ -433,7 +434,7 @@ def test_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(
         convert.CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"
     ):
-        convert.Checkpoint(tmp_path)
+        Checkpoint(tmp_path)
 
 
 def test_an_incomplete_or_damaged_checkpoint_names_the_file_or_tensor(tmp_path: Path) -> None:
@@ -503,10 +504,10 @@ def test_only_the_files_of_the_model_are_loaded(tmp_path: Path) -> None:
     """`consolidated.safetensors` has the same weights by other names, an adapter has others by the same."""
     folder = save(tmp_path, "mixtral")
     expected = megatron_logits(folder, 1, 1)[0]
-    norm = convert.Checkpoint(folder).read("model.norm.weight")
+    norm = Checkpoint(folder).read("model.norm.weight")
     for files in ("sharded", "one file"):
         save_file({"model.norm.weight": norm + 1, "output.weight": norm}, folder / "zzz.safetensors", {"format": "pt"})
-        assert "output.weight" not in convert.Checkpoint(folder)
+        assert "output.weight" not in Checkpoint(folder)
         assert torch.equal(megatron_logits(folder, 1, 1)[0], expected), files
         (folder / "zzz.safetensors").unlink()
         if files == "sharded":
@@ -515,7 +516,7 @@ def test_only_the_files_of_the_model_are_loaded(tmp_path: Path) -> None:
 
 def test_a_tensor_that_two_files_have_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, "mixtral")
-    norm = convert.Checkpoint(folder).read("model.norm.weight")
+    norm = Checkpoint(folder).read("model.norm.weight")
     save_file({"model.norm.weight": norm + 1}, folder / "zzz.safetensors", {"format": "pt"})
     index = folder / "model.safetensors.index.json"
     table = json.loads(index.read_text())
@@ -530,7 +531,7 @@ def test_tensors_that_a_model_does_without(extra: str, tmp_path: Path) -> None:
     """What transformers computes itself, and a copy of tied embeddings; anything else is named."""
     folder = save(tmp_path, "mixtral-tied")
     expected = hf_logits(folder)
-    embeddings = convert.Checkpoint(folder).read("model.embed_tokens.weight")
+    embeddings = Checkpoint(folder).read("model.embed_tokens.weight")
     rewrite(folder, lambda name, tensor: tensor, {extra: embeddings})
     if extra == "model.extra":
         with pytest.raises(convert.CheckpointError, match=r"the model has no place for model\.extra\. Use"):

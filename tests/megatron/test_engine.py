@@ -51,8 +51,8 @@ def sampling(count: int = COUNT) -> Any:
 def dynamic(
     model: Any, tokenizer: Any, prompts: tuple[str, ...], count: int = COUNT, **kwargs: Any
 ) -> list[list[int]]:
-    settings = {"max_requests": 4, "max_tokens": 256, "context_length": 128, "block_size": 16, **kwargs}
-    records = engine.dynamic_engine(model, tokenizer, **settings).generate(list(prompts), sampling(count))
+    settings = {"max_requests": 4, "max_tokens": 256, "context_length": 128, **kwargs}
+    records = tiny_megatron.dynamic_engine(model, tokenizer, **settings).generate(list(prompts), sampling(count))
     return [list(record.merge().generated_tokens) for record in records]
 
 
@@ -74,14 +74,13 @@ def test_the_dynamic_engine_equals_a_model_without_cache(
 def test_a_request_that_is_evicted_and_resumed_loses_no_token(model: Any, tokenizer: HFTokenizer) -> None:
     prompts = ("the old whale said it was a ship", "the sea was old and it was in the night on")
     expected = [tiny_megatron.greedy(model, tokenizer.tokenize(p), 40) for p in prompts]
-    block = engine.kv_bytes_per_token(model.config) * 16
-    served = engine.dynamic_engine(
+    block = engine.kv_bytes_per_token(model.config) * tiny_megatron.BLOCK_TOKENS
+    served = tiny_megatron.dynamic_engine(
         model,
         tokenizer,
         max_requests=4,
         max_tokens=64,
         context_length=64,
-        block_size=16,
         buffer_gib=5.5 * block / 2**30,  # of the 7 or 8 blocks that both need
     )
     records = served.generate(list(prompts), sampling(40))
@@ -96,7 +95,7 @@ def test_a_buffer_that_is_too_small_for_a_sequence_is_refused(model: Any, tokeni
 
 def test_the_static_engine_equals_a_model_without_cache(model: Any, tokenizer: HFTokenizer) -> None:
     expected = [tiny_megatron.greedy(model, tokenizer.tokenize(p), COUNT) for p in PROMPTS]
-    requests = engine.static_engine(model, tokenizer, max_batch=4, max_length=128).generate(
+    requests = tiny_megatron.static_engine(model, tokenizer).generate(
         prompts=list(PROMPTS), sampling_params=sampling()
     )
     assert [[int(i) for i in request.generated_tokens] for request in requests] == expected
@@ -124,7 +123,7 @@ def test_the_tokenizer_speaks_megatrons_language(tokenizer: HFTokenizer) -> None
     ids = tokenizer.tokenize(text)
     assert tokenizer.detokenize(ids) == text
     assert tokenizer.offsets(ids, text) == [0, 3, 7]
-    assert (tokenizer.eod, tokenizer.bos, tokenizer.pad, tokenizer.vocab_size) == (1, None, 1, tiny_megatron.VOCAB)
+    assert (tokenizer.eod, tokenizer.bos, tokenizer.vocab_size) == (1, None, tiny_megatron.VOCAB)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     assert tokenizer.detokenize(chat) == "user : the old whale assistant :"
 

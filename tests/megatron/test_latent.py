@@ -20,8 +20,8 @@ from harness import Ranks, ranks_fixture
 from test_patch import CONFIG, COUNT, PROMPTS, Ids, dynamic, left, prompts_of, random_traffic, static
 
 import megatron_patch
-from megatron_patch import engine, latent
-from megatron_patch.patch import UnsupportedMegatronError
+from megatron_patch import latent
+from megatron_patch.checks import UnsupportedMegatronError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
 two = ranks_fixture(2)
@@ -112,14 +112,14 @@ def test_a_page_is_one_vector_per_token(model: Any, codec: str) -> None:
     megatron_patch.patch_model(model, CONFIG | {"codec": codec})
     context, _, _ = static(model, prompts_of(0), 4)
     megatron_patch.flush(model)  # stores the pages of the last token, too
-    store = megatron_patch.attachment_of(model).store
+    cache = megatron_patch.attachment_of(model).cache
     pages = 2 * LAYERS * (40 // 8)
-    assert store.pool.num_used == pages
+    assert cache.pool.num_used == pages
     slabs = -(-(pages + 1) // 4)  # of four pages, one page of them the null page
     page_bytes = 8 * (RANK + ROTARY) * 4 if codec == "none" else 8 * (RANK + ROTARY) + 2 * 2 * (RANK + ROTARY)
-    assert store.pool.page_storage_bytes == slabs * 4 * page_bytes
-    assert store.stored_tokens == 2 * LAYERS * 40
-    assert store.shape.token_bytes == LAYERS * (RANK + ROTARY) * 4
+    assert cache.pool.page_storage_bytes == slabs * 4 * page_bytes
+    assert cache.stored_tokens == 2 * LAYERS * 40
+    assert cache.shape.token_bytes == LAYERS * (RANK + ROTARY) * 4
     context.reset()
 
 
@@ -128,7 +128,7 @@ def test_the_static_engine_of_megatron(model: Any) -> None:
 
     expected = [tiny_megatron.greedy(model, p, COUNT) for p in PROMPTS]
     megatron_patch.patch_model(model, CONFIG)
-    made = engine.static_engine(model, Ids(), max_batch=4, max_length=128)
+    made = tiny_megatron.static_engine(model, Ids())
     requests = made.generate(prompts=PROMPTS, sampling_params=sampling())
     assert [[int(i) for i in request.generated_tokens] for request in requests] == expected
 
@@ -143,7 +143,7 @@ def test_unpatching_leaves_nothing_and_other_passes_are_megatrons(model: Any) ->
     megatron_patch.patch_model(model, CONFIG)
     assert list(model.state_dict()) == keys
     assert tiny_megatron.greedy(model, PROMPTS[0], 5) == expected
-    assert megatron_patch.attachment_of(model).store.num_steps == 0
+    assert megatron_patch.attachment_of(model).cache.num_steps == 0
     model.train()
     mask = torch.ones(37, 37, dtype=torch.bool).triu(1)[None, None]
     model(prompts, torch.arange(37)[None].expand(2, -1), mask, labels=prompts).mean().backward()
@@ -244,7 +244,7 @@ def static_batches(
     megatron_patch.patch_model(model, CONFIG, static_batches=choice)
     context, patched, patched_logits = static(model, prompts, count)
     figures = megatron_patch.stats(model)
-    tokens = megatron_patch.attachment_of(model).store.stored_tokens
+    tokens = megatron_patch.attachment_of(model).cache.stored_tokens
     del context
     result = {
         "same": torch.equal(ids, patched),

@@ -20,7 +20,7 @@ from harness import Ranks, ranks_fixture
 
 import megatron_patch
 from megatron_patch import compat, engine
-from megatron_patch.patch import REFUSED, UnsupportedMegatronError
+from megatron_patch.checks import REFUSED, UnsupportedMegatronError
 from pikv_ds.config import ConfigError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
@@ -29,13 +29,13 @@ two = ranks_fixture(2)
 CONFIG = {"page_size": 8, "debug": True, "slab_pages": 4, "timeout_s": 20}
 PROMPTS = [[3, 1, 4, 1, 5], [(7 * i) % 100 for i in range(84)], [9]]
 COUNT = 30
-SHAPE = {"max_requests": 4, "max_tokens": 256, "context_length": 160, "block_size": 16}
+SHAPE = {"max_requests": 4, "max_tokens": 256, "context_length": 160}
 
 
 class Ids:
     """A tokenizer for prompts that are ids already."""
 
-    vocab_size, eod, bos, pad = tiny_megatron.VOCAB, 1, None, 1
+    vocab_size, eod, bos = tiny_megatron.VOCAB, 1, None
 
     def tokenize(self, ids: list[int]) -> list[int]:
         return ids
@@ -53,7 +53,7 @@ def sampling(count: int = COUNT) -> Any:
 
 def dynamic(model: Any, prompts: list[list[int]], **changes: Any) -> tuple[Any, list[list[int]]]:
     """A dynamic engine's context and tokens."""
-    made = engine.dynamic_engine(model, Ids(), **{**SHAPE, **changes})
+    made = tiny_megatron.dynamic_engine(model, Ids(), **{**SHAPE, **changes})
     records = made.generate(prompts, sampling())
     return made.context, [list(r.merge().generated_tokens) for r in records]
 
@@ -95,9 +95,9 @@ def model() -> Iterator[Any]:
 def left(model: Any) -> int:
     """Pages in the rank's pool once the finished requests' have been returned."""
     megatron_patch.flush(model)
-    store = megatron_patch.attachment_of(model).store
-    store.check_integrity()
-    return store.pool.num_used
+    cache = megatron_patch.attachment_of(model).cache
+    cache.check_integrity()
+    return cache.pool.num_used
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_a_static_context_allocates_no_buffer_and_gives_the_same_logits(model: A
     assert torch.equal(ids, patched_ids)
     torch.testing.assert_close(logits, patched_logits, atol=1e-5, rtol=1e-5)
     assert context.key_value_memory_dict == {}
-    store = megatron_patch.attachment_of(model).store
-    assert store.own_tokens == 2 * (37 + COUNT - 1)
+    cache = megatron_patch.attachment_of(model).cache
+    assert cache.own_tokens == 2 * (37 + COUNT - 1)
     context.reset()  # a new batch takes the place of the old one
     static(model, prompts_of(1, rows=3), 2)
     del context
-    assert left(model) == store.own_tokens == 0
+    assert left(model) == cache.own_tokens == 0
 
 
 def test_a_static_context_that_jumps_is_refused(model: Any) -> None:
@@ -148,7 +148,7 @@ def test_a_static_context_that_jumps_is_refused(model: Any) -> None:
     megatron_patch.patch_model(model, CONFIG)
     context, ids, _ = static(model, prompts_of(0), 3)
     context.increment_sequence_len_offset(5)
-    message = r"continues 2 sequences at token 44, but the store has \(2, 39\)"
+    message = r"continues 2 sequences at token 44, but the cache has \(2, 39\)"
     with torch.inference_mode(), pytest.raises(PiKVError, match=message):
         model(ids[:, -1:], torch.tensor([[44], [44]]), None, inference_context=context)
 
@@ -156,9 +156,7 @@ def test_a_static_context_that_jumps_is_refused(model: Any) -> None:
 def test_static_and_dynamic_engines_of_megatron(model: Any) -> None:
     expected = [tiny_megatron.greedy(model, p, COUNT) for p in PROMPTS]
     megatron_patch.patch_model(model, CONFIG)
-    requests = engine.static_engine(model, Ids(), max_batch=4, max_length=128).generate(
-        prompts=PROMPTS, sampling_params=sampling()
-    )
+    requests = tiny_megatron.static_engine(model, Ids()).generate(prompts=PROMPTS, sampling_params=sampling())
     assert [[int(i) for i in request.generated_tokens] for request in requests] == expected
 
 
@@ -167,7 +165,7 @@ def test_megatrons_static_engine_that_is_made_of_the_dynamic_one(model: Any) -> 
     from megatron.core.inference.engines import StaticInferenceEngine
 
     megatron_patch.patch_model(model, CONFIG)
-    inner = engine.dynamic_engine(model, Ids(), **SHAPE)
+    inner = tiny_megatron.dynamic_engine(model, Ids(), **SHAPE)
     with pytest.warns(DeprecationWarning, match="StaticInferenceEngine"):
         served = StaticInferenceEngine(inner.controller, max_batch_size=4, buffer_size_gb=0.01, legacy=False)
     assert not served.legacy
@@ -221,7 +219,7 @@ def test_a_patched_model_without_a_context_is_megatrons(model: Any) -> None:
     expected = tiny_megatron.greedy(model, PROMPTS[0], 5)
     megatron_patch.patch_model(model, CONFIG)
     assert tiny_megatron.greedy(model, PROMPTS[0], 5) == expected
-    assert megatron_patch.attachment_of(model).store.num_steps == 0
+    assert megatron_patch.attachment_of(model).cache.num_steps == 0
     model.train()
     ids = prompts_of(0)
     mask = torch.ones(37, 37, dtype=torch.bool).triu(1)[None, None]
@@ -291,7 +289,7 @@ def test_a_retention_that_wants_hugging_face_is_refused(model: Any) -> None:
 def test_a_pool_that_could_never_hold_a_request_is_refused(model: Any) -> None:
     megatron_patch.patch_model(model, CONFIG | {"capacity_tokens": 120})
     with pytest.raises(ConfigError, match=r"max_sequence_length = 160 a rank may have to keep 208"):
-        engine.dynamic_engine(model, Ids(), **SHAPE)
+        tiny_megatron.dynamic_engine(model, Ids(), **SHAPE)
 
 
 def test_the_command_line_option(tmp_path: Path) -> None:
@@ -356,7 +354,7 @@ def within_budget(rank: int) -> dict[str, Any]:
     budget = {"name": "uniform", "prompt": 0.5, "tokens": 24}
     megatron_patch.patch_model(model, CONFIG | {"retention": "snap", "budget": budget})
     static(model, prompts_of(0), 30)
-    held = megatron_patch.attachment_of(model).store.pool.num_used
+    held = megatron_patch.attachment_of(model).cache.pool.num_used
     _, answers = dynamic(model, PROMPTS)
     figures = megatron_patch.stats(model)
     result = {"held": held, "lengths": [len(a) for a in answers], "left": left(model),
@@ -404,7 +402,7 @@ def random_traffic(
     tiny_megatron.initialize()
     model = tiny_megatron.build(latent=latent)
     megatron_patch.patch_model(model, CONFIG | config)
-    served = engine.dynamic_engine(model, Ids(), **SHAPE | {"max_tokens": 64})
+    served = tiny_megatron.dynamic_engine(model, Ids(), **SHAPE | {"max_tokens": 64})
     megatron_patch.patch_context(model, served.context)
     rng = random.Random(1000 * seed + rank)
     prompts: list[tuple[list[int], int]] = []

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ VOCAB = 128
 EXPERTS = 4
 LAYERS = 2
 MAX_LENGTH = 512
+BLOCK_TOKENS = 16
+"""Of Megatron's KV buffer, so small that a short sequence has several."""
 
 WORDS = ["the", "a", "of", "in", "on", "sea", "ship", "whale", "man", "inn", "night", "old", "said", "was"]
 TEMPLATE = (
@@ -110,6 +113,25 @@ def build(
                 else torch.randn(parameter.shape, generator=generator) * 0.3
             )
     return model
+
+
+def dynamic_engine(model: Any, tokenizer: Any, **settings: Any) -> Any:
+    """`engine.dynamic_engine`, with small blocks."""
+    from megatron_patch import engine
+
+    with mock.patch.object(engine, "BLOCK_TOKENS", BLOCK_TOKENS):
+        return engine.dynamic_engine(model, tokenizer, **settings)
+
+
+def static_engine(model: Any, tokenizer: Any) -> Any:
+    """Megatron's `StaticInferenceEngine`, in the form that does not wrap a dynamic one."""
+    from megatron.core.inference.engines.static_engine import StaticInferenceEngine
+
+    from megatron_patch import engine
+
+    rows, length = 4, 128
+    controller = engine._controller(model, tokenizer, engine.static_context(rows, length), rows, length)
+    return StaticInferenceEngine(controller, legacy=True)
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import megatron_patch
 from megatron_patch import cpu
-from megatron_patch.patch import UnsupportedMegatronError
+from megatron_patch.checks import UnsupportedMegatronError
 
 download.download_and_extract_asset = lambda *args, **kwargs: None  # fetches nothing
 

@@ -14,10 +14,11 @@ from pikv_ds.tools.eval.methods import Full
 from pikv_ds.tools.eval.run import Outcome
 
 
-def wilson(hits: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, count: int) -> tuple[float, float]:
     """95 % confidence interval of a share (Wilson 1927)."""
     if count == 0:
         return 0.0, 1.0
+    z = 1.959964
     share, square = hits / count, z * z
     centre = (share + square / (2 * count)) / (1 + square / count)
     half = z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))

@@ -37,7 +37,7 @@ from pikv_ds.tools.plan.costs import Work
 TIMEOUT_S = 300.0
 PASSES = 24
 """Decode passes that are timed of each load; one of them seals a page of every sequence."""
-WARMUP = 3
+ROUNDS, WARMUP = 20, 3
 
 
 class Case(NamedTuple):
@@ -84,7 +84,7 @@ class Spec:
         return cls(**{**facts, **cases, "shape": shape})
 
 
-def network(exchange: Exchange, shape: ModelShape, rounds: int = 20) -> tuple[float, float]:
+def network(exchange: Exchange, shape: ModelShape) -> tuple[float, float]:
     """Seconds per collective, and per byte that a rank sends: of queries that go out and partials that come back."""
     if exchange.size == 1:
         return 0.0, 0.0
@@ -96,7 +96,7 @@ def network(exchange: Exchange, shape: ModelShape, rounds: int = 20) -> tuple[fl
         out = torch.randn(others, shape.num_heads, shape.value_dim, device=exchange.device)
         lse = torch.randn(others, shape.num_heads, device=exchange.device)
         before, times = sum(exchange.sent_bytes.values()), []
-        for _ in range(rounds + WARMUP):
+        for _ in range(ROUNDS + WARMUP):
             exchange.all_gather([0])  # together
             started = _now(exchange.device)
             handle = exchange.dispatch(query, counts)
@@ -104,7 +104,7 @@ def network(exchange: Exchange, shape: ModelShape, rounds: int = 20) -> tuple[fl
             exchange.combine(handle, out, lse)
             times.append(_now(exchange.device) - started)
         sent = sum(exchange.sent_bytes.values()) - before
-        points.append((sent // (rounds + WARMUP) // 2, statistics.median(times[WARMUP:]) / 2))
+        points.append((sent // (ROUNDS + WARMUP) // 2, statistics.median(times[WARMUP:]) / 2))
     matrix = torch.tensor([[1.0 / t, n / t] for n, t in points], dtype=torch.float64)
     scale = matrix.amax(0)
     alpha, beta = (costs.nonnegative(matrix / scale, torch.ones(len(points), dtype=torch.float64)) / scale).tolist()

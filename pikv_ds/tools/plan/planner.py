@@ -248,10 +248,10 @@ def seconds(way: Plan, costs: Costs | None) -> float | None:
     return costs.seconds(way.work)
 
 
-def largest(fits: Callable[[int], bool], most: int = 2**40) -> int:
+def largest(fits: Callable[[int], bool]) -> int:
     """The largest whole number that fits, 0 if not even 1 does; what fits once fits for all smaller ones."""
     low, high = 0, 1
-    while high < most and fits(high):
+    while high < 2**40 and fits(high):
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -259,10 +259,10 @@ def largest(fits: Callable[[int], bool], most: int = 2**40) -> int:
     return low
 
 
-def page_size_rule(load: Load, active_pages: int = 16) -> int:
-    """PiKV's shard size ``sqrt(L / (K G))``: it balances a rank's page summaries, L / (G S), against K pages that are
-    read; the nearest size that there is."""
-    best = math.sqrt(load.context / (active_pages * load.ranks))
+def page_size_rule(load: Load) -> int:
+    """PiKV's shard size ``sqrt(L / (K G))``: it balances a rank's page summaries, L / (G S), against K = 16 pages that
+    are read; the nearest size that there is."""
+    best = math.sqrt(load.context / (16 * load.ranks))
     return min((s for s in PAGE_SIZES if s >= 8), key=lambda s: abs(math.log(s / best)))
 
 

@@ -153,7 +153,7 @@ class Routing:
         return out
 
 
-def routings(traces: Sequence[RankTrace], num_experts: int, layers: int = LAYERS) -> list[Routing]:
+def routings(traces: Sequence[RankTrace], num_experts: int) -> list[Routing]:
     """Some layers of a trace, evenly spread over those with routers.
 
     Raises:
@@ -174,7 +174,8 @@ def routings(traces: Sequence[RankTrace], num_experts: int, layers: int = LAYERS
     if not by_layer:
         raise UsageError("--simulate: no page in the trace has a home expert; was a prompt ever longer than a page?")
     names = sorted(by_layer)
-    chosen = [names[i * len(names) // min(layers, len(names))] for i in range(min(layers, len(names)))]
+    count = min(LAYERS, len(names))
+    chosen = [names[i * len(names) // count] for i in range(count)]
     out = []
     for layer in chosen:
         lists = [[pages[i] for i in sorted(pages)] for pages in by_layer[layer].values()]
@@ -233,7 +234,6 @@ class Simulation:
     """Sequences of each rank."""
     spread: float = 0.5
     """Standard deviation of the logarithm of a sequence's length; 0: all are equally long."""
-    seed: int = 0
     progress: Callable[[list[Any]], Iterable[Any]] = field(default=lambda todo: todo)
 
     @property
@@ -287,7 +287,7 @@ class Simulation:
 
     def _points(self, routings: list[Routing], group: int, name: str, sharing: int) -> list[Point]:
         """An expert-parallel group, of which so many ranks after each other share their KV."""
-        generator = torch.Generator().manual_seed(self.seed)  # every placement gets the same sequences
+        generator = torch.Generator().manual_seed(0)  # every placement gets the same sequences
         lengths = self._lengths(group * self.per_rank, generator)  # sequence i is rank i mod group's
         parts = [[n for i, n in enumerate(lengths) if i % group // sharing == p] for p in range(group // sharing)]
         held = [
