@@ -55,6 +55,27 @@ struct GatherPagesParams {
   int64_t num_pages;
 };
 
+struct ScatterPagesParams {
+  Slabs slabs;
+  const int32_t* slots;  // [N], each once
+  const uint8_t* pages;  // [N, row_bytes], rows stride bytes apart
+  int64_t num_pages;
+  int64_t stride;
+};
+
+// G ranks and M groups of pages: a sequence and unit each. See pikv_ds/ops/reference.py.
+struct PlacePagesParams {
+  const int32_t* preference;  // [N, G], -1 in the places that are left
+  const int32_t* groups;      // [N]
+  const int32_t* limits;      // [N]
+  int32_t* loads;             // [M, G]
+  int64_t* free;              // [G]
+  int32_t* out;               // [N]
+  int64_t source;             // a rank, or -1
+  int64_t num_pages;
+  int64_t num_ranks;
+};
+
 struct DecodeAttentionParams {
   const void* query;  // [R, H, D] of dtype
   Slabs slabs;
@@ -213,6 +234,8 @@ struct ChooseVictimsParams {
 
 void SealPagesCpu(const SealPagesParams& params);
 void GatherPagesCpu(const GatherPagesParams& params);
+void ScatterPagesCpu(const ScatterPagesParams& params);
+void PlacePagesCpu(const PlacePagesParams& params);
 void DecodeAttentionCpu(const DecodeAttentionParams& params);
 void PrefillAttentionCpu(const PrefillAttentionParams& params);
 void ContextAttentionCpu(const ContextAttentionParams& params);
@@ -232,6 +255,7 @@ int64_t ChooseVictimsScratchBytes(const ChooseVictimsParams& params);
 
 void SealPagesCuda(const SealPagesParams& params, cudaStream_t stream);
 void GatherPagesCuda(const GatherPagesParams& params, cudaStream_t stream);
+void ScatterPagesCuda(const ScatterPagesParams& params, cudaStream_t stream);
 void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t stream);
 void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t stream);
 void TailAttentionCuda(const TailAttentionParams& params, cudaStream_t stream);

@@ -109,9 +109,9 @@ struct Slabs {
   int64_t slab_rows;
   int64_t row_bytes;
 
-  PIKV_HOST_DEVICE const uint8_t* Row(int64_t slot) const {
-    return reinterpret_cast<const uint8_t*>(pointers[slot / slab_rows]) +
-           slot % slab_rows * row_bytes;
+  PIKV_HOST_DEVICE const uint8_t* Row(int64_t slot) const { return MutableRow(slot); }
+  PIKV_HOST_DEVICE uint8_t* MutableRow(int64_t slot) const {
+    return reinterpret_cast<uint8_t*>(pointers[slot / slab_rows]) + slot % slab_rows * row_bytes;
   }
 };
 

@@ -132,6 +132,20 @@ def test_gather_pages(cuda: EmulatedOps, row_bytes: int, rng) -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("row_bytes", [48, 7, 16 * 1024 + 16])
+def test_scatter_pages(cuda: EmulatedOps, row_bytes: int, rng) -> None:
+    slabs = Slabs(4, row_bytes)
+    for i in range(3):
+        slabs.put(i, torch.zeros(4, row_bytes, dtype=torch.uint8))
+    slots = torch.tensor([1, 11, 4, 7], dtype=torch.int32)
+    longer = torch.randint(256, (4, row_bytes + 16), generator=rng).to(torch.uint8)
+    pages = longer[:, :row_bytes]
+    cuda.scatter_pages(slabs, slots, pages)
+    expected = torch.zeros(12, row_bytes, dtype=torch.uint8)
+    expected[slots.long()] = pages
+    assert torch.equal(torch.cat(slabs.tensors), expected)
+
+
 @pytest.mark.parametrize("width", [1, 9, 513, 1500])
 @pytest.mark.parametrize("levels", [2, 1000])
 def test_select_pages(cuda: EmulatedOps, width: int, levels: int, rng) -> None:

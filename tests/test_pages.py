@@ -261,6 +261,7 @@ class TableMachine(RuleBasedStateMachine):
             assert found.total == sum(map(len, lists))
             for pages, slots, numbers in zip(lists, found.slots.tolist(), found.page_idx.tolist(), strict=True):
                 assert list(zip(numbers, slots, strict=True))[: len(pages)] == pages
+                assert not any(slots[len(pages) :])
 
     @invariant()
     def finds_what_is_there_and_nothing_else(self) -> None:

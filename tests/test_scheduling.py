@@ -67,6 +67,26 @@ def test_gather_pages_names_a_slot_that_is_nowhere(slot: int, rng) -> None:
         Ops("cpp").gather_pages(slabs, int32([1, slot]), torch.empty(2, 16, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("row_bytes", [16, 24, 41, 4096])
+@pytest.mark.parametrize("longer", [0, 16])
+def test_scatter_pages_is_bitwise(ops: Ops, row_bytes: int, longer: int, rng) -> None:
+    slabs, rows = random_slabs(70, 3, row_bytes, rng)
+    for count in (0, 1, 7, 150):
+        slots = (torch.randperm(len(rows) - 1, generator=rng)[:count] + 1).int()
+        pages = torch.randint(256, (count, row_bytes + longer), generator=rng).to(torch.uint8)
+        ops.scatter_pages(slabs, slots, pages[:, :row_bytes])
+        rows[slots.long()] = pages[:, :row_bytes]
+        assert torch.equal(torch.cat([t for t in slabs.tensors if t is not None]), rows)
+
+
+@needs_cpp
+def test_scatter_pages_names_a_slot_that_is_nowhere(rng) -> None:
+    slabs, _ = random_slabs(4, 3, 16, rng)
+    slabs.put(2, None)
+    with pytest.raises(RuntimeError, match=r"slots\[1\] = 6 is in slab 2, which was given back or never was"):
+        Ops("cpp").scatter_pages(slabs, int32([1, 6]), torch.zeros(2, 16, dtype=torch.uint8))
+
+
 # -- page_scores -------------------------------------------------------------------------------
 
 
@@ -387,6 +407,16 @@ def zeros(*shape: int, dtype: torch.dtype = F) -> Tensor:
 
 GOOD: dict[str, dict] = {
     "gather_pages": {"slabs": PAGES, "slots": zeros(0, dtype=I), "out": zeros(0, LAYOUT.page_bytes, dtype=U)},
+    "scatter_pages": {"slabs": PAGES, "slots": zeros(0, dtype=I), "pages": zeros(0, LAYOUT.page_bytes, dtype=U)},
+    "place_pages": {
+        "preference": zeros(4, 3, dtype=I),
+        "groups": zeros(4, dtype=I),
+        "limits": zeros(4, dtype=I),
+        "source": -1,
+        "loads": zeros(2, 3, dtype=I),
+        "free": zeros(3, dtype=torch.int64),
+        "out": zeros(4, dtype=I),
+    },
     "decode_attention": {
         "query": zeros(6, 4, 16),
         "slabs": PAGES,
@@ -481,6 +511,10 @@ GOOD: dict[str, dict] = {
 BAD = [
     ("gather_pages", {"slots": zeros(2, 2, dtype=I)}, r"slots must have 1 dimensions \[N\], got shape \[2, 2\]"),
     ("gather_pages", {"slots": zeros(0, dtype=torch.int64)}, "slots must be Int, got Long"),
+    ("scatter_pages", {"pages": zeros(1, 7, dtype=U)}, r"pages must have shape .* = \[0, {page}\], got \[1, 7\]"),
+    ("place_pages", {"groups": zeros(4, dtype=I) + 2}, r"groups\[0\] = 2, but loads has 2 groups"),
+    ("place_pages", {"preference": zeros(4, 3, dtype=I) + 3}, r"preference\[0, 0\] = 3, but there are 3 ranks"),
+    ("place_pages", {"free": zeros(3, dtype=I)}, "free must be Long, got Int"),
     ("gather_pages", {"out": zeros(1, 7, dtype=U)}, r"out must have shape .* = \[0, {page}\], got \[1, 7\]"),
     ("decode_attention", {"query": zeros(7, 4, 16)}, "query rows must be a multiple of table rows = 3, got 7"),
     ("decode_attention", {"query": zeros(6, 5, 16)}, "query heads must be a multiple of num_kv_heads = 2, got 5"),

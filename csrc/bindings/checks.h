@@ -164,6 +164,12 @@ class Args {
 
   // Output of `num_rows` rows of contiguous bytes, which may be parts of longer rows `stride`
   // apart.
+  const uint8_t* RowsIn(const char* name, const Tensor& tensor, int64_t num_rows, int64_t row_bytes,
+                        const char* layout, int64_t* stride) const {
+    const ScalarType bytes = ScalarType::Byte;
+    return static_cast<const uint8_t*>(
+        StridedIn(name, tensor, {num_rows, row_bytes}, layout, bytes, stride));
+  }
   uint8_t* RowsOut(const char* name, const Tensor& tensor, int64_t num_rows, int64_t row_bytes,
                    const char* layout, int64_t* stride) const {
     StridedIn(name, tensor, {num_rows, row_bytes}, layout, ScalarType::Byte, stride);

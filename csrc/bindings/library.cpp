@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
   m.def("seal_pages(Tensor keys, Tensor? values, " PIKV_LAYOUT
         "Tensor(a!) out, Tensor(b!)? bounds, Tensor(c!) flags) -> ()");
   m.def("gather_pages(" PIKV_SLABS "Tensor slots, Tensor(a!) out) -> ()");
+  m.def("scatter_pages(" PIKV_SLABS "Tensor slots, Tensor pages) -> ()");
+  m.def(
+      "place_pages(Tensor preference, Tensor groups, Tensor limits, int source, Tensor(a!) loads, "
+      "Tensor(b!) free, Tensor(c!) out) -> ()");
   m.def("decode_attention(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
         "float scale, " PIKV_PARTIAL
         ", Tensor(c!)? page_lse, int num_splits, Tensor(d!)? scratch) -> ()");

@@ -1,4 +1,4 @@
-// The ops that write and copy pages: seal_pages and gather_pages.
+// The ops that write, copy and place pages.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -46,6 +46,18 @@ void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element
   Launch<kKernel>(p, args);
 }
 
+// Copying a page takes far longer than this look at where it lies.
+void CheckSlots(const Args& args, const Slabs& slabs, const int32_t* slots, int64_t num_pages,
+                int64_t num_slabs) {
+  for (int64_t i = 0; i < num_pages; ++i) {
+    const int64_t slab = slots[i] / slabs.slab_rows;
+    if (slots[i] < 0 || slab >= num_slabs || slabs.pointers[slab] == 0) {
+      args.Fail("slots[", i, "] = ", slots[i], " is in slab ", slab,
+                ", which was given back or never was");
+    }
+  }
+}
+
 template <auto kKernel>
 void GatherPages(const Tensor& slab_pointers, int64_t slab_rows, int64_t row_bytes,
                  const Tensor& slots, Tensor out) {
@@ -59,28 +71,72 @@ void GatherPages(const Tensor& slab_pointers, int64_t slab_rows, int64_t row_byt
   p.out = args.Out<uint8_t>("out", out, {n, row_bytes}, "[N, row_bytes]");
   p.num_pages = n;
   if constexpr (Traits<kKernel>::kDevice == Device::kCpu) {
-    // Copying a page takes far longer than this look at where it lies.
-    const int64_t num_slabs = slab_pointers.size(0);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t slab = p.slots[i] / slab_rows;
-      if (p.slots[i] < 0 || slab >= num_slabs || p.slabs.pointers[slab] == 0) {
-        args.Fail("slots[", i, "] = ", p.slots[i], " is in slab ", slab,
-                  ", which was given back or never was");
+    CheckSlots(args, p.slabs, p.slots, n, slab_pointers.size(0));
+  }
+  Launch<kKernel>(p, args);
+}
+
+template <auto kKernel>
+void ScatterPages(const Tensor& slab_pointers, int64_t slab_rows, int64_t row_bytes,
+                  const Tensor& slots, const Tensor& pages) {
+  Args args("scatter_pages", Traits<kKernel>::kDevice, slots);
+  args.CheckDim("slots", slots, 1, "[N]");
+  const int64_t n = slots.size(0);
+
+  ScatterPagesParams p{};
+  p.slabs = args.SlabsOf(slab_pointers, slab_rows, row_bytes);
+  p.slots = args.In<int32_t>("slots", slots, {n}, "[N]");
+  p.pages = args.RowsIn("pages", pages, n, row_bytes, "[N, row_bytes]", &p.stride);
+  p.num_pages = n;
+  if constexpr (Traits<kKernel>::kDevice == Device::kCpu) {
+    CheckSlots(args, p.slabs, p.slots, n, slab_pointers.size(0));
+  }
+  Launch<kKernel>(p, args);
+}
+
+void PlacePages(const Tensor& preference, const Tensor& groups, const Tensor& limits,
+                int64_t source, Tensor loads, Tensor free, Tensor out) {
+  Args args("place_pages", Device::kCpu, preference);
+  args.CheckDim("preference", preference, 2, "[N, G]");
+  args.CheckDim("loads", loads, 2, "[M, G]");
+  const int64_t n = preference.size(0), g = preference.size(1), m = loads.size(0);
+
+  PlacePagesParams p{};
+  p.preference = args.In<int32_t>("preference", preference, {n, g}, "[N, G]");
+  p.groups = args.In<int32_t>("groups", groups, {n}, "[N]");
+  p.limits = args.In<int32_t>("limits", limits, {n}, "[N]");
+  p.loads = args.Out<int32_t>("loads", loads, {m, g}, "[M, G]");
+  p.free = args.Out<int64_t>("free", free, {g}, "[G]");
+  p.out = args.Out<int32_t>("out", out, {n}, "[N]");
+  p.source = source;
+  p.num_pages = n;
+  p.num_ranks = g;
+  for (int64_t i = 0; i < n; ++i) {
+    if (p.groups[i] < 0 || p.groups[i] >= m) {
+      args.Fail("groups[", i, "] = ", p.groups[i], ", but loads has ", m, " groups");
+    }
+    for (int64_t j = 0; j < g; ++j) {
+      const int32_t rank = p.preference[i * g + j];
+      if (rank < -1 || rank >= g) {
+        args.Fail("preference[", i, ", ", j, "] = ", rank, ", but there are ", g, " ranks");
       }
     }
   }
-  Launch<kKernel>(p, args);
+  PlacePagesCpu(p);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CPU, m) {
   m.impl("seal_pages", TORCH_BOX(&SealPages<&SealPagesCpu>));
   m.impl("gather_pages", TORCH_BOX(&GatherPages<&GatherPagesCpu>));
+  m.impl("scatter_pages", TORCH_BOX(&ScatterPages<&ScatterPagesCpu>));
+  m.impl("place_pages", TORCH_BOX(&PlacePages));
 }
 
 #if defined(PIKV_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CUDA, m) {
   m.impl("seal_pages", TORCH_BOX(&SealPages<&SealPagesCuda>));
   m.impl("gather_pages", TORCH_BOX(&GatherPages<&GatherPagesCuda>));
+  m.impl("scatter_pages", TORCH_BOX(&ScatterPages<&ScatterPagesCuda>));
 }
 #endif
 

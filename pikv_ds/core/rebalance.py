@@ -98,7 +98,7 @@ class Rebalancer:
         return targets
 
     def _move(self, free: list[int]) -> None:
-        rank, size, moves = self.exchange.rank, self.exchange.size, self.policy.moves
+        size, moves = self.exchange.size, self.policy.moves
         proposals, self._queue = self._queue[:moves], self._queue[moves:]
         slots, formats = self.shard.table.find(*proposals.T)
         here = slots > 0  # others have been evicted or demoted since
@@ -124,8 +124,9 @@ class Rebalancer:
             self._exchange(headers, owners, targets)
 
     def _accept(self, headers: Headers, owners: Ints, targets: Ints, free: list[int]) -> NDArray[np.bool_]:
-        """Which moves their targets have room for, one after the other, ``[N]``. There are few: `Packing.moves` of each
-        rank."""
+        """Which moves their targets have room for, one after the other, ``[N]``.
+
+        There are few of them, `Packing.moves` of each rank at most, so they may be looked at one by one."""
         tokens = self.ledger.num_sealed(headers.rows) * self.ledger.page_size
         limits = owner_limit(tokens, self.ledger.page_size, self.topologies[0])
         limits -= (targets == self.ledger.source[headers.rows]) & ~self.ledger.shared[headers.rows]

@@ -353,10 +353,6 @@ class PageSender:
         Args:
             arriving: per source: pages that this rank owns, its own included.
         """
-        rank, size, sizes = self.exchange.rank, self.exchange.size, self.shard.pool.sizes
-        leaving = np.flatnonzero(owners != rank)
-        leaving = leaving[np.lexsort((leaving, headers.formats[leaving], owners[leaving]))]
-        send_counts = np.bincount(owners[leaving], minlength=size)
         rank, size = self.exchange.rank, self.exchange.size
         arriving[rank] = 0
         leaving = in_order(owners, headers.formats, np.flatnonzero(owners != rank))

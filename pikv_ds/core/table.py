@@ -30,7 +30,7 @@ class TableRows:
     """The pages of some lists as ops take them."""
 
     slots: Tensor
-    """``[R, P]`` int32; entries at and beyond `counts` are undefined."""
+    """``[R, P]`` int32, `NULL_SLOT` at and beyond `counts`."""
     page_idx: Tensor
     """``[R, P]`` int32, number of each page within its sequence."""
     counts: Tensor
@@ -170,6 +170,7 @@ class PageTable:
         place = torch.arange(width, device=self.device)
         segment = torch.minimum(place[None] // SEGMENT, packed[1, :, None].clamp(min=1) - 1)  # a short list has fewer
         entry = self._directory.tensor[packed[0, :, None] + segment].long() * SEGMENT + place % SEGMENT
+        entry.masked_fill_(place >= packed[2, :, None], 0)
         return TableRows(self._slots.tensor[entry], self._numbers.tensor[entry], packed[2].int(), int(counts.sum()))
 
     # -- what comes and goes ----------------------------------------------------------------------------------------

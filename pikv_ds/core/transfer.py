@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ def _runs(ranks: Ints, formats: Ints) -> list[tuple[int, int, slice]]:
     """Rank, format and places of each run of pages that travel together."""
     cuts = np.flatnonzero((np.diff(ranks) != 0) | (np.diff(formats) != 0)) + 1
     bounds = [0, *cuts.tolist(), len(ranks)]
-    return [(int(ranks[a]), int(formats[a]), slice(a, b)) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    return [(int(ranks[a]), int(formats[a]), slice(a, b)) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 @dataclass(frozen=True)

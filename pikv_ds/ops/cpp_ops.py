@@ -34,6 +34,16 @@ def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:
     _C.gather_pages(*_slabs(slabs), slots, out)
 
 
+def scatter_pages(slabs: Slabs, slots: Tensor, pages: Tensor) -> None:
+    _C.scatter_pages(*_slabs(slabs), slots, pages)
+
+
+def place_pages(
+    preference: Tensor, groups: Tensor, limits: Tensor, source: int, loads: Tensor, free: Tensor, out: Tensor
+) -> None:
+    _C.place_pages(preference, groups, limits, source, loads, free, out)
+
+
 def decode_attention(
     query: Tensor,
     slabs: Slabs,

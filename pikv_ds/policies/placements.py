@@ -70,7 +70,7 @@ class Placement(Protocol):
         ...
 
     def owners(self, pages: SealedPages, topology: Topology) -> NDArray[np.int64]:
-        """Ranks in order of preference, ``[N, ranks]``. A row may name only some, and -1 in the places that are left."""
+        """Ranks in order of preference, ``[N, ranks]``; -1 in the places that are left where only some are named."""
         ...
 
 

@@ -45,6 +45,9 @@ SealPages = _struct(
     **_names(c_int64, "out_stride bounds_stride"),
 )
 GatherPages = _struct("GatherPages", slabs=SlabRows, slots=c_void_p, out=c_void_p, num_pages=c_int64)
+ScatterPages = _struct(
+    "ScatterPages", slabs=SlabRows, slots=c_void_p, pages=c_void_p, **_names(c_int64, "num_pages stride")
+)
 DecodeAttention = _struct(
     "DecodeAttention",
     query=c_void_p,
@@ -172,6 +175,10 @@ class EmulatedOps:
 
     def gather_pages(self, slabs: Slabs, slots: Tensor, out: Tensor) -> None:
         self.lib.GatherPages(ctypes.byref(GatherPages(_slabs(slabs), slots.data_ptr(), out.data_ptr(), len(slots))))
+
+    def scatter_pages(self, slabs: Slabs, slots: Tensor, pages: Tensor) -> None:
+        params = ScatterPages(_slabs(slabs), slots.data_ptr(), pages.data_ptr(), len(slots), pages.stride(0))
+        self.lib.ScatterPages(ctypes.byref(params))
 
     def decode_attention(
         self,

@@ -6,6 +6,7 @@
 
 PIKV_ENTRY(SealPages)
 PIKV_ENTRY(GatherPages)
+PIKV_ENTRY(ScatterPages)
 PIKV_ENTRY(DecodeAttention)
 PIKV_ENTRY(PrefillAttention)
 PIKV_ENTRY(TailAttention)

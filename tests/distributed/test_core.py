@@ -104,7 +104,7 @@ def test_a_latent_batch_that_every_rank_has_is_stored_once(two: Ranks) -> None:
     assert [r["left"] for r in results] == [0, 0]
     assert results[0]["sealed"] == results[1]["sealed"] == sum(r["held"] for r in results)
     for r in results:
-        assert set(r["sent_bytes"]) <= {"plan", "page_header", "partial"}
+        assert set(r["sent_bytes"]) <= {"plan", "page_counts", "page_header", "partial"}
         assert r["sent_bytes"]["partial"] == r["queries"] * LATENT.num_heads * (LATENT.latent_dim * 4 + 4)
 
 
@@ -136,7 +136,7 @@ def test_a_batch_that_every_rank_has_is_stored_once(two: Ranks, settings: dict) 
     assert results[0]["sealed"] == results[1]["sealed"] == sum(r["held"] for r in results)
     assert all(r["held"] > 0 for r in results)
     for r in results:
-        assert set(r["sent_bytes"]) <= {"plan", "page_header", "partial"}  # neither queries nor pages
+        assert set(r["sent_bytes"]) <= {"plan", "page_counts", "page_header", "partial"}  # neither queries nor pages
         assert r["sent_bytes"]["partial"] == r["queries"] * SHAPE.num_heads * (SHAPE.head_dim * 4 + 4)
 
 

@@ -1,3 +1,4 @@
+// Pages out of their slots and into them.
 #include <cstring>
 
 #include "../launch.h"
@@ -15,6 +16,14 @@ void GatherPagesCpu(const GatherPagesParams& params) {
 #pragma omp parallel for schedule(static) if (params.num_pages * row_bytes >= kParallelBytes)
   for (int64_t i = 0; i < params.num_pages; ++i) {
     std::memcpy(params.out + i * row_bytes, params.slabs.Row(params.slots[i]), row_bytes);
+  }
+}
+
+void ScatterPagesCpu(const ScatterPagesParams& params) {
+  const int64_t row_bytes = params.slabs.row_bytes;
+#pragma omp parallel for schedule(static) if (params.num_pages * row_bytes >= kParallelBytes)
+  for (int64_t i = 0; i < params.num_pages; ++i) {
+    std::memcpy(params.slabs.MutableRow(params.slots[i]), params.pages + i * params.stride, row_bytes);
   }
 }
 
