@@ -28,8 +28,8 @@ from megatron_patch import convert, models
 from pikv_ds import PiKVConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny models live on a CPU")
-two, four = ranks_fixture(2), ranks_fixture(4)
-fresh = ranks_fixture(2)  # whose allocators hold no freed memory yet
+two, four = ranks_fixture(2, "megatron"), ranks_fixture(4, "megatron")
+fresh = ranks_fixture(2, "memory")  # whose allocators hold no freed memory yet
 
 VOCAB, EXPERTS, LAYERS, LENGTH = 64, 4, 3, 21
 SHARED = {

@@ -20,7 +20,7 @@ from megatron_patch import engine
 from megatron_patch.tokenizer import HFTokenizer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
-ranks = ranks_fixture(2)
+ranks = ranks_fixture(2, "megatron")
 
 PROMPTS = ("the old whale", " ".join(tiny_megatron.WORDS * 6), "a")  # 3, 84 and 1 token(s)
 COUNT = 10

@@ -24,7 +24,7 @@ from megatron_patch import engine, latent
 from megatron_patch.patch import UnsupportedMegatronError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
-two = ranks_fixture(2)
+two = ranks_fixture(2, "megatron")
 
 RANK, ROTARY, LAYERS = 24, 8, tiny_megatron.LAYERS
 SETTINGS: dict[str, Any] = {

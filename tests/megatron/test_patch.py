@@ -24,7 +24,7 @@ from megatron_patch.patch import REFUSED, UnsupportedMegatronError
 from pikv_ds.config import ConfigError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
-two = ranks_fixture(2)
+two = ranks_fixture(2, "megatron")
 
 CONFIG = {"page_size": 8, "debug": True, "slab_pages": 4, "timeout_s": 20}
 PROMPTS = [[3, 1, 4, 1, 5], [(7 * i) % 100 for i in range(84)], [9]]
