@@ -8,6 +8,10 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+# OpenMP's threads spin when they have nothing to do, and two workers have more threads than there are cores: that took
+# three quarters of their time. Read when torch is loaded; processes that tests start inherit it.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 import torch
 

@@ -36,6 +36,7 @@ PARITY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ep", [4, 2])
 @pytest.mark.parametrize("case", PARITY)
 def test_equals_unsharded_model(four: Ranks, case: str, ep: int) -> None:

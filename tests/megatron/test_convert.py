@@ -220,6 +220,7 @@ def case(rank: int, folder: str, tp: int, ep: int) -> tuple[torch.Tensor, conver
 
 
 @pytest.mark.distributed
+@pytest.mark.sampled
 @pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize("family", TWO_RANKS)
 def test_ranks_read_only_what_they_own(family: str, tp: int, ep: int, two: Ranks, tmp_path: Path) -> None:
