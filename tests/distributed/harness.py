@@ -15,6 +15,7 @@ tests, however that ends and whatever they are in.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -48,6 +49,7 @@ PRELOAD = [
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.generation.streamers",
 ]
+"""What they share. A folder of tests may add to it before the first ranks are started."""
 
 START_SECONDS = 90.0
 """Limit for the processes to start and to find each other."""
@@ -164,10 +166,11 @@ class Ranks:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Ends all ranks."""
+        """Ends all ranks, and what they have started."""
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it may not have a group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.join(10)
         for pipe in self._pipes:
@@ -196,7 +199,9 @@ def ranks_fixture(size: int, kind: str = "") -> Any:
 @functools.cache
 def shared(size: int, kind: str) -> Ranks:
     """Ranks that end with this process."""
-    return Ranks(size)
+    ranks = Ranks(size)
+    atexit.register(ranks.close)
+    return ranks
 
 
 @contextlib.contextmanager
@@ -216,6 +221,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 def _work(rank: int, size: int, port: int, join: bool, pipe: Connection, log: str) -> None:
     """A rank: runs what comes through the pipe until it is closed."""
+    os.setpgid(0, 0)  # a group of its own: Megatron's checkpoints start writers that never end by themselves
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(out, 1)
@@ -253,7 +259,7 @@ def _end_with_the_tests() -> None:
     tests = multiprocessing.parent_process()
     assert tests is not None
     tests.join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(pipe: Connection, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

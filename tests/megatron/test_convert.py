@@ -7,7 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 pytest.importorskip("megatron.core")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 import transformers
 from harness import Ranks, ranks_fixture
@@ -155,12 +153,17 @@ def megatron_groups(tp: int = 1, ep: int = 1) -> Iterator[None]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.destroy_model_parallel()
+    groups = dist.distributed_c10d._world.pg_map
+    before = set(groups)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1
     )
     cpu.seed(1)
     try:
         yield
+        dist.barrier()  # nobody needs them any more
+        for group in set(groups) - before:  # Megatron only forgets them: some twenty, each with threads of its own
+            dist.destroy_process_group(group)
     finally:
         parallel_state.destroy_model_parallel()
 
