@@ -78,8 +78,23 @@ def pytest_report_header(config: pytest.Config) -> str:
     return "combinations: " + ("all" if all_wanted(config) else f"a sample, {SEED}={os.environ[SEED]}")
 
 
+LONG_FILES = (
+    "test_newest_transformers.py",
+    "test_policy_table.py",
+    "test_triton.py",
+    "test_launchers.py",
+    "test_cuda_emulated.py",
+    "test_latent.py",
+    "test_patch.py",
+    "test_server.py",
+    "test_convert.py",
+)
+"""They come first, the longest in front: a worker that begins one when the others have ended makes them wait."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONG_FILES, item.path.name).index(item.path.name))
     if all_wanted(config):
         return
     tests: dict[str, list[pytest.Function]] = defaultdict(list)
