@@ -1,8 +1,8 @@
 # `make` lists the targets. Everything is installed into .venv and nothing outside this folder.
 #
-# Variables: RANKS (ranks of the demos), PORT (of server-demo), WORKERS (files that `make test` runs at a time),
-# ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use that environment as it is, instead of .venv), PYTHON3 (the
-# Python that makes .venv), VENV (its folder).
+# Variables: RANKS (ranks of the demos), PORT (of server-demo), WORKERS (files that the tests run at a time),
+# PIKV_TEST_SEED (of the sample that `make test` takes), ARCHITECTURES (of gpu-extension), PYTHON=/path/to/python (use
+# that environment as it is, instead of .venv), PYTHON3 (the Python that makes .venv), VENV (its folder).
 
 PYTHON3 ?= python3
 VENV ?= .venv
@@ -36,7 +36,7 @@ CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name 
 PORT ?= 8000
 ARCHITECTURES ?= 9.0a
 
-.PHONY: help venv demo server-demo gpu-extension test lint format clean check-python
+.PHONY: help venv demo server-demo gpu-extension test test-long lint format clean check-python
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,8 +137,14 @@ server-demo: $(READY)  ## start Megatron's inference server on RANKS ranks, ask 
 gpu-extension: $(READY)  ## build the ops for GPUs of ARCHITECTURES (default 9.0a) into build/gpu; needs nvcc, but no GPU
 	@$(RUN) PYTHONPATH="$$PWD" $(PYTHON) -m benchmarks.gpu.extension --architectures "$(ARCHITECTURES)"
 
-test: $(READY) $(NEWEST)  ## run all tests, WORKERS files at a time
-	@$(RUN) $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+# A file's tests run in one worker, for its servers and models; the files that take long come first (tests/conftest.py).
+PYTEST = $(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(READY) $(NEWEST)  ## run the tests, WORKERS files at a time, with a sample of their combinations (PIKV_TEST_SEED)
+	@$(RUN) $(PYTEST)
+
+test-long: $(READY) $(NEWEST)  ## run the tests with all combinations
+	@$(RUN) PIKV_TEST_LONG=1 $(PYTEST)
 
 lint: $(READY)  ## check style and types
 	$(RUN) ruff check .

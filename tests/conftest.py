@@ -1,10 +1,16 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the sample of combinations that a run makes do with."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+# OpenMP's threads spin when they have nothing to do, and two workers have more threads than there are cores: that took
+# three quarters of their time. Read when torch is loaded; processes that tests start inherit it.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
 import torch
@@ -53,3 +59,75 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
     seed = random.SystemRandom().getrandbits(32)
     print(f"seed {seed}")
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+# -- a sample of the combinations ---------------------------------------------------------------
+#
+# `@pytest.mark.sampled` says that a test's parameters multiply. Of its cases a run takes few that hold every value of
+# every parameter at least once, and with `sampled(together=2)` every pair of values. Which ones follows from a seed.
+
+SEED, LONG = "PIKV_TEST_SEED", "PIKV_TEST_LONG"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the environment, so that xdist's workers, and a pytest that a test starts, choose the same cases."""
+    os.environ.setdefault(SEED, str(random.SystemRandom().getrandbits(32)))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "combinations: " + ("all" if all_wanted(config) else f"a sample, {SEED}={os.environ[SEED]}")
+
+
+LONG_FILES = (
+    "test_newest_transformers.py",
+    "test_policy_table.py",
+    "test_triton.py",
+    "test_launchers.py",
+    "test_cuda_emulated.py",
+    "test_latent.py",
+    "test_patch.py",
+    "test_server.py",
+    "test_convert.py",
+)
+"""They come first, the longest in front: a worker that begins one when the others have ended makes them wait."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONG_FILES, item.path.name).index(item.path.name))
+    if all_wanted(config):
+        return
+    tests: dict[str, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("sampled") and hasattr(item, "callspec"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    left_out: set[pytest.Item] = set()
+    for name, cases in tests.items():
+        marker = cases[0].get_closest_marker("sampled")
+        values = [tuple((key, repr(value)) for key, value in case.callspec.params.items()) for case in cases]
+        kept = sample(values, marker.kwargs.get("together", 1), random.Random(f"{os.environ[SEED]} {name}"))
+        left_out |= {case for i, case in enumerate(cases) if i not in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def all_wanted(config: pytest.Config) -> bool:
+    """Whoever names tests (`file::test`, `-k`, `--lf`) wants all of their cases."""
+    named = any("::" in argument for argument in config.args)
+    return os.environ.get(LONG) == "1" or named or bool(config.option.keyword) or bool(config.getoption("lf", False))
+
+
+def sample(cases: Sequence[tuple[tuple[str, str], ...]], together: int, choose: random.Random) -> set[int]:
+    """Numbers of cases in which all values that occur in any, or all groups of `together` values, occur.
+
+    Args:
+        cases: each as pairs of a parameter and its value.
+    """
+    groups = [set(itertools.combinations(case, min(together, len(case)))) for case in cases]
+    order = choose.sample(range(len(cases)), len(cases))
+    missing, kept = set().union(*groups), set()
+    while missing:
+        best = max(order, key=lambda i: len(groups[i] & missing))
+        kept.add(best)
+        missing -= groups[best]
+    return kept

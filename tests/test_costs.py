@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,27 +123,36 @@ def test_of_what_is_not_exchanged_or_not_known() -> None:
 CONFIG = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64, "num_local_experts": 4}
 
 
-def test_ranks_that_measure_listen_on_loopback_only() -> None:
+LISTENING = """
+import runpy, sys
+import psutil
+from pikv_ds import ExpertShardedKVCache
+release = ExpertShardedKVCache.release
+def look(*args, **kwargs):
+    found = psutil.Process().net_connections("inet")
+    print(*(c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN), file=open(sys.argv[3], "a"))
+    release(*args, **kwargs)
+ExpertShardedKVCache.release = look
+runpy.run_module("pikv_ds.tools.plan.measure", run_name="__main__")
+"""
+"""A rank that writes down, after every load that it has measured, where it listens."""
+
+
+def test_ranks_that_measure_listen_on_loopback_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [measure.Case(layers, 1, 64) for layers in (1, 2, 3, 4)]
     spec = measure.Spec(SHAPE, ["none"], 32, "float32", 1, cases, [])
-    listening: set[str] = set()
-    ended = threading.Event()
+    run = measure.ranks.run
 
-    def look() -> None:
-        while not ended.wait(0.02):
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    found = process.net_connections("inet")
-                    listening.update(c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN)
+    def run_looking(command: list[str], count: int) -> int:
+        assert command[1:3] == ["-m", "pikv_ds.tools.plan.measure"]
+        return run([command[0], "-c", LISTENING, *command[3:], str(tmp_path / "listening")], count)
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        assert len(measure.local_ranks(spec, 2)["points"]) == 4
-    finally:
-        ended.set()
-        looking.join()
-    assert listening == {"127.0.0.1"}
+    monkeypatch.setattr(measure.ranks, "run", run_looking)
+    assert len(measure.local_ranks(spec, 2)["points"]) == 4
+    looks = (tmp_path / "listening").read_text().splitlines()
+    assert len(looks) >= 2 * 4
+    assert all(looks), "a rank that listens nowhere: did it meet the others?"
+    assert set(" ".join(looks).split()) == {"127.0.0.1"}
 
 
 def test_measuring_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -22,7 +22,7 @@ from pikv_ds.ops.summaries import SubPages
 from pikv_ds.policies.codecs import Codec
 from pikv_ds.slabs import Slabs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sampled]
 HUGE = 2**30  # a table entry that nobody may follow
 CODED = ["fp8", "int8", "int4", "int2"]
 

@@ -117,6 +117,7 @@ CONFIGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "llama"])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_snapshot_is_as_good_as_a_prefill(kind: str, config: dict[str, Any]) -> None:

@@ -106,6 +106,7 @@ PARITY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("prompts", ["equal", "padded", "one-token"])
 @pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("case", PARITY)

@@ -14,6 +14,7 @@ from pikv_ds.api import attachment_of
 kvpress = pytest.importorskip("kvpress")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("press", ["knorm", "snapkv", "keydiff", "expected_attention", "tova"])
 @pytest.mark.parametrize("share", [0.5, 0.25])

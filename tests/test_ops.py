@@ -21,6 +21,7 @@ from pikv_ds.layout import ALIGNMENT, BITS, PageLayout
 from pikv_ds.ops import OPS, Ops, reference, why_missing
 from pikv_ds.slabs import Slabs
 
+pytestmark = pytest.mark.sampled(together=2)
 FP32 = {"atol": 5e-6, "rtol": 5e-6}
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 HUGE = 2**30  # a table entry that nobody may follow

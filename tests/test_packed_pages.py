@@ -21,7 +21,10 @@ from pikv_ds.ops import Ops, reference, why_missing
 from pikv_ds.policies.codecs import Codec
 from pikv_ds.slabs import Slabs
 
-pytestmark = pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason="no compiled ops")
+pytestmark = [
+    pytest.mark.skipif(why_missing("cpp", "cpu") is not None, reason="no compiled ops"),
+    pytest.mark.sampled(together=2),
+]
 
 CODECS = [
     Codec("int3"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from pikv_ds.layout import PageLayout, SealFlag
 from pikv_ds.ops import Ops, reference, why_missing
 
+pytestmark = pytest.mark.sampled(together=2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 UNTOUCHED = 0xAB
 

@@ -29,6 +29,7 @@ from pikv_ds.slabs import Slabs
 
 triton = pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
+pytestmark = pytest.mark.sampled
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs = pytest.mark.skipif(

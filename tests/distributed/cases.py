@@ -54,6 +54,11 @@ class Work:
         return (torch.arange(self.length) >= padding[:, None]).long()
 
 
+USUAL = (Work(2, 40, 12), Work(2, 40, 12))
+"""What two ranks generate."""
+UNEVEN = (Work(1, 30, 20), Work(3, 57, 9))
+
+
 def settings(pikv: Mapping[str, Any], ep: int | str = "auto") -> dict[str, Any]:
     """DeepSpeed's configuration with expert parallelism over ``ep`` ranks."""
     ours = {"page_size": 8, "debug": True, "timeout_s": 20, **pikv}

@@ -1,6 +1,6 @@
 """Ranks as processes, and test functions inside them.
 
-    ranks = Ranks(2)                        # once per module: see `ranks_fixture`
+    ranks = Ranks(2)                        # or those of all files, which are started once: `ranks_fixture`
     results = ranks.run(function, x=1)      # function(rank, x=1) on every rank; results in rank order
 
 Each call runs one function of a test module on all ranks at the same time. What it returns comes
@@ -9,19 +9,23 @@ output of the rank that failed first. A case that hangs is ended at its time lim
 the ranks are started anew, so that one broken case does not take the next ones with it.
 
 The processes are forked from a server that has imported torch, transformers and DeepSpeed once:
-a set of ranks starts in a second instead of seven per rank.
+a set of ranks starts in a second instead of seven per rank. They end with the process that runs the
+tests, however that ends and whatever they are in.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import functools
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,6 +49,7 @@ PRELOAD = [
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.generation.streamers",
 ]
+"""What they share. A folder of tests may add to it before the first ranks are started."""
 
 START_SECONDS = 90.0
 """Limit for the processes to start and to find each other."""
@@ -161,10 +166,11 @@ class Ranks:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Ends all ranks."""
+        """Ends all ranks, and what they have started."""
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # it may not have a group yet
+                with contextlib.suppress(ProcessLookupError):
+                    kill(process.pid, signal.SIGKILL)
         for process in self.processes:
             process.join(10)
         for pipe in self._pipes:
@@ -180,15 +186,21 @@ class Ranks:
         return Path(self._folder.name) / f"rank{rank}.log"
 
 
-def ranks_fixture(size: int, limit_s: float = 60.0, join: bool = True) -> Any:
-    """A module-scoped fixture with ``size`` ranks."""
+def ranks_fixture(size: int, kind: str = "") -> Any:
+    """A fixture with ``size`` ranks, which all files of this process share that ask for the same kind."""
 
-    @pytest.fixture(scope="module")
-    def ranks() -> Iterator[Ranks]:
-        group = Ranks(size, limit_s, join)
-        yield group
-        group.close()
+    @pytest.fixture
+    def ranks() -> Ranks:
+        return shared(size, kind)
 
+    return ranks
+
+
+@functools.cache
+def shared(size: int, kind: str) -> Ranks:
+    """Ranks that end with this process."""
+    ranks = Ranks(size)
+    atexit.register(ranks.close)
     return ranks
 
 
@@ -209,6 +221,8 @@ def environment(**variables: str) -> Iterator[None]:
 
 def _work(rank: int, size: int, port: int, join: bool, pipe: Connection, log: str) -> None:
     """A rank: runs what comes through the pipe until it is closed."""
+    os.setpgid(0, 0)  # a group of its own: Megatron's checkpoints start writers that never end by themselves
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -238,6 +252,14 @@ def _work(rank: int, size: int, port: int, join: bool, pipe: Connection, log: st
             os._exit(0)
         os.ftruncate(1, 0)
         _answer(pipe, function, rank, **kwargs)
+
+
+def _end_with_the_tests() -> None:
+    """A rank within a case would not see that its pipe has closed."""
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(pipe: Connection, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -43,10 +43,15 @@ BUDGETS: list[dict[str, Any]] = [
 ]
 HOMES: list[Any] = [name if name != "eplb" else {"name": "eplb", "every": 3, "moves": 4} for name in PLACEMENTS]
 TABLE = [
-    {"codec": codec, "lookup": lookup, "placement": HOMES[(i + i // len(BUDGETS)) % len(HOMES)], **budget}
+    (codec, lookup, HOMES[(i + i // len(BUDGETS)) % len(HOMES)], budget)
     for i, (codec, lookup, budget) in enumerate(itertools.product(CODECS, CHOICES, BUDGETS))
 ]
 """Placements go round: all of them meet all of the others, if not in all combinations."""
+
+
+def table(every: int) -> pytest.MarkDecorator:
+    """Every so many of the table's rows, as settings."""
+    return pytest.mark.parametrize(("codec", "lookup", "placement", "budget"), TABLE[::every], ids=str)
 
 
 def passes(cache: ExpertShardedKVCache, seeds: tuple[int, int], prompt: int, steps: int) -> list[Tensor]:
@@ -91,36 +96,38 @@ def check(settings: dict[str, Any], exchange: Exchange | None, rank: int) -> Non
         torch.testing.assert_close(a, c, atol=0, rtol=0)  # nor has it seen what comes later
 
 
-def on_ranks(rank: int, table: list[dict[str, Any]]) -> int:
+def on_ranks(rank: int, settings: dict[str, Any]) -> int:
     exchange = Exchange(make_group(dist.group.WORLD, 20))
-    for settings in table:
-        check(settings, exchange, rank)
+    check(settings, exchange, rank)
     pool = make_cache(exchange=exchange).pool.num_used
     exchange.close()
     return pool
 
 
-@pytest.mark.parametrize("settings", TABLE, ids=str)
-def test_on_one_rank(settings: dict[str, Any]) -> None:
-    check(settings, None, 0)
+@pytest.mark.sampled(together=2)
+@table(1)
+def test_on_one_rank(codec: Any, lookup: Any, placement: Any, budget: dict[str, Any]) -> None:
+    check({"codec": codec, "lookup": lookup, "placement": placement, **budget}, None, 0)
 
 
-@pytest.mark.slow
-def test_on_two_ranks(two: Ranks) -> None:
-    for start in range(0, len(TABLE), 42):
-        assert two.run(on_ranks, table=TABLE[start : start + 42 : 7]) == [0, 0]
+@pytest.mark.sampled
+@table(7)
+def test_on_two_ranks(two: Ranks, codec: Any, lookup: Any, placement: Any, budget: dict[str, Any]) -> None:
+    settings = {"codec": codec, "lookup": lookup, "placement": placement, **budget}
+    assert two.run(on_ranks, settings=settings) == [0, 0]
 
 
-@pytest.mark.slow
-def test_on_four_ranks(four: Ranks) -> None:
-    for start in range(0, len(TABLE), 39):
-        assert four.run(on_ranks, table=TABLE[start : start + 39 : 13]) == [0] * 4
+@pytest.mark.sampled
+@table(13)
+def test_on_four_ranks(four: Ranks, codec: Any, lookup: Any, placement: Any, budget: dict[str, Any]) -> None:
+    settings = {"codec": codec, "lookup": lookup, "placement": placement, **budget}
+    assert four.run(on_ranks, settings=settings) == [0] * 4
 
 
 def test_the_table_is_whole() -> None:
-    assert {str(s["placement"]) for s in TABLE} == set(map(str, HOMES))
-    assert {s["lookup"] if isinstance(s["lookup"], str) else s["lookup"]["name"] for s in TABLE} == set(LOOKUPS)
-    assert {s["retention"] for s in TABLE if "retention" in s} < set(RETENTIONS)
-    for key, number in (("lookup", len(CHOICES)), ("retention", len(BUDGETS) - 1), ("codec", len(CODECS))):
-        pairs = {(str(s["placement"]), str(s.get(key, "exact"))) for s in TABLE}
-        assert len(pairs) >= len(HOMES) * number, key
+    assert {str(home) for _, _, home, _ in TABLE} == set(map(str, HOMES))
+    assert {lookup if isinstance(lookup, str) else lookup["name"] for _, lookup, _, _ in TABLE} == set(LOOKUPS)
+    assert {budget["retention"] for *_, budget in TABLE if budget} < set(RETENTIONS)
+    for column, number in ((1, len(CHOICES)), (3, len(BUDGETS)), (0, len(CODECS))):
+        pairs = {(str(row[2]), str(row[column])) for row in TABLE}
+        assert len(pairs) == len(HOMES) * number, column

@@ -61,6 +61,7 @@ def on_ranks(rank: int, passes: int, **settings: Any) -> dict[str, Any]:
     return {"here": here, "left": left, "loads": loads, "sent": sent}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("retention", POLICIES)
 @pytest.mark.parametrize("budget", ["uniform", "pyramid", "ada"])
 def test_the_same_pages_stay_on_one_rank_and_on_two(two: Ranks, retention: str, budget: str) -> None:

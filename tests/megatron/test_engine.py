@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("megatron.core")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 import tiny_megatron
 from harness import Ranks, ranks_fixture
@@ -20,7 +18,7 @@ from megatron_patch import engine
 from megatron_patch.tokenizer import HFTokenizer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
-ranks = ranks_fixture(2)
+ranks = ranks_fixture(2, "megatron")
 
 PROMPTS = ("the old whale", " ".join(tiny_megatron.WORDS * 6), "a")  # 3, 84 and 1 token(s)
 COUNT = 10

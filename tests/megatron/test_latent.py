@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("megatron.core")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 import tiny_megatron
 from harness import Ranks, ranks_fixture
@@ -24,7 +22,7 @@ from megatron_patch import latent
 from megatron_patch.checks import UnsupportedMegatronError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model lives on a CPU")
-two = ranks_fixture(2)
+two = ranks_fixture(2, "megatron")
 
 RANK, ROTARY, LAYERS = 24, 8, tiny_megatron.LAYERS
 SETTINGS: dict[str, Any] = {

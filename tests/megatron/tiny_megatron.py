@@ -148,6 +148,18 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@torch.inference_mode()
+def is_greedy(model: Any, prompt: list[int], tokens: list[int]) -> bool:
+    """Whether `greedy` gives these tokens, in one pass: each is the best after those before it. Collective."""
+    if not tokens:
+        return True
+    ids = torch.tensor([prompt + tokens[:-1]])
+    length = ids.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    logits = model(ids, torch.arange(length)[None], mask, runtime_gather_output=True)  # [1, length, vocab]
+    return logits[0, len(prompt) - 1 :].argmax(-1).tolist() == tokens
+
+
 def save_tokenizer(directory: Path) -> None:
     """A tokenizer of single words with a chat template, as a Hugging Face folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers

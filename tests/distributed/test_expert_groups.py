@@ -1,4 +1,4 @@
-"""Four ranks: one EP group of four, and two EP groups of two that share a job."""
+"""Expert-parallel groups on four ranks: one of four, and two of two that share a job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness import Ranks, ranks_fixture
 import pikv_ds
 
 pytestmark = pytest.mark.distributed
-ranks = ranks_fixture(4)
+four = ranks_fixture(4)
 
 UNEVEN = (Work(2, 40, 14), Work(1, 75, 9), Work(3, 20, 20, padded=True), Work(1, 33, 5))
 IDLE = (Work(0, 5, 5), Work(2, 64, 10), Work(0, 2, 2), Work(1, 30, 16))
@@ -36,10 +36,11 @@ PARITY: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("ep", [4, 2])
 @pytest.mark.parametrize("case", PARITY)
-def test_equals_unsharded_model(ranks: Ranks, case: str, ep: int) -> None:
-    results = ranks.run(cases.parity, ep=ep, **PARITY[case])
+def test_equals_unsharded_model(four: Ranks, case: str, ep: int) -> None:
+    results = four.run(cases.parity, ep=ep, **PARITY[case])
     for first in range(0, 4, ep):
         cases.assert_parity(results[first : first + ep])
     assert [r["stats"]["num_ranks"] for r in results] == [ep] * 4
@@ -47,8 +48,8 @@ def test_equals_unsharded_model(ranks: Ranks, case: str, ep: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 1])
 @pytest.mark.parametrize("works", [UNEVEN, IDLE])
-def test_part_of_an_expert_group_shares_its_kv(ranks: Ranks, works: tuple[Work, ...], size: int) -> None:
-    results = ranks.run(cases.parity, kind="mixtral", works=works, pikv={"group_size": size})
+def test_part_of_an_expert_group_shares_its_kv(four: Ranks, works: tuple[Work, ...], size: int) -> None:
+    results = four.run(cases.parity, kind="mixtral", works=works, pikv={"group_size": size})
     for result in results:
         assert result["same"]
         assert result["error"] <= cases.TOLERANCE
@@ -69,15 +70,15 @@ def groups(rank: int, sizes: Sequence[int]) -> str:
         ((2, 2, 4, 2), "no rank can be in two groups"),
     ],
 )
-def test_groups_that_cannot_be(ranks: Ranks, sizes: tuple[int, ...], message: str) -> None:
-    for text in ranks.run(groups, sizes=sizes):
+def test_groups_that_cannot_be(four: Ranks, sizes: tuple[int, ...], message: str) -> None:
+    for text in four.run(groups, sizes=sizes):
         assert message in text
 
 
 @pytest.mark.parametrize("ep", [4, 2])
-def test_every_page_once_and_bounded_when_one_expert_gets_90_percent(ranks: Ranks, ep: int) -> None:
+def test_every_page_once_and_bounded_when_one_expert_gets_90_percent(four: Ranks, ep: int) -> None:
     works = (Work(1, 70, 25), Work(2, 133, 25), Work(1, 40, 25), Work(1, 200, 25))
-    results = ranks.run(cases.generate_watched, works=works, pikv={}, rigged=True, ep=ep)
+    results = four.run(cases.generate_watched, works=works, pikv={}, rigged=True, ep=ep)
     for first in range(0, 4, ep):
         group = results[first : first + ep]
         cases.assert_parity(group)
@@ -90,8 +91,8 @@ def test_every_page_once_and_bounded_when_one_expert_gets_90_percent(ranks: Rank
         assert all(state["kv_bytes"] == state["storage"] for state in result["taken"])
 
 
-def test_wire_bytes_equal_the_formula(ranks: Ranks) -> None:
-    figures = ranks.run(cases.parity, kind="mixtral", works=(Work(1, 40, 10),) * 4)[0]["stats"]
+def test_wire_bytes_equal_the_formula(four: Ranks) -> None:
+    figures = four.run(cases.parity, kind="mixtral", works=(Work(1, 40, 10),) * 4)[0]["stats"]
     assert figures["wire_formula_bytes"] == 3 * 4 * (16 * (4 + 4) + 4)  # peers, heads
     assert figures["wire_bytes_per_token_layer"] == figures["wire_formula_bytes"]
 
@@ -104,9 +105,9 @@ def fill_one_group(rank: int, works: Sequence[Work]) -> dict[str, Any]:
     return {"raised": raised, "same": after["same"]}
 
 
-def test_a_full_pool_in_one_group_ends_the_other_groups_call_too(ranks: Ranks) -> None:
+def test_a_full_pool_in_one_group_ends_the_other_groups_call_too(four: Ranks) -> None:
     works = (Work(1, 40), Work(1, 40), Work(1, 500), Work(2, 300))
-    results = ranks.run(fill_one_group, works=works)
+    results = four.run(fill_one_group, works=works)
     raised: list[Raised] = [r["raised"] for r in results]
     assert [r.kind for r in raised] == ["PeerError"] * 2 + ["PoolFullError"] * 2
     assert all("capacity_tokens" in r.message and r.seconds < 8 for r in raised)
@@ -122,8 +123,8 @@ def fail_in_one_group(rank: int) -> dict[str, Any]:
     return {"raised": raised, "same": after["same"]}
 
 
-def test_an_error_before_the_first_pass_of_one_rank_reaches_both_groups(ranks: Ranks) -> None:
-    results = ranks.run(fail_in_one_group)
+def test_an_error_before_the_first_pass_of_one_rank_reaches_both_groups(four: Ranks) -> None:
+    results = four.run(fail_in_one_group)
     raised: list[Raised] = [r["raised"] for r in results]
     assert [r.kind for r in raised] == ["PeerError", "PeerError", "ValueError", "PeerError"]
     assert all("only_here" in r.message and r.seconds < 8 for r in raised)
@@ -164,8 +165,8 @@ def different_models(rank: int) -> Raised:
     return raised
 
 
-def test_a_rank_with_another_model(ranks: Ranks) -> None:
-    for raised in ranks.run(different_models):
+def test_a_rank_with_another_model(four: Ranks) -> None:
+    for raised in four.run(different_models):
         assert raised.kind == "PeerError"
         assert "ranks 0 and 2" in raised.message
         assert "num_layers" in raised.message
