@@ -101,9 +101,9 @@ def test_imports_go_down(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if folder(n) in ("ground", "ops", "policies", "config", "core", "observe")]
 )
-def test_below_the_integrations_there_is_torch_only(name: str) -> None:
+def test_below_the_integrations_there_are_torch_and_numpy_only(name: str) -> None:
     foreign = FOREIGN.get(name, {"triton"} if name.startswith("ops.triton") else set())
-    assert outside(name) <= {"torch"} | foreign
+    assert outside(name) <= {"torch", "numpy"} | foreign
 
 
 def test_integrations_do_not_import_each_other() -> None:
