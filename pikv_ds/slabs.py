@@ -58,13 +58,20 @@ class Slabs:
 
     def put_all(self, slabs: Sequence[int], storages: Sequence[Tensor | None]) -> None:
         """`put` for several slabs within `reach`, with one write to the device."""
+        slab_bytes = self.slab_rows * self.row_bytes
         for slab, storage in zip(slabs, storages, strict=True):
-            before = self.tensors[slab]
-            self.nbytes += (0 if storage is None else storage.nbytes) - (0 if before is None else before.nbytes)
+            self.nbytes += slab_bytes * ((storage is not None) - (self.tensors[slab] is not None))
             self.tensors[slab] = storage
         addresses = [0 if storage is None else storage.data_ptr() for storage in storages]
         at, to = torch.tensor([list(slabs), addresses], dtype=torch.int64).to(self.device)
         self.pointers[at] = to
+
+    def fill(self, slabs: Sequence[int]) -> None:
+        """Gives some slabs zeroed storage of their own, which can be given back one by one."""
+        shape = self.slab_rows, self.row_bytes
+        with torch.inference_mode(False):  # see `lasting_zeros`
+            storages = [torch.zeros(shape, dtype=torch.uint8, device=self.device) for _ in slabs]
+        self.put_all(slabs, storages)
 
     def row(self, slot: int) -> Tensor:
         """A row, uint8 ``[row_bytes]``."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from pikv_ds.errors import PoolFullError
-from pikv_ds.slabs import Slabs, lasting_zeros
+from pikv_ds.slabs import Slabs
 
 NULL_SLOT = 0
 SLACK = 0.06
@@ -190,9 +190,7 @@ class PagePool:
         for of_any in (*self.pages, *self.summaries):
             of_any.reach(end)
         for of_format in (self.pages[page_format], self.summaries[page_format]):
-            shape = [self.slab_pages, of_format.row_bytes]
-            storages = [lasting_zeros(shape, torch.uint8, self.device) for _ in range(num_slabs)]
-            of_format.put_all(slabs.tolist(), storages)
+            of_format.fill(slabs.tolist())
         if self.poison:
             self._poison((slabs[:, None] * self.slab_pages + np.arange(self.slab_pages)).reshape(-1))
         return slabs

@@ -342,9 +342,9 @@ class PageSender:
         mine = headers if kept.all() else headers.at(kept)
         slots = self.shard.put(mine, self.ledger.serial[mine.rows])
         for page_format, payload in payloads.items():
-            which = kept[headers.formats == page_format]
-            if not which.all():
-                payload = payload[torch.from_numpy(which).to(payload.device)]
+            which = np.flatnonzero(kept[headers.formats == page_format])
+            if len(which) < len(payload):
+                payload = payload.index_select(0, torch.from_numpy(which).to(payload.device))
             self.shard.write(slots[mine.formats == page_format], page_format, payload)
 
     def _ship(self, headers: Headers, owners: Ints, payloads: dict[int, Tensor], arriving: list[int]) -> None:
@@ -367,7 +367,7 @@ class PageSender:
 
         def read(places: slice, page_format: int) -> Tensor:
             at = torch.from_numpy(place[leaving[places]]).to(self.shard.device)
-            return payloads[page_format][at]
+            return payloads[page_format].index_select(0, at)
 
         outgoing = Outgoing.of(self.shard, size, owners[leaving], headers.formats[leaving], read)
         sources = np.repeat(np.arange(size), arriving)

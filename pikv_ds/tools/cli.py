@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,7 @@ EXAMPLES = """examples:
   pikv bench --context 1k 4k 16k --threads 1 2     more of it
   pikv bench --op lookup --context 32k --codecs int4   choosing an eighth of the pages, against all
   pikv bench --op seal --json seal.json            sealing, against a plain copy
+  pikv bench --op host --json host.json            what pages and passes cost the host, apart from kernels
   pikv bench --plot decode.png                     time and GB/s against context, as a picture
   pikv eval --cases 6 --lengths 1000               needles found with codecs and lookups
   pikv codecs                                      what each codec loses of keys, values and attention
@@ -92,7 +94,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog="examples:\n" + "\n".join(line for line in EXAMPLES.splitlines() if "pikv bench" in line),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("--op", choices=("decode", "lookup", "seal"), default="decode", help="default: decode")
+    bench.add_argument("--op", choices=("decode", "lookup", "seal", "host"), default="decode", help="default: decode")
     bench.add_argument(
         "--context", nargs="+", type=tokens, default=[4096, 32768], metavar="N", help="tokens; default: 4k 32k"
     )
@@ -127,6 +129,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _bench(args: argparse.Namespace) -> int:
     from pikv_ds.tools.bench import attention, ggml, show
 
+    if args.op == "host":
+        return _bench_host(args)
     if args.heads % args.kv_heads:
         raise UsageError(f"--heads = {args.heads}: must be a multiple of --kv-heads = {args.kv_heads}")
     for codec in args.codecs:
@@ -155,6 +159,21 @@ def _bench(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
         show.plot(args.plot, title, timings)
+    return 0
+
+
+def _bench_host(args: argparse.Namespace) -> int:
+    from pikv_ds.tools.bench import host, show
+
+    if args.plot:
+        raise UsageError("--plot: draws figures against context, which --op host has not; use --json")
+    check_folders(args.json)
+    figures = host.measure(args.rounds, _progress(Console(stderr=True), "host"))
+    title = f"host, one thread, CPU time; {show.machine(torch.device('cpu'))}"
+    tables.show(host.table(title, figures))
+    if args.json:
+        results = [dataclasses.asdict(figure) for figure in figures]
+        args.json.write_text(json.dumps({"title": title, "results": results}, indent=1) + "\n")
     return 0
 
 
