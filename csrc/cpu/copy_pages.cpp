@@ -23,7 +23,8 @@ void ScatterPagesCpu(const ScatterPagesParams& params) {
   const int64_t row_bytes = params.slabs.row_bytes;
 #pragma omp parallel for schedule(static) if (params.num_pages * row_bytes >= kParallelBytes)
   for (int64_t i = 0; i < params.num_pages; ++i) {
-    std::memcpy(params.slabs.MutableRow(params.slots[i]), params.pages + i * params.stride, row_bytes);
+    std::memcpy(params.slabs.MutableRow(params.slots[i]), params.pages + i * params.stride,
+                row_bytes);
   }
 }
 

@@ -154,7 +154,7 @@ class PagePool:
         emptied = slabs[self._used_in_slab[slabs] == 0]
         for page_format in np.unique(self._format[emptied]):
             gone = emptied[self._format[emptied] == page_format].tolist()
-            for of_format in (self.pages[page_format], self.summaries[page_format]):
+            for of_format in self._storage(page_format):
                 of_format.put_all(gone, [None] * len(gone))
         self._format[emptied] = -1
 
@@ -189,13 +189,18 @@ class PagePool:
         self.num_slots = max(self.num_slots, end * self.slab_pages)
         for of_any in (*self.pages, *self.summaries):
             of_any.reach(end)
-        for of_format in (self.pages[page_format], self.summaries[page_format]):
+        for of_format in self._storage(page_format):
             of_format.fill(slabs.tolist())
         if self.poison:
             self._poison((slabs[:, None] * self.slab_pages + np.arange(self.slab_pages)).reshape(-1))
         return slabs
 
+    def _storage(self, page_format: int) -> list[Slabs]:
+        """Where pages of a format lie, and their summaries if they have some."""
+        both = self.pages[page_format], self.summaries[page_format]
+        return [slabs for slabs in both if slabs.row_bytes]
+
     def _poison(self, slots: NDArray[np.int64]) -> None:
         for slot, page_format in zip(slots.tolist(), self.format_of(slots).tolist(), strict=True):
-            for slabs in (self.pages[page_format], self.summaries[page_format]):
+            for slabs in self._storage(page_format):
                 slabs.row(slot).fill_(POISON_BYTE)

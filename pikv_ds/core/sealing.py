@@ -44,7 +44,7 @@ class StagedPages:
     numbers: Ints
     """``[N]``: of the pages within their sequences."""
     votes: Tensor | None
-    """int64 ``[N, experts]``: how often a page's tokens chose each; None where no router is."""
+    """int32 ``[N, experts]``: how often a page's tokens chose each; None where no router is."""
     formats: Ints
     """``[N]``"""
     payloads: dict[int, Tensor]
@@ -146,11 +146,11 @@ class PageSender:
         return by_expert[votes.cpu().numpy().argmax(1)]
 
     def _votes(self, experts: Tensor) -> Tensor:
-        """How often each expert was chosen, per page, int64 ``[N, experts]``, from ``[N, S, k]`` (-1: dropped by the
+        """How often each expert was chosen, per page, int32 ``[N, experts]``, from ``[N, S, k]`` (-1: dropped by the
         gate)."""
         flat = experts.flatten(1).long() + 1
-        counts = torch.zeros(flat.shape[0], self.topologies[0].num_experts + 1, dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(1, flat, torch.ones_like(flat))
+        counts = torch.zeros(flat.shape[0], self.topologies[0].num_experts + 1, dtype=torch.int32, device=flat.device)
+        counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
         return counts[:, 1:]
 
     def drop(self, batch: SequenceBatch, indices: list[int]) -> None:
@@ -242,9 +242,9 @@ class PageSender:
         numbers, formats = (np.concatenate([getattr(p, name) for p in staged]) for name in ("numbers", "formats"))
         homes, masses = np.full(num_pages, -1, np.int64), np.zeros(num_pages, np.int64)
         routed = [pages.votes for pages in staged if pages.votes is not None]
-        every = torch.cat(routed).cpu().numpy() if routed else None  # one copy to the host
+        every = _joined(routed).cpu().numpy() if routed else None  # one copy to the host
         scored = [pages.scores for pages in staged if pages.scores is not None]
-        scores = torch.cat(scored).float().cpu().numpy() if scored else None
+        scores = _joined(scored).float().cpu().numpy() if scored else None
         of_layer: dict[int, list[NDArray[np.int64]]] = {}
         at = vote = score = 0
         for pages in staged:
@@ -262,7 +262,7 @@ class PageSender:
                 score += len(pages)
         steps = np.full(num_pages, self.shard.step)
         headers = Headers(rows, units, numbers, formats, homes, masses, steps, np.zeros(num_pages, np.int64))
-        return headers, {layer: np.concatenate(votes) for layer, votes in of_layer.items()}
+        return headers, {layer: _stacked(votes) for layer, votes in of_layer.items()}
 
     def _place(
         self, headers: Headers, votes: dict[int, NDArray[np.int64]], shared: bool, free: list[int]
@@ -284,7 +284,7 @@ class PageSender:
             numbers, every = headers.numbers[which], None
             seen = None
             if routed:
-                every = np.concatenate([votes[layer] for layer in members])
+                every = _stacked([votes[layer] for layer in members])
                 if self.placement.wants_seen:
                     seen = np.concatenate([self._seen[layer] + votes[layer].cumsum(0) for layer in members])
             preference[which] = self.placement.owners(SealedPages(numbers, every, seen), topology)
@@ -333,7 +333,7 @@ class PageSender:
         for pages in staged:
             for page_format, payload in pages.payloads.items():
                 by_format.setdefault(page_format, []).append(payload)
-        return {f: parts[0] if len(parts) == 1 else torch.cat(parts) for f, parts in by_format.items()}
+        return {f: _joined(parts) for f, parts in by_format.items()}
 
     def _enter(self, headers: Headers, kept: NDArray[np.bool_], payloads: dict[int, Tensor]) -> None:
         """Takes in those of the staged pages that this rank owns."""
@@ -399,3 +399,13 @@ class PageSender:
 def _none(headers: Headers) -> Headers:
     """No page."""
     return headers.at(np.zeros(0, np.int64))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """`torch.cat`, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stacked(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """`np.concatenate`, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

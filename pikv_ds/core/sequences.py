@@ -125,7 +125,8 @@ class SequenceBatch:
         self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][index]: of a prompt's tokens, until routed
         self._open_layers: set[int] = set()
         self._tail_nbytes: int | None = 0  # None: to be counted again
-        self._places: TailPlaces | None = None  # of this pass
+        self._places: TailPlaces | None = None  # of this pass, as the next one
+        self._slices: list[tuple[int, slice]] | None = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -150,12 +151,13 @@ class SequenceBatch:
 
     def slices(self) -> list[tuple[int, slice]]:
         """``(index, its tokens among the packed ones)`` of each sequence that takes part in the pass."""
-        out, start = [], 0
-        for index, n in enumerate(self.new):
-            if n:
-                out.append((index, slice(start, start + n)))
-                start += n
-        return out
+        if self._slices is None:
+            self._slices, start = [], 0
+            for index, n in enumerate(self.new):
+                if n:
+                    self._slices.append((index, slice(start, start + n)))
+                    start += n
+        return self._slices
 
     def prompts(self) -> list[tuple[int, slice]]:
         """`slices` of those sequences that begin in this pass, with several tokens."""
@@ -179,7 +181,7 @@ class SequenceBatch:
 
     def begin(self, new: list[int]) -> None:
         """Starts a pass that appends ``new[index]`` tokens to each sequence."""
-        self.new, self._places = list(new), None
+        self.new, self._places, self._slices = list(new), None, None
         self._open_layers = set(range(self.num_layers))
 
     def close_layer(self, layer: int) -> None:
@@ -190,10 +192,11 @@ class SequenceBatch:
                 self.sealed[index] += self.filling(index)
                 self.lengths[index] += self.new[index]
                 self.new[index] = 0
+            self._slices = []
 
     def break_off(self) -> None:
         """Undoes `begin`: the pass never started."""
-        self.new = [0] * len(self)
+        self.new, self._slices = [0] * len(self), []
         self._open_layers.clear()
 
     def release(self, indices: list[int]) -> list[int]:

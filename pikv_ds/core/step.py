@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,7 @@ class StepPlan:
     shared: bool = False
     """Every rank makes this pass with the same sequences: pages are stored once, and no query travels."""
 
-    @property
+    @cached_property
     def query_counts(self) -> list[int]:
         """Query rows of every rank."""
         return [sum(tokens for _, tokens in rows) for rows in self.queries]
