@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 # OpenMP's threads spin when they have nothing to do, and two workers have more threads than there are cores: that took
 # three quarters of their time. Read when torch is loaded; processes that tests start inherit it.
@@ -14,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
 import torch
+from sampling import sample
 
 from pikv_ds.ops import Ops, why_missing
 
@@ -115,19 +115,3 @@ def all_wanted(config: pytest.Config) -> bool:
     """Whoever names tests (`file::test`, `-k`, `--lf`) wants all of their cases."""
     named = any("::" in argument for argument in config.args)
     return os.environ.get(LONG) == "1" or named or bool(config.option.keyword) or bool(config.getoption("lf", False))
-
-
-def sample(cases: Sequence[tuple[tuple[str, str], ...]], together: int, choose: random.Random) -> set[int]:
-    """Numbers of cases in which all values that occur in any, or all groups of `together` values, occur.
-
-    Args:
-        cases: each as pairs of a parameter and its value.
-    """
-    groups = [set(itertools.combinations(case, min(together, len(case)))) for case in cases]
-    order = choose.sample(range(len(cases)), len(cases))
-    missing, kept = set().union(*groups), set()
-    while missing:
-        best = max(order, key=lambda i: len(groups[i] & missing))
-        kept.add(best)
-        missing -= groups[best]
-    return kept

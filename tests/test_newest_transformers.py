@@ -17,7 +17,7 @@ CONSTRAINTS = ROOT / "constraints-newest.txt"
 FOLDER = Path(sys.prefix) / "newest"
 
 FILES = {
-    "test_hf_single": 100,
+    "test_hf_single": 85,
     "test_hf_ownership": 60,
     "test_hf_families": 30,
     "test_hf_fidelity": 40,
