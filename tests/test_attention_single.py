@@ -274,6 +274,20 @@ def test_release_frees_everything(rng) -> None:
     check_sizes(cache)
 
 
+def test_peaks_are_counted_anew_once_they_are_forgotten(rng) -> None:
+    driver = new_driver(rng)
+    driver.step(200)
+    driver.release([0, 1])
+    cache = driver.cache
+    cache.forget_peaks()
+    later = Driver(cache, cache.new_batch(1), rng)
+    later.step(50)
+    later.step(1)
+    later.step(1)
+    assert cache.fullest.own_tokens == 51
+    assert cache.fullest.kv_bytes > 0
+
+
 def test_releasing_one_sequence_leaves_the_others_exact(rng) -> None:
     driver = new_driver(rng, rows=3)
     driver.step(21, LEFT_PADDED)

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pikv_ds import PoolFullError
 from pikv_ds.core.ledger import Ledger
 from pikv_ds.core.pool import NULL_SLOT, PagePool, PageSize
-from pikv_ds.core.table import SEGMENT, PageTable
+from pikv_ds.core.table import SEGMENT, Mirror, PageTable
 from pikv_ds.ops import Ops
 from pikv_ds.slabs import Slabs
 
@@ -320,6 +320,15 @@ def test_table_integrity_finds_what_is_wrong(pages: list[tuple[int, int]], compl
         table.check_integrity(pool)
 
 
+def test_copies_on_a_device_outlive_the_pass_that_makes_them() -> None:
+    """A pass may run in inference mode, and the next one not."""
+    with torch.inference_mode():
+        mirror = Mirror(4, torch.device("meta"))
+        mirror.reach(64)
+    assert not mirror.tensor.is_inference()
+    mirror.write(np.arange(4), np.arange(4))
+
+
 # -- the ledger --------------------------------------------------------------------------------
 
 
@@ -378,7 +387,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 )
             )
         ).reshape(len(rows), self.UNITS, self.RANKS)
-        self.ledger.place(np.array(rows), counts)
+        self.ledger.place(np.array(rows), range(self.UNITS), counts, counts * 0)
         for row, of_row in zip(rows, counts.tolist(), strict=True):
             for unit in range(self.UNITS):
                 for rank in range(self.RANKS):

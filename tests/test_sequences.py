@@ -129,6 +129,11 @@ def test_finished_sequences_stand_still() -> None:
     assert batch.lengths == [11, 5, 11]
 
 
+def test_a_sequence_that_is_named_twice_is_released_once() -> None:
+    batch, _ = new_batch(2)
+    assert batch.release([1, 1, 0]) == [11, 10]
+
+
 def test_release_gives_the_tails_back() -> None:
     batch, streams = new_batch(2)
     assert batch.tail_nbytes == 0

@@ -162,8 +162,7 @@ class Args {
     return tensor.const_data_ptr();
   }
 
-  // Output of `num_rows` rows of contiguous bytes, which may be parts of longer rows `stride`
-  // apart.
+  // `num_rows` rows of contiguous bytes, which may be parts of longer rows `stride` apart.
   const uint8_t* RowsIn(const char* name, const Tensor& tensor, int64_t num_rows, int64_t row_bytes,
                         const char* layout, int64_t* stride) const {
     const ScalarType bytes = ScalarType::Byte;

@@ -147,16 +147,18 @@ class ExpertShardedKVCache:
         self.fullest = Snapshot()
         self._after_pass = Snapshot()
         self._most_tokens = 0
+        self._passed = False  # since the peaks were forgotten
         self._batches: list[SequenceBatch] = []
         self.abandoned: deque[SequenceBatch] = deque()
         """Batches whose last reference is gone. A finalizer may run at any moment, also within a
         collective, so it only leaves them here; the next pass releases them."""
         self._released: list[int] = []
+        self._given_up: list[int] = []  # rows that all ranks have, released here, while rank 0 has not said so yet
         self._announced: list[tuple[int, int]] | None = None
         self._entries: list[tuple[tuple[int, int], ...]] = [()] * self.exchange.size
         """Per source: the rows of the last pass, and the tokens that each of them appends."""
         self._unsent: list[Ints] = [np.zeros(0, np.int64)] * self.exchange.size
-        """Per source: the rows whose tails filled up in the last pass, and whose pages go with the next plan."""
+        """Per source: the rows whose tails filled up in the last pass; their pages go with the next plan."""
 
     @property
     def pool(self) -> PagePool:
@@ -206,8 +208,12 @@ class ExpertShardedKVCache:
     def release(self, batch: SequenceBatch, indices: list[int] | None = None) -> None:
         """Gives back finished sequences: their tails at once, their pages with the next step plan."""
         indices = list(range(len(batch))) if indices is None else indices
-        self.sender.drop(batch, indices)
-        self._released += batch.release(indices)
+        rows = batch.release(indices)
+        if not batch.shared or self.exchange.rank == SHARED_SOURCE:  # of what all ranks have, one rank's word counts
+            self.sender.drop(rows)
+            self._released += rows
+        else:
+            self._given_up += rows
         if not any(batch.alive) and batch in self._batches:
             self._batches.remove(batch)
 
@@ -242,7 +248,8 @@ class ExpertShardedKVCache:
         if batch is not None and begun:
             batch.begin(new)
             entries = [(batch.rows[index], n) for index, n in enumerate(new) if n]
-        kinds = {pages.batch.shared for pages in self.sender.staged} | ({batch.shared} if batch is not None else set())
+        waiting = [pages for pages in self.sender.staged if not np.isin(pages.rows, self._given_up).all()]
+        kinds = {pages.shared for pages in waiting} | ({batch.shared} if batch is not None else set())
         if len(kinds) > 1:
             mixed = "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
             error = error or mixed
@@ -362,8 +369,8 @@ class ExpertShardedKVCache:
                 continue
             staged = np.zeros((self.num_units, len(batch)), np.int64)
             for pages in self.sender.staged:
-                if pages.batch is batch:
-                    np.add.at(staged[pages.unit], pages.index, 1)
+                for row in pages.rows.tolist():
+                    staged[pages.unit] += np.array(batch.rows) == row
             for index, row in enumerate(batch.rows):
                 if not batch.alive[index] or row == NO_ROW:
                     continue
@@ -412,7 +419,7 @@ class ExpertShardedKVCache:
 
     def forget_peaks(self) -> None:
         """Starts `peak_bytes` and `fullest` anew. Every rank calls it at the same point."""
-        self.peak_bytes = self._most_tokens = 0
+        self.peak_bytes, self._most_tokens, self._passed = 0, 0, False
         self.fullest = self._after_pass = Snapshot()
 
     # -- the step plan -----------------------------------------------------------------------
@@ -458,7 +465,7 @@ class ExpertShardedKVCache:
         step.check_together(everyone)
         self.committed_by_rank = [a.committed for a in everyone]
         own_tokens = self.ledger.own_tokens()
-        if own_tokens > self._most_tokens:  # at the same pass on every rank
+        if self._passed and own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass
         every, gone = self._exchange_rows(everyone, entries, changed)
         step.check_shared(everyone, every)
@@ -476,9 +483,12 @@ class ExpertShardedKVCache:
             self.layout.page_bytes,
         )
         # From here on the plan stands, on all ranks alike.
+        self._passed = True
+        self.sender.drop(gone)
         for row in gone:
             self._forget(row)
         self._unsent, self._released = unsent, []
+        self._given_up = [row for row in self._given_up if row not in gone]
         self._entries = self._number(every, shared)
         self._announced = list(self._entries[self.exchange.rank])
         if batch is not None:
@@ -514,8 +524,7 @@ class ExpertShardedKVCache:
             announced = everyone[source]
             mine = [(row, n) for row, n in rows[: announced.num_entries]]
             every.append(mine if announced.changed else self._entries[source])
-            # of a row that all ranks have, one rank's word counts
-            gone += [row for row, _ in rows[announced.num_entries :] if self.ledger.source[row] == source]
+            gone += [row for row, _ in rows[announced.num_entries :]]
         return every, gone
 
     def _seals(self, rows: Sequence[tuple[int, int]]) -> list[int]:
@@ -604,6 +613,12 @@ class ExpertShardedKVCache:
 
     def _forget(self, row: int) -> None:
         """A sequence is finished: its pages go back to the pool."""
+        if self.ledger.shared[row]:  # this rank may not have said so yet
+            for batch in self._batches:
+                if batch.shared and row in batch.rows:
+                    index = batch.rows.index(row)
+                    batch.release([index])
+                    batch.rows[index] = NO_ROW
         self.shard.release(row)
         self.ledger.leave(row)
         self.evictor.forget(row)

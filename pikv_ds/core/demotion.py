@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from pikv_ds.core.shard import Shard
+from pikv_ds.core.shard import Headers, Shard
 from pikv_ds.core.table import Ints
 
 
@@ -48,12 +48,16 @@ class Demoter:
             flags = self.flags[layer : layer + 1]
             keys, values = before.unseal(layer, head, encoded)
             payload = after.seal(layer, head, keys, values, flags)
-            headers = shard.headers(rows[which], units[which], numbers[which], slots[which], formats[which])
-            cold = headers._replace(
-                formats=np.full(len(which), self.page_format),
-                masses=np.zeros(len(which), np.int64),
-                last_steps=np.full(len(which), shard.step),
-                visits=np.zeros(len(which), np.int64),
+            count = len(which)
+            cold = Headers(
+                rows[which],
+                units[which],
+                numbers[which],
+                np.full(count, self.page_format),
+                shard.homes(slots[which]),
+                masses=np.zeros(count, np.int64),
+                last_steps=np.full(count, shard.step),
+                visits=np.zeros(count, np.int64),
             )
             shard.free(shard.take(rows[which], units[which], numbers[which], "demote"))  # so a full pool has room
             shard.write(shard.put(cold, serials[which]), self.page_format, payload)

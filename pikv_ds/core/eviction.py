@@ -15,10 +15,10 @@ Where there is a codec to demote to, what is over the budget stays, as a whole p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +39,6 @@ from pikv_ds.policies.retention import Prompt, Retention
 
 NOBODY = 2**31 - 1
 """In the place of a utility's bits: this rank has no page to offer."""
-
-
-class Evicted(NamedTuple):
-    """Pages that are gone, of all ranks, ``[N]`` each."""
-
-    rows: Ints
-    units: Ints
-    numbers: Ints
 
 
 class Evictor:
@@ -72,6 +64,8 @@ class Evictor:
         self.streams, self.page_size = shard.streams, ledger.page_size
         self.counters: Counter[str] = Counter()
         self._grown: set[int] = set()  # rows whose pages have become more since the last eviction
+        self.sealed_pages = functools.lru_cache(4096)(self._sealed_pages)
+        """Pages that a prompt of so many tokens seals at a layer, ``(num_tokens, layer)``."""
         self._limits = decode_limits(budget, shape, self.streams, self.page_size)
 
     @property
@@ -91,8 +85,7 @@ class Evictor:
 
     # -- prompts -----------------------------------------------------------------------------
 
-    def sealed_pages(self, num_tokens: int, layer: int) -> int:
-        """Pages that a prompt seals at a layer."""
+    def _sealed_pages(self, num_tokens: int, layer: int) -> int:
         if self.demoter is not None:
             return num_tokens // self.page_size * self.streams
         return sum(self.prompt_pages(num_tokens, layer))

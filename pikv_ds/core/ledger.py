@@ -1,8 +1,8 @@
 """`Ledger`: the living sequences of the group, and how many pages of each lie on which rank. The same on all ranks.
 
-A living sequence has a number, its *row*. Rows are given out as successful step plans announce sequences, by rank and
-then in the order of the announcement, the lowest free number first: so all ranks number alike without a word. What is
-written here follows from step plans and from what the ranks tell each other when pages are sent, moved and evicted.
+A living sequence has a number, its *row*. Rows are given out as step plans that found room announce sequences, by rank
+and then in the order of the announcement, the lowest free number first: so all ranks number alike without a word. What
+is written here follows from step plans and from what the ranks tell each other when pages are sent, moved and evicted.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Ledger:
         return np.flatnonzero(self.source >= 0)
 
     def num_sealed(self, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
-        """Full pages of some rows per unit, before the pass under way."""
+        """Pages that each unit of some rows has sealed so far, those that were cut or evicted included."""
         return self.lengths[rows] // self.page_size
 
     def filling(self, rows: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
@@ -98,14 +98,18 @@ class Ledger:
         self.lengths += self.new
         self.new[:] = 0
 
-    def place(self, rows: NDArray[np.integer], counts: NDArray[np.integer]) -> None:
+    def place(
+        self, rows: NDArray[np.integer], units: range, kept: NDArray[np.integer], demoted: NDArray[np.integer]
+    ) -> None:
         """Pages have got owners.
 
         Args:
             rows: ``[n]``, each once.
-            counts: ``[n, units, ranks]``
+            kept, demoted: ``[n, units, ranks]``: pages as they are, and pages of the smaller codec.
         """
-        self.pages[rows] += counts.astype(np.int32)
+        counts, some = kept + demoted, slice(units.start, units.stop)
+        self.pages[rows, some] += counts.astype(np.int32)
+        self.demoted[rows, some] += demoted.sum(2).astype(np.int32)
         self.totals += counts.sum((0, 1))
 
     def evict(self, rows: NDArray[np.integer], units: NDArray[np.integer], ranks: NDArray[np.integer]) -> None:

@@ -101,18 +101,19 @@ class Rebalancer:
         size, moves = self.exchange.size, self.policy.moves
         proposals, self._queue = self._queue[:moves], self._queue[moves:]
         slots, formats = self.shard.table.find(*proposals.T)
-        here = slots > 0  # others have been evicted or demoted since
+        here = slots > 0  # others have been evicted since
         rows, units, numbers = proposals[here].T
         headers = self.shard.headers(rows, units, numbers, slots[here], formats[here])
         targets = self._targets(units, numbers, headers.homes)
         width = len(Headers._fields) + 1
         table = np.column_stack([headers.stack(), targets])
-        counts = [c for (c,) in self.exchange.all_gather([len(table)], kind="rebalance")]
+        everyones = self.exchange.all_gather([len(table), len(self._queue)], kind="rebalance")
+        counts = [count for count, _ in everyones]
+        self._moving = any(count or left for count, left in everyones)
+        if not sum(counts):
+            return
         tables = self.exchange.gather_arrays(table.reshape(-1), [n * width for n in counts], kind="rebalance")
         everyone = np.concatenate(tables).reshape(-1, width)
-        self._moving = len(everyone) > 0
-        if not self._moving:
-            return
         owners, targets = np.repeat(np.arange(size), counts), everyone[:, -1]
         headers = Headers.of(everyone[:, :-1])
         accepted = self._accept(headers, owners, targets, free)

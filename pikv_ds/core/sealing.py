@@ -36,9 +36,10 @@ from pikv_ds.policies.topology import Topology
 class StagedPages:
     """Pages of one unit that are encoded and wait for their owners, ``N`` of them."""
 
-    batch: SequenceBatch
-    index: Ints
-    """``[N]``: each page's sequence in the batch."""
+    rows: Ints
+    """``[N]``"""
+    shared: bool
+    """Every rank has their sequences."""
     unit: int
     """See `SequenceBatch`."""
     numbers: Ints
@@ -53,7 +54,7 @@ class StagedPages:
     """float32 ``[N]``: what retention thinks of them, where it does."""
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -66,15 +67,15 @@ class StagedPages:
         payloads = {f: x[torch.from_numpy(stays[self.formats == f]).to(x.device)] for f, x in self.payloads.items()}
         votes = None if self.votes is None else self.votes[kept.to(self.votes.device)]
         scores = None if self.scores is None else self.scores[kept.to(self.scores.device)]
-        arrays = self.index[stays], self.unit, self.numbers[stays], votes, self.formats[stays]
-        return StagedPages(self.batch, *arrays, payloads, scores)
+        arrays = self.numbers[stays], votes, self.formats[stays]
+        return StagedPages(self.rows[stays], self.shared, self.unit, *arrays, payloads, scores)
 
 
 class Sending(NamedTuple):
     """Which pages are sent together, as every rank knows beforehand."""
 
     rows: Sequence[Ints]
-    """Per source: the rows that have pages among them."""
+    """Per source: the rows that fill pages."""
     pages: Sequence[int]
     """Per source: how many pages."""
     units: range
@@ -135,8 +136,9 @@ class PageSender:
                 keys, values = keys[at], None if values is None else values[at]
             flags = self.flags[layer : layer + 1]
             payloads[page_format] = self.shard.formats[page_format].seal(layer, head, keys, values, flags)
-        arrays = pages.index, unit, pages.numbers, votes, formats
-        self.staged.append(StagedPages(batch, *arrays, payloads, pages.scores))
+        rows = np.array(batch.rows, np.int64)[pages.index]
+        arrays = unit, pages.numbers, votes, formats
+        self.staged.append(StagedPages(rows, batch.shared, *arrays, payloads, pages.scores))
 
     def _formats(self, layer: int, head: int, votes: Tensor | None, num_pages: int) -> Ints:
         """The format of each page, ``[N]``: what the codec policy chooses by its home expert."""
@@ -153,11 +155,11 @@ class PageSender:
         counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.int32))
         return counts[:, 1:]
 
-    def drop(self, batch: SequenceBatch, indices: list[int]) -> None:
-        """Forgets staged pages of sequences that are finished."""
+    def drop(self, rows: list[int]) -> None:
+        """Forgets staged pages of rows that are finished."""
         left = []
         for pages in self.staged:
-            gone = np.isin(pages.index, indices) if pages.batch is batch else np.zeros(len(pages), np.bool_)
+            gone = np.isin(pages.rows, rows)
             if not gone.any():
                 left.append(pages)
             elif not gone.all():
@@ -169,7 +171,7 @@ class PageSender:
 
         Raises:
             PoolFullError: on every rank alike, before anything has been moved.
-            PeerError: a shared batch fills other pages here than on the rank that speaks for it.
+            PeerError: a shared batch fills other pages here than on the rank that speaks for it; on this rank alone.
         """
         self.settle()
         staged, self.staged = self.staged, []
@@ -197,15 +199,13 @@ class PageSender:
                 f"{tokens} tokens ({lacking * self.shard.pool.sizes[0].page} bytes) more are needed. "
                 "Raise pikv.capacity_tokens, send fewer or shorter prompts, or use a smaller codec"
             )
+        if plan.shared:
+            owners = self._adopt(headers, owners, expected)
         for rows, table in zip(sending.rows, everyone, strict=True):
             counts = table[:-1].reshape(len(rows), len(sending.units), 2, self.exchange.size)
-            whole = np.zeros((len(rows), self.ledger.num_units, self.exchange.size), np.int64)
-            whole[:, sending.units.start : sending.units.stop] = counts.sum(2)
-            self.ledger.place(rows, whole)
-            self.ledger.demoted[rows, sending.units.start : sending.units.stop] += (
-                counts[:, :, 1].sum(2).astype(np.int32)
-            )
-            plan.free[:] = [free - int(n) for free, n in zip(plan.free, whole.sum((0, 1)), strict=True)]
+            self.ledger.place(rows, sending.units, counts[:, :, 0], counts[:, :, 1])
+            placed = counts.sum((0, 1, 2)).tolist()
+            plan.free[:] = [free - n for free, n in zip(plan.free, placed, strict=True)]
         if places:
             if self.placement.wants_seen:
                 for layer, of_layer in votes.items():
@@ -216,12 +216,8 @@ class PageSender:
                 serials = self.ledger.serial[headers.rows]
                 self.shard.trace.seal(serials, headers.units, headers.numbers, owners, headers.homes, votes)
         payloads = self._payloads(staged)
-        if plan.shared:
-            owners = self._adopt(headers, owners, expected)
-            self._enter(headers, owners == rank, payloads)
-            return
         self._enter(headers, owners == rank, payloads)
-        if self.exchange.size > 1:
+        if self.exchange.size > 1 and not plan.shared:
             arriving = [int(table[:-1].reshape(-1, self.exchange.size)[:, rank].sum()) for table in everyone]
             self._ship(headers, owners, payloads, arriving)
 
@@ -237,9 +233,10 @@ class PageSender:
         num_pages = sum(map(len, staged))
         if not num_pages:
             return Headers(*np.zeros((len(Headers._fields), 0), np.int64)), {}
-        rows = np.concatenate([np.array(pages.batch.rows, np.int64)[pages.index] for pages in staged])
         units = np.concatenate([np.full(len(pages), pages.unit) for pages in staged])
-        numbers, formats = (np.concatenate([getattr(p, name) for p in staged]) for name in ("numbers", "formats"))
+        rows, numbers, formats = (
+            np.concatenate([getattr(p, name) for p in staged]) for name in ("rows", "numbers", "formats")
+        )
         homes, masses = np.full(num_pages, -1, np.int64), np.zeros(num_pages, np.int64)
         routed = [pages.votes for pages in staged if pages.votes is not None]
         every = _joined(routed).cpu().numpy() if routed else None  # one copy to the host

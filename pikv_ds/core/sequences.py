@@ -79,10 +79,7 @@ class TailPlaces:
 
 @dataclass
 class FullPages:
-    """Pages at one layer that have just filled up: those of one prompt, or one of each sequence that fills its tail.
-
-    The latter are views of the tails, which the next token overwrites: encode them at once.
-    """
+    """Pages at one layer that have just filled up: of one prompt, or one of each sequence that fills its tail."""
 
     index: Ints
     """``[N]``: each page's sequence in the batch."""
@@ -202,7 +199,7 @@ class SequenceBatch:
     def release(self, indices: list[int]) -> list[int]:
         """Marks sequences as finished; returns the rows of those that were alive and had one. Tails of a batch
         with no living sequence are given back."""
-        released = [self.rows[i] for i in indices if self.alive[i] and self.rows[i] != NO_ROW]
+        released = [self.rows[i] for i in dict.fromkeys(indices) if self.alive[i] and self.rows[i] != NO_ROW]
         for index in indices:
             self.alive[index] = False
         if not any(self.alive):

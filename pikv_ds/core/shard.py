@@ -220,11 +220,12 @@ class Shard:
             last_steps, visits = (
                 x[at].cpu().numpy().astype(np.int64) for x in (self.state.last_step, self.state.visits)
             )
-        homes = np.full(len(rows), -1, np.int64) if self.by_expert is None else self._homes[slots].astype(np.int64)
-        return Headers(rows, units, numbers, formats, homes, masses, last_steps, visits)
+        return Headers(rows, units, numbers, formats, self.homes(slots), masses, last_steps, visits)
 
     def homes(self, slots: Ints) -> Ints:
-        """Home experts of pages that are here, -1 where no router is."""
+        """Home experts of pages that are here, -1 where no router is or nobody asks for them (see `by_expert`)."""
+        if self.by_expert is None:
+            return np.full(len(slots), -1, np.int64)
         return self._homes[slots].astype(np.int64)
 
     def _remember(self, slots: Ints, headers: Headers) -> None:

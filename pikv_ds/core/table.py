@@ -60,7 +60,8 @@ class Mirror:
     def _take(self, memory: Tensor) -> None:
         self._memory = memory
         self.host: NDArray[np.int32] = memory.numpy()
-        self.tensor = memory if self.device.type == "cpu" else memory.to(self.device)
+        with torch.inference_mode(False):  # see `lasting_zeros`
+            self.tensor = memory if self.device.type == "cpu" else memory.to(self.device)
 
     def reach(self, size: int) -> None:
         """Makes it at least so long, at least doubling it; what is new is zero."""

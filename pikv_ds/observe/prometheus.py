@@ -37,7 +37,7 @@ GAUGES = {
     "pool_bytes": "The part of it that holds sealed pages, scales and slack included.",
     "summary_bytes": "Bytes allocated for the pages' summaries.",
     "peak_kv_bytes": "Most bytes at any moment.",
-    "skew": "Pages of the fullest rank over the mean of all, at the last step plan.",
+    "skew": "Pages of the fullest rank over the mean of all.",
 }
 COUNTERS = {
     "steps": "Forward passes of the group.",

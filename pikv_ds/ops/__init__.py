@@ -101,11 +101,6 @@ class Ops:
                 self._take(name, importlib.import_module(f"pikv_ds.ops.{name}_ops"))
             elif backend != "auto":
                 raise UsageError(f'pikv.backend = "{backend}": {missing}; or use "auto"')
-        if backend != "reference" and why_missing("cpp", "cpu") is None:
-            compiled = importlib.import_module("pikv_ds.ops.cpp_ops")
-            for op in compiled.supported("cpu").intersection(ON_THE_HOST):
-                self._owners[op] = "cpp"
-                setattr(self, op, getattr(compiled, op))
         missing = why_missing("cpp", device_type) if device_type == "cuda" and backend == "auto" else None
         if missing is not None and self._owners:
             _warn_once(f"the ops run on Triton, slower than with CUDA kernels: {missing}")
@@ -118,6 +113,11 @@ class Ops:
                     f"{self._kind} have no kernels on device {device_type!r} yet: {', '.join(slow)} run as plain "
                     "torch, which is slow"
                 )
+        if backend != "reference" and why_missing("cpp", "cpu") is None:
+            compiled = importlib.import_module("pikv_ds.ops.cpp_ops")
+            for op in compiled.supported("cpu").intersection(ON_THE_HOST):
+                self._owners[op] = "cpp"
+                setattr(self, op, getattr(compiled, op))
 
     def _take(self, name: str, module: Any) -> None:
         """Takes the ops of a backend that none before it has."""

@@ -29,6 +29,6 @@ class UtilityState:
         )
 
     def utilities(self, step: int, decay: float, weights: tuple[float, float, float]) -> Tensor:
-        """What `choose_victims` ranks by, float32 ``[N]``; its arguments are that op's."""
+        """How useful each page is, float32 ``[N]``; `choose_victims` ranks by it and says how it is made."""
         age = (step - self.last_step).float()
         return weights[0] * self.mass * decay**age + weights[1] / (1 + age) + weights[2] * torch.log1p(self.visits)

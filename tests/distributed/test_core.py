@@ -85,6 +85,61 @@ def latent_bytes(rank: int, prompt: int, steps: int, partial_dtype: str) -> dict
     return {"fetched": fetched, "here": here, "sent": sent, "formula": formula}
 
 
+def release_at_different_times(rank: int, prompt: int, then_shared: bool) -> dict:
+    """Rank 0 gives a batch that both have back at once, rank 1 a pass later, as finalizers may."""
+    exchange = Exchange(make_group(dist.group.WORLD, 20))
+    cache = make_cache(exchange=exchange)
+    same, votes = torch.Generator().manual_seed(5), torch.Generator().manual_seed(rank)
+    first = Driver(cache, cache.new_batch(1, shared=True), same, votes=votes)
+    first.pass_of([prompt])
+    first.pass_of([1])
+    if rank == 0:
+        first.release([0])
+    own = torch.Generator().manual_seed(rank)
+    batch = cache.new_batch(1, shared=True) if then_shared else cache.new_batch(1)
+    second = Driver(cache, batch, same if then_shared else own, votes=votes)
+    second.pass_of([20])
+    if rank == 1:
+        first.release([0])
+    for _ in range(PAGE):
+        second.pass_of([1])  # attention is compared with dense attention's
+    cache.begin_step(None, [])
+    cache.check_integrity()
+    held = cache.pool.num_used
+    second.release([0])
+    cache.begin_step(None, [])
+    exchange.close()
+    return {"held": held, "left": cache.pool.num_used, "rows": len(cache.ledger.rows)}
+
+
+@pytest.mark.parametrize(("prompt", "then_shared"), [(20, False), (23, True), (20, True)])
+def test_a_shared_batch_may_end_at_different_times(two: Ranks, prompt: int, then_shared: bool) -> None:
+    results = two.run(release_at_different_times, prompt=prompt, then_shared=then_shared)
+    pages = 28 // PAGE * SHAPE.num_layers * (1 if then_shared else 2)
+    assert sum(r["held"] for r in results) == pages
+    assert [(r["left"], r["rows"]) for r in results] == [(0, 0), (0, 0)]
+
+
+def shared_then_own(rank: int) -> int:
+    """Both give the batch back while pages of it wait, and go on with their own."""
+    exchange = Exchange(make_group(dist.group.WORLD, 20))
+    cache = make_cache(exchange=exchange)
+    shared = Driver(cache, cache.new_batch(1, shared=True), torch.Generator().manual_seed(5))
+    shared.pass_of([23])
+    shared.pass_of([1])
+    assert cache.sender.num_staged
+    shared.release([0])
+    own = Driver(cache, cache.new_batch(1), torch.Generator().manual_seed(rank))
+    own.pass_of([20])
+    cache.check_integrity()
+    exchange.close()
+    return cache.pool.num_used
+
+
+def test_own_batches_follow_a_shared_one(two: Ranks) -> None:
+    assert sum(two.run(shared_then_own)) == 2 * 2 * SHAPE.num_layers
+
+
 @pytest.mark.parametrize("settings", [{}, {"lookup": {"name": "quest", "budget": 1}}, {"capacity_tokens": 800}])
 def test_sequences_of_each_rank_come_and_go(two: Ranks, settings: dict) -> None:
     results = two.run(own_batches, seed=len(settings), passes=50, **settings)
