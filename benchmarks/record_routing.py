@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from rich.progress import track
 
-from pikv_ds.core.sealing import home_expert
 from pikv_ds.core.trace import PageTrace
 from pikv_ds.tools.reference_model import example_texts, ffn_inputs, load_dense, router_weight
 
@@ -69,10 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         hidden = ffn_inputs(model, ids, lambda _: None)[layers]
         for layer, (x, router) in enumerate(zip(hidden, routers, strict=True)):
             chosen = (x @ router.T).topk(args.top_k, dim=1).indices  # [T, k]
-            for page, experts in enumerate(chosen.split(args.page_size)):
-                if len(experts) == args.page_size:
-                    votes = torch.bincount(experts.flatten(), minlength=args.experts).tolist()
-                    trace.seal(sequence, layer, page, 0, home_expert(votes), votes)
+            pages = [part.flatten() for part in chosen.split(args.page_size) if len(part) == args.page_size]
+            votes = torch.stack([torch.bincount(part, minlength=args.experts) for part in pages]).numpy()
+            numbers = np.arange(len(pages))
+            arrays = numbers * 0 + sequence, numbers * 0 + layer, numbers, numbers * 0, votes.argmax(1)
+            trace.seal(*arrays, {layer: votes})
     trace.close()
     with trace.path.open("rb") as plain, gzip.open(f"{trace.path}.gz", "wb") as packed:
         shutil.copyfileobj(plain, packed)

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_placement import choose_owner, order_of, page_limits
 
 from pikv_ds import PiKVConfig
-from pikv_ds.core.placement import choose_owner, page_limits
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.core.trace import PageTrace, RankTrace, Seal, read
 from pikv_ds.policies.placements import PLACEMENTS
@@ -188,8 +189,8 @@ def trace_of(folder: Path, experts: int, votes: list[list[list[int]]], page_size
     facts = {"ranks": 1, "layers": 1, "experts": experts, "page_size": page_size, "codecs": []}
     trace = PageTrace(folder, 0, facts)
     for sequence, pages in enumerate(votes):
-        for page, counts in enumerate(pages):
-            trace.seal(sequence, 0, page, 0, max(range(experts), key=lambda e: (counts[e], -e)), counts)
+        numbers, counts = np.arange(len(pages)), np.array(pages).reshape(-1, experts)
+        trace.seal(numbers * 0 + sequence, numbers * 0, numbers, numbers * 0, counts.argmax(1), {0: counts})
     trace.close()
     return read(folder)
 
@@ -207,9 +208,10 @@ def test_pages_are_placed_as_the_cache_places_them(name: str, tmp_path: Path, rn
     flat = [v for sequence in votes for v in sequence]
     policy = PLACEMENTS[name]()
     for i, length in enumerate(lengths):
-        loads, limits = [0] * ranks, page_limits(length, size, topology, i % ranks)
+        loads = [0] * ranks
         for page in range(length // size):
-            wanted = policy.owners(page, flat[int(drawn[i, page])], topology)
+            wanted = order_of(policy, page, flat[int(drawn[i, page])], topology)
+            limits = page_limits((page + 1) * size, size, topology, i % ranks)
             owner = choose_owner(wanted, loads, limits, [10**9] * ranks)
             assert owner is not None
             loads[owner] += 1
