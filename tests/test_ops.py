@@ -250,10 +250,12 @@ def make_pages(n: int, kv_heads: int, head_dim: int, page_size: int, codec: str,
     REFERENCE.seal_pages(keys, values, layout, pages, bounds, torch.zeros(1, dtype=torch.int32))
     device = torch.get_default_device()
     pool = PagePool([PageSize(layout.page_bytes, bounds.shape[1])], slab_pages=4, device=device, poison=True)
-    slots = pool.allocate(2 * n)
+    slots = pool.allocate(2 * n).tolist()
     pool.free(slots[1::2])  # poisoned slots between the live ones
     slots = slots[::2]
-    pool.write(slots, pages, bounds)
+    at = torch.tensor(slots, dtype=torch.int32)
+    REFERENCE.scatter_pages(pool.pages[0], at, pages)
+    REFERENCE.scatter_pages(pool.summaries[0], at, bounds)
     decoded = reference.unseal_pages(pages, layout)
     return Pages(layout, pool, *(dict(zip(slots, x, strict=True)) for x in (*decoded, keys.float())))
 
