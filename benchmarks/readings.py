@@ -243,8 +243,8 @@ def bound(args: argparse.Namespace) -> None:
     batch, size = cache.batch, store.config.page_size
     length = batch.lengths[0]
     held = [
-        [pages * size + (batch.open_tokens(0) if r == bench.world.rank else 0) for r, pages in enumerate(layer[0])]
-        for layer in batch.loads
+        [pages * size + (batch.open_tokens(0) if r == bench.world.rank else 0) for r, pages in enumerate(layer)]
+        for layer in store.ledger.pages[batch.rows[0]].tolist()
     ]
     g, e = bench.world.size, store.topology.num_experts
     limit = -(-length // g) - (-length // e) + size
