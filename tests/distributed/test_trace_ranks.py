@@ -31,8 +31,8 @@ def moving(rank: int, folder: str) -> dict[str, Any]:
     driver.pass_of([61, 40 + 8 * rank])
     for _ in range(20):
         driver.step(1)
-    assert cache.table.trace is not None
-    cache.table.trace.close()
+    assert cache.shard.trace is not None
+    cache.shard.trace.close()
     exchange.close()
     return rank_stats(cache)
 
