@@ -38,10 +38,11 @@ struct SealPagesParams {
   const void* values;  // [N, K, S, D]; null for latent pages
   uint8_t* out;        // [N, page_bytes], rows out_stride bytes apart
   uint8_t* bounds;     // [N, 2, K, D] of dtype, rows bounds_stride bytes apart; or null
-  int32_t* flags;      // [1], what is found is added by a bitwise or
+  int32_t* flags;      // one for every pages_per_flag; what is found is added by a bitwise or
   PageLayout layout;
   Dtype dtype;
   int64_t num_pages;
+  int64_t pages_per_flag;
   int64_t key_strides[3];    // of N, K and S, in elements
   int64_t value_strides[3];  // of N, K and S, in elements
   int64_t out_stride;        // bytes
@@ -79,21 +80,20 @@ struct PlacePagesParams {
 struct DecodeAttentionParams {
   const void* query;  // [R, H, D] of dtype
   Slabs slabs;
-  const int32_t* table;   // [B, P], or [B, K, P] where table_per_head
-  const int32_t* counts;  // [B]
-  float* out;             // [R, H, V]; null: key scores only, values are not read
-  float* lse;             // [R, H]; null with out
-  float* page_lse;        // [R, H, P]; may be null
-  float* scratch;         // CUDA: split partials, see DecodeScratchFloats; else null
+  PageLists lists;  // B
+  float* out;       // [R, H, V]; null: key scores only, values are not read
+  float* lse;       // [R, H]; null with out
+  float* page_lse;  // [R, H, P]; null, or the lists are dense
+  float* scratch;   // CUDA: split partials, see DecodeScratchFloats; else null
   PageLayout layout;
   Dtype dtype;
-  bool table_per_head;
   float scale;
   int64_t num_rows;        // R
   int64_t num_table_rows;  // B
   int64_t num_heads;
-  int64_t table_width;  // P
-  int64_t num_splits;   // CUDA: pieces of the sequence that are attended separately, at least 1
+  int64_t num_splits;  // CUDA: pieces of the sequence that are attended separately, at least 1
+  int64_t out_stride;  // floats from row to row of out
+  int64_t lse_stride;
 };
 
 struct PrefillAttentionParams {
@@ -132,8 +132,9 @@ struct ContextAttentionParams {
 
 struct TailAttentionParams {
   const void* query;       // [N, H, D] of dtype
-  const void* keys;        // [N, K, S, D] of dtype
-  const void* values;      // [N, K, S, D] of dtype; where V < D these are the keys
+  const void* keys;        // [B, K, S, D] of dtype
+  const void* values;      // [B, K, S, D] of dtype; where V < D these are the keys
+  const int32_t* indices;  // [N]: each query's tail; null: B is N, in order
   const int32_t* lengths;  // [N]
   float* out;              // [N, H, V]
   float* lse;              // [N, H]
@@ -144,20 +145,47 @@ struct TailAttentionParams {
   int64_t num_kv_heads;
   int64_t page_size;
   int64_t head_dim;
+  int64_t value_dim;   // V
+  int64_t out_stride;  // floats from row to row of out
+  int64_t lse_stride;
+};
+
+// Puts the newest token of M sequences into their tails, and looks for NaN and infinity in it.
+struct AppendTokensParams {
+  const void* keys;       // [N, K, D] of dtype, channels contiguous
+  const void* values;     // [N, K, V] likewise; null where they are channels of the keys
+  void* tail_keys;        // [B, K, S, D] of dtype
+  void* tail_values;      // [B, K, S, V]
+  const int32_t* places;  // [3, M]: tokens among N, tails among B, slots among S
+  int32_t* flags;         // [1], kNonFinite is added by a bitwise or
+  Dtype dtype;
+  int64_t num_tokens;        // M
+  int64_t key_strides[2];    // of N and K, in elements
+  int64_t value_strides[2];  // of N and K, in elements
+  int64_t num_kv_heads;
+  int64_t page_size;
+  int64_t head_dim;
   int64_t value_dim;  // V
 };
 
 // Merges P partial attentions over disjoint sets of keys into the attention over their union.
 // An empty partial has lse = -inf; its out is never read. A row with a NaN or +inf lse comes out as
-// NaN: such a partial is broken, and hiding it would be worse.
+// NaN: such a partial is broken, and hiding it would be worse. Rows of heads are contiguous; the
+// others have strides, in elements.
 struct MergePartialsParams {
-  const float* outs;  // [P, N, D]
-  const float* lses;  // [P, N], natural log
-  float* out;         // [N, D]
-  float* lse;         // [N], natural log
+  const float* outs;  // [P, N, H, D]
+  const float* lses;  // [P, N, H], natural log
+  void* out;          // [N, H, D] of dtype
+  float* lse;         // [N, H], natural log; may be null
+  Dtype dtype;
   int64_t num_partials;
-  int64_t num_rows;
+  int64_t num_rows;  // N
+  int64_t num_heads;
   int64_t head_dim;
+  int64_t outs_strides[2];  // of P and N
+  int64_t lses_strides[2];
+  int64_t out_stride;  // of N
+  int64_t lse_stride;
 };
 
 struct PageScoresParams {
@@ -240,6 +268,7 @@ void DecodeAttentionCpu(const DecodeAttentionParams& params);
 void PrefillAttentionCpu(const PrefillAttentionParams& params);
 void ContextAttentionCpu(const ContextAttentionParams& params);
 void TailAttentionCpu(const TailAttentionParams& params);
+void AppendTokensCpu(const AppendTokensParams& params);
 void MergePartialsCpu(const MergePartialsParams& params);
 void PageScoresCpu(const PageScoresParams& params);
 void SubpageScoresCpu(const SubpageScoresParams& params);
@@ -259,6 +288,7 @@ void ScatterPagesCuda(const ScatterPagesParams& params, cudaStream_t stream);
 void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t stream);
 void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t stream);
 void TailAttentionCuda(const TailAttentionParams& params, cudaStream_t stream);
+void AppendTokensCuda(const AppendTokensParams& params, cudaStream_t stream);
 void MergePartialsCuda(const MergePartialsParams& params, cudaStream_t stream);
 void PageScoresCuda(const PageScoresParams& params, cudaStream_t stream);
 void SubpageScoresCuda(const SubpageScoresParams& params, cudaStream_t stream);

@@ -115,4 +115,43 @@ struct Slabs {
   }
 };
 
+// One list of pages: slots side by side, or in segments that lie anywhere in an arena.
+struct PageList {
+  const int32_t* slots;
+  const int32_t* segments;  // numbers of the list's segments in order; null: side by side
+  int64_t count;
+
+  PIKV_HOST_DEVICE int32_t operator[](int64_t i) const {
+    return slots[segments == nullptr ? i
+                                     : int64_t{segments[i / kSegment]} * kSegment + i % kSegment];
+  }
+
+  static constexpr int kSegment = 32;  // entries of a segment: pikv_ds/core/table.py's SEGMENT
+};
+
+// The lists that the B rows of a table stand for: a dense table, or places in a PageTable, which
+// has several lists for each of its rows (see pikv_ds/ops/lists.py).
+struct PageLists {
+  const int32_t* slots;   // dense: [B, P], or [B, K, P] where per_head; else an arena of segments
+  const int32_t* counts;  // dense: [B], null: P each; else [rows, num_lists]
+  const int32_t* directory;    // numbers of segments; null: dense
+  const int32_t* directories;  // [rows, 2]: where a row's directory begins, its segments per list
+  const int32_t* rows;         // [B / heads]; -1: an empty list
+  int64_t width;               // P; else at least the longest list
+  int32_t num_lists;           // of a row
+  int32_t first, step, heads;  // list b is list first + b % heads * step of row rows[b / heads]
+  bool per_head;
+
+  PIKV_HOST_DEVICE PageList List(int64_t b, int kv_head, int num_kv_heads) const {
+    if (directory == nullptr) {
+      const int64_t count = counts == nullptr ? width : counts[b];
+      return {slots + (per_head ? b * num_kv_heads + kv_head : b) * width, nullptr, count};
+    }
+    const int64_t row = rows[b / heads], list = first + b % heads * step;
+    if (row < 0) return {slots, directory, 0};
+    const int32_t* const own = directories + 2 * row;
+    return {slots, directory + own[0] + list * own[1], counts[row * num_lists + list]};
+  }
+};
+
 }  // namespace pikv_ds

@@ -83,7 +83,7 @@ def test_latent_tokens_are_kept_once_also_in_tails_and_prompts_under_way(rng) ->
     query, key = torch.randn(40, 6, 20, generator=rng), torch.randn(40, 1, 20, generator=rng)
     cache.begin_step(batch, [20, 20])
     cache.attend(batch, 0, query, key, None, 0.25)
-    assert cache.kv_bytes == key.nbytes + 2 * PAGE * 20 * 4  # prompts and tails
+    assert cache.kv_bytes == key.nbytes + LATENT.num_layers * 2 * PAGE * 20 * 4  # prompts and tails
     assert LATENT.token_bytes == 2 * 20 * 4
 
 
@@ -250,7 +250,7 @@ def test_bytes_in_the_middle_of_a_prompt_include_what_waits_for_the_router(rng) 
     cache.attend(batch, 0, query, kv[0], kv[1], 0.25)
     tail = batch.tails[0]
     assert tail is not None
-    assert cache.kv_bytes == cache.peak_bytes == kv.nbytes + tail.nbytes
+    assert cache.kv_bytes == cache.peak_bytes == kv.nbytes + memory([tail.keys, tail.values])
     cache.routed(batch, 0, None)
     assert cache.kv_bytes == memory([*cache.pool.pages[0].tensors, tail.keys, tail.values])
     assert cache.peak_bytes > kv.nbytes  # pages, tail and prompt were there at once

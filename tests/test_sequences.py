@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pikv_ds.core.sequences import NO_ROW, SequenceBatch
+from pikv_ds.ops.reference import append_tokens
 
 PAGE, KV_HEADS, HEAD_DIM, TOP_K, LAYERS = 8, 2, 4, 2, 2
 ROUTERS = (True, False)  # layer 1 has none
@@ -44,7 +45,10 @@ def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int]) -> Non
         for i, (row, position) in enumerate(places):
             keys[i] = token(row, layer, position)
             experts[i] = torch.tensor(experts_of(row, position))
-        batch.append(layer, keys, -keys)
+        batch.join(layer, keys, -keys)
+        single = batch.singles(keys.device)
+        tail, flags = batch.tail(layer, keys, -keys), torch.zeros(1, dtype=torch.int32)
+        append_tokens(keys, -keys, single.places, tail.keys, tail.values, flags)
         joined = batch.fresh.get(layer, {})
         assert set(joined) == {row for row, n in enumerate(new) if n > 1}
         for row, (k, v) in joined.items():
@@ -52,8 +56,8 @@ def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int]) -> Non
             expected = [token(row, layer, p) for p in range(first, streams[row].length + new[row])]
             assert torch.equal(k, torch.stack(expected, dim=1))
             assert torch.equal(v, -k)
-        single = batch.places(keys.device)
-        assert single.lengths.tolist() == [batch.open_tokens(r) + 1 if n == 1 else 0 for r, n in enumerate(new)]
+        assert single.indices.tolist() == [r for r, n in enumerate(new) if n == 1]
+        assert single.lengths.tolist() == [batch.open_tokens(r) + 1 for r in single.indices.tolist()]
         for pages in batch.fill(layer, experts if ROUTERS[layer] else None):
             chosen = pages.experts
             assert (chosen is None) is (not ROUTERS[layer])
@@ -139,12 +143,40 @@ def test_release_gives_the_tails_back() -> None:
     assert batch.tail_nbytes == 0
     run_pass(batch, streams, [5, 5])
     keys_and_values = 2 * LAYERS * 2 * KV_HEADS * PAGE * HEAD_DIM * 4
-    assert batch.tail_nbytes == keys_and_values + 2 * PAGE * TOP_K * 2  # int16 experts at layer 0
+    assert batch.tail_nbytes == keys_and_values + LAYERS * 2 * PAGE * TOP_K * 2  # int16 experts
     batch.release([0])
     assert batch.tail_nbytes > 0
     assert batch.release([0, 1]) == [11]
     assert batch.tail_nbytes == batch.fresh_nbytes == 0
     assert batch.tails == [None] * LAYERS
+
+
+def test_pages_of_all_layers_at_once() -> None:
+    """`fill_all` gives what `fill` gives layer by layer, for passes of single tokens."""
+    batch, streams = new_batch(3)
+    run_pass(batch, streams, [PAGE - 1, 3, 2 * PAGE - 1])
+    batch.begin([1, 1, 1])
+    for layer in range(LAYERS):
+        keys = torch.stack([token(row, layer, s.length) for row, s in enumerate(streams)])
+        single, tail = batch.singles(keys.device), batch.tail(layer, keys, -keys)
+        append_tokens(keys, -keys, single.places, tail.keys, tail.values, torch.zeros(1, dtype=torch.int32))
+        experts = torch.tensor([experts_of(row, s.length) for row, s in enumerate(streams)])
+        batch.note_experts(layer, experts if ROUTERS[layer] else None)
+        assert batch.ends_with(layer) is (layer == LAYERS - 1)
+        if batch.ends_with(layer):
+            pages = batch.fill_all()
+        batch.close_layer(layer)
+    assert pages is not None
+    assert single.filling.tolist() == [0, 2]
+    assert pages.routed == {layer for layer in range(LAYERS) if ROUTERS[layer]}
+    for layer in range(LAYERS):
+        keys, values, experts = pages.at(layer)
+        for i, row in enumerate([0, 2]):
+            positions = range(streams[row].length + 1 - PAGE, streams[row].length + 1)
+            assert torch.equal(keys[i], torch.stack([token(row, layer, p) for p in positions], dim=1))
+            assert torch.equal(values[i], -keys[i])
+            if ROUTERS[layer]:
+                assert experts[i].tolist() == [experts_of(row, p) for p in positions]
 
 
 def test_a_pass_that_never_started_leaves_nothing() -> None:

@@ -12,14 +12,13 @@
 namespace pikv_ds {
 namespace {
 
-// What decode_attention and key_scores share.
+// What decode_attention and key_scores share; the lists are the caller's.
 DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor& slab_pointers,
-                                   int64_t slab_rows, int64_t row_bytes, const Tensor& table,
-                                   const Tensor& counts, int64_t element, int64_t num_kv_heads,
-                                   int64_t page_size, int64_t latent_dim, double scale) {
+                                   int64_t slab_rows, int64_t row_bytes, int64_t num_lists,
+                                   int64_t element, int64_t num_kv_heads, int64_t page_size,
+                                   int64_t latent_dim, double scale) {
   args.CheckDim("query", query, 3, "[R, H, D]");
-  args.CheckDim("counts", counts, 1, "[B]");
-  const int64_t r = query.size(0), h = query.size(1), d = query.size(2), b = counts.size(0);
+  const int64_t r = query.size(0), h = query.size(1), d = query.size(2), b = num_lists;
   const ScalarType dtype = query.scalar_type();
 
   DecodeAttentionParams p{};
@@ -30,16 +29,6 @@ DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor
   p.slabs = args.PagesOf(slab_pointers, slab_rows, row_bytes, p.layout);
   p.dtype = args.FloatingDtype("query", dtype);
   p.query = args.In("query", query, {r, h, d}, "[R, H, D]", dtype);
-  p.table_per_head = table.dim() == 3;
-  if (p.table_per_head) {
-    p.table_width = table.size(2);
-    p.table = args.In<int32_t>("table", table, {b, num_kv_heads, p.table_width}, "[B, K, P]");
-  } else {
-    args.CheckDim("table", table, 2, "[B, P] or [B, K, P]");
-    p.table_width = table.size(1);
-    p.table = args.In<int32_t>("table", table, {b, p.table_width}, "[B, P]");
-  }
-  p.counts = args.In<int32_t>("counts", counts, {b}, "[B]");
   p.scale = static_cast<float>(scale);
   p.num_rows = r;
   p.num_table_rows = b;
@@ -47,22 +36,29 @@ DecodeAttentionParams DecodeParams(Args& args, const Tensor& query, const Tensor
   return p;
 }
 
-template <auto kKernel>
-void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
-                     int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
-                     int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
-                     Tensor out, Tensor lse, std::optional<Tensor> page_lse, int64_t num_splits,
-                     std::optional<Tensor> scratch) {
-  Args args("decode_attention", Traits<kKernel>::kDevice, query);
-  DecodeAttentionParams p =
-      DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table, counts, element,
-                   num_kv_heads, page_size, latent_dim, scale);
-  const int64_t r = p.num_rows, h = p.num_heads;
-  p.out = args.Out<float>("out", out, {r, h, p.layout.ValueDim()}, "[R, H, V]");
-  p.lse = args.Out<float>("lse", lse, {r, h}, "[R, H]");
-  if (page_lse) {
-    p.page_lse = args.Out<float>("page_lse", *page_lse, {r, h, p.table_width}, "[R, H, P]");
+PageLists DenseLists(Args& args, const Tensor& table, const Tensor& counts, int64_t b,
+                     int64_t num_kv_heads) {
+  PageLists lists{};
+  lists.per_head = table.dim() == 3;
+  if (lists.per_head) {
+    lists.width = table.size(2);
+    lists.slots = args.In<int32_t>("table", table, {b, num_kv_heads, lists.width}, "[B, K, P]");
+  } else {
+    args.CheckDim("table", table, 2, "[B, P] or [B, K, P]");
+    lists.width = table.size(1);
+    lists.slots = args.In<int32_t>("table", table, {b, lists.width}, "[B, P]");
   }
+  lists.counts = args.In<int32_t>("counts", counts, {b}, "[B]");
+  return lists;
+}
+
+template <auto kKernel>
+void LaunchDecode(Args& args, DecodeAttentionParams& p, Tensor& out, Tensor& lse,
+                  int64_t num_splits, const std::optional<Tensor>& scratch) {
+  const int64_t r = p.num_rows, h = p.num_heads;
+  p.out =
+      args.PartialOut<float>("out", out, {r, h, p.layout.ValueDim()}, "[R, H, V]", &p.out_stride);
+  p.lse = args.PartialOut<float>("lse", lse, {r, h}, "[R, H]", &p.lse_stride);
   p.num_splits = args.Int32("num_splits", num_splits, 1);
 #if defined(PIKV_WITH_CUDA)
   if constexpr (Traits<kKernel>::kDevice == Device::kCuda) {
@@ -76,16 +72,73 @@ void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t s
 }
 
 template <auto kKernel>
+void DecodeAttention(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+                     int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
+                     int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
+                     Tensor out, Tensor lse, std::optional<Tensor> page_lse, int64_t num_splits,
+                     std::optional<Tensor> scratch) {
+  Args args("decode_attention", Traits<kKernel>::kDevice, query);
+  args.CheckDim("counts", counts, 1, "[B]");
+  const int64_t b = counts.size(0);
+  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, b,
+                                         element, num_kv_heads, page_size, latent_dim, scale);
+  p.lists = DenseLists(args, table, counts, b, num_kv_heads);
+  if (page_lse) {
+    p.page_lse = args.Out<float>("page_lse", *page_lse, {p.num_rows, p.num_heads, p.lists.width},
+                                 "[R, H, P]");
+  }
+  LaunchDecode<kKernel>(args, p, out, lse, num_splits, scratch);
+}
+
+template <auto kKernel>
+void DecodeLists(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
+                 int64_t row_bytes, const Tensor& slots, const Tensor& counts,
+                 const Tensor& directory, const Tensor& directories, const Tensor& rows,
+                 int64_t width, int64_t first, int64_t step, int64_t heads, int64_t element,
+                 int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
+                 Tensor out, Tensor lse, int64_t num_splits, std::optional<Tensor> scratch) {
+  Args args("decode_lists", Traits<kKernel>::kDevice, query);
+  args.CheckDim("rows", rows, 1, "[B / heads]");
+  args.CheckDim("counts", counts, 2, "[rows, lists]");
+  args.CheckDim("slots", slots, 1, "[segments * 32]");
+  args.CheckDim("directory", directory, 1, "[N]");
+  PageLists lists{};
+  lists.heads = args.Int32("heads", heads, 1);
+  const int64_t b = rows.size(0) * heads;
+  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, b,
+                                         element, num_kv_heads, page_size, latent_dim, scale);
+  lists.slots = args.In<int32_t>("slots", slots, {slots.size(0)}, "[segments * 32]");
+  lists.counts =
+      args.In<int32_t>("counts", counts, {counts.size(0), counts.size(1)}, "[rows, lists]");
+  lists.directory = args.In<int32_t>("directory", directory, {directory.size(0)}, "[N]");
+  lists.directories =
+      args.In<int32_t>("directories", directories, {counts.size(0), 2}, "[rows, 2]");
+  lists.rows = args.In<int32_t>("rows", rows, {rows.size(0)}, "[B / heads]");
+  lists.width = width;
+  lists.num_lists = args.Int32("lists", counts.size(1), 1);
+  lists.first = args.Int32("first", first, 0);
+  lists.step = args.Int32("step", step, 1);
+  if (first + (heads - 1) * step >= counts.size(1)) {
+    args.Fail("first + (heads - 1) * step must be below lists = ", counts.size(1), ", got ",
+              first + (heads - 1) * step);
+  }
+  p.lists = lists;
+  LaunchDecode<kKernel>(args, p, out, lse, num_splits, scratch);
+}
+
+template <auto kKernel>
 void KeyScores(const Tensor& query, const Tensor& slab_pointers, int64_t slab_rows,
                int64_t row_bytes, const Tensor& table, const Tensor& counts, int64_t element,
                int64_t num_kv_heads, int64_t page_size, int64_t latent_dim, double scale,
                Tensor out, int64_t num_splits) {
   Args args("key_scores", Traits<kKernel>::kDevice, query);
-  DecodeAttentionParams p =
-      DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, table, counts, element,
-                   num_kv_heads, page_size, latent_dim, scale);
+  args.CheckDim("counts", counts, 1, "[B]");
+  const int64_t b = counts.size(0);
+  DecodeAttentionParams p = DecodeParams(args, query, slab_pointers, slab_rows, row_bytes, b,
+                                         element, num_kv_heads, page_size, latent_dim, scale);
+  p.lists = DenseLists(args, table, counts, b, num_kv_heads);
   p.num_splits = args.Int32("num_splits", num_splits, 1);
-  p.page_lse = args.Out<float>("out", out, {p.num_rows, p.num_heads, p.table_width}, "[R, H, P]");
+  p.page_lse = args.Out<float>("out", out, {p.num_rows, p.num_heads, p.lists.width}, "[R, H, P]");
   Launch<kKernel>(p, args);
 }
 
@@ -151,25 +204,27 @@ void ContextAttention(const Tensor& query, const Tensor& keys, const Tensor& val
 
 template <auto kKernel>
 void TailAttention(const Tensor& query, const Tensor& keys, const Tensor& values,
-                   const Tensor& lengths, double scale, Tensor out, Tensor lse) {
+                   const Tensor& lengths, double scale, Tensor out, Tensor lse,
+                   std::optional<Tensor> indices) {
   Args args("tail_attention", Traits<kKernel>::kDevice, query);
   args.CheckDim("query", query, 3, "[N, H, D]");
-  args.CheckDim("keys", keys, 4, "[N, K, S, D]");
+  args.CheckDim("keys", keys, 4, "[B, K, S, D]");
   const int64_t n = query.size(0), h = query.size(1), d = query.size(2);
-  const int64_t k = keys.size(1), s = keys.size(2);
+  const int64_t b = indices ? keys.size(0) : n, k = keys.size(1), s = keys.size(2);
   const ScalarType dtype = query.scalar_type();
 
   TailAttentionParams p{};
   args.CheckMultiple("query heads", h, "KV heads", k);
   p.dtype = args.FloatingDtype("query", dtype);
   p.query = args.In("query", query, {n, h, d}, "[N, H, D]", dtype);
-  p.keys = args.In("keys", keys, {n, k, s, d}, "[N, K, S, D]", dtype);
+  p.keys = args.In("keys", keys, {b, k, s, d}, "[B, K, S, D]", dtype);
   p.value_dim = args.ValueDim(keys, values);
   p.values =
-      p.value_dim < d ? p.keys : args.In("values", values, {n, k, s, d}, "[N, K, S, D]", dtype);
+      p.value_dim < d ? p.keys : args.In("values", values, {b, k, s, d}, "[B, K, S, D]", dtype);
+  if (indices) p.indices = args.In<int32_t>("indices", *indices, {n}, "[N]");
   p.lengths = args.In<int32_t>("lengths", lengths, {n}, "[N]");
-  p.out = args.Out<float>("out", out, {n, h, p.value_dim}, "[N, H, V]");
-  p.lse = args.Out<float>("lse", lse, {n, h}, "[N, H]");
+  p.out = args.PartialOut<float>("out", out, {n, h, p.value_dim}, "[N, H, V]", &p.out_stride);
+  p.lse = args.PartialOut<float>("lse", lse, {n, h}, "[N, H]", &p.lse_stride);
   p.scale = static_cast<float>(scale);
   p.num_rows = n;
   p.num_heads = h;
@@ -180,18 +235,68 @@ void TailAttention(const Tensor& query, const Tensor& keys, const Tensor& values
 }
 
 template <auto kKernel>
-void MergePartials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse) {
+void AppendTokens(const Tensor& keys, std::optional<Tensor> values, const Tensor& places,
+                  Tensor tail_keys, std::optional<Tensor> tail_values, Tensor flags) {
+  Args args("append_tokens", Traits<kKernel>::kDevice, keys);
+  args.CheckDim("keys", keys, 3, "[N, K, D]");
+  args.CheckDim("tail_keys", tail_keys, 4, "[B, K, S, D]");
+  args.CheckDim("places", places, 2, "[3, M]");
+  const int64_t n = keys.size(0), k = keys.size(1), d = keys.size(2);
+  const int64_t b = tail_keys.size(0), s = tail_keys.size(2), m = places.size(1);
+  const ScalarType dtype = keys.scalar_type();
+
+  AppendTokensParams p{};
+  p.dtype = args.FloatingDtype("keys", dtype);
+  p.keys = args.StridedIn("keys", keys, {n, k, d}, "[N, K, D]", dtype, p.key_strides);
+  p.places = args.In<int32_t>("places", places, {3, m}, "[3, M]");
+  int64_t stride;
+  p.tail_keys =
+      args.PartialOut("tail_keys", tail_keys, {b, k, s, d}, "[B, K, S, D]", dtype, &stride);
+  if (values.has_value() != tail_values.has_value()) {
+    args.Fail("values and tail_values must both be there, or neither");
+  }
+  if (values) {
+    args.CheckDim("values", *values, 3, "[N, K, V]");
+    p.value_dim = values->size(2);
+    p.values =
+        args.StridedIn("values", *values, {n, k, p.value_dim}, "[N, K, V]", dtype, p.value_strides);
+    p.tail_values = args.PartialOut("tail_values", *tail_values, {b, k, s, p.value_dim},
+                                    "[B, K, S, V]", dtype, &stride);
+  }
+  p.flags = args.Out<int32_t>("flags", flags, {1}, "[1]");
+  p.num_tokens = m;
+  p.num_kv_heads = k;
+  p.page_size = s;
+  p.head_dim = d;
+  Launch<kKernel>(p, args);
+}
+
+// Partials [P, N, D] are [P, N, 1, D].
+template <auto kKernel>
+void MergePartials(const Tensor& outs, const Tensor& lses, Tensor out, std::optional<Tensor> lse) {
   Args args("merge_partials", Traits<kKernel>::kDevice, outs);
-  args.CheckDim("outs", outs, 3, "[P, N, D]");
-  const int64_t num_partials = outs.size(0), n = outs.size(1), d = outs.size(2);
+  const bool heads = outs.dim() == 4;
+  if (!heads) args.CheckDim("outs", outs, 3, "[P, N, D] or [P, N, H, D]");
+  const int64_t num_partials = outs.size(0), n = outs.size(1), d = outs.size(outs.dim() - 1);
+  const int64_t h = heads ? outs.size(2) : 1;
+  const ScalarType dtype = out.scalar_type();
 
   MergePartialsParams p{};
-  p.outs = args.In<float>("outs", outs, {num_partials, n, d}, "[P, N, D]");
-  p.lses = args.In<float>("lses", lses, {num_partials, n}, "[P, N]");
-  p.out = args.Out<float>("out", out, {n, d}, "[N, D]");
-  p.lse = args.Out<float>("lse", lse, {n}, "[N]");
+  p.dtype = args.FloatingDtype("out", dtype);
+  if (heads) {
+    p.outs = args.PartialsIn("outs", outs, {num_partials, n, h, d}, "[P, N, H, D]", p.outs_strides);
+    p.lses = args.PartialsIn("lses", lses, {num_partials, n, h}, "[P, N, H]", p.lses_strides);
+    p.out = args.PartialOut("out", out, {n, h, d}, "[N, H, D]", dtype, &p.out_stride);
+    if (lse) p.lse = args.PartialOut<float>("lse", *lse, {n, h}, "[N, H]", &p.lse_stride);
+  } else {
+    p.outs = args.PartialsIn("outs", outs, {num_partials, n, d}, "[P, N, D]", p.outs_strides);
+    p.lses = args.PartialsIn("lses", lses, {num_partials, n}, "[P, N]", p.lses_strides);
+    p.out = args.PartialOut("out", out, {n, d}, "[N, D]", dtype, &p.out_stride);
+    if (lse) p.lse = args.PartialOut<float>("lse", *lse, {n}, "[N]", &p.lse_stride);
+  }
   p.num_partials = num_partials;
   p.num_rows = n;
+  p.num_heads = h;
   p.head_dim = d;
   Launch<kKernel>(p, args);
 }
@@ -212,19 +317,23 @@ int64_t DecodeScratch(int64_t num_rows, int64_t num_heads, int64_t value_dim, in
 
 STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&DecodeAttention<&DecodeAttentionCpu>));
+  m.impl("decode_lists", TORCH_BOX(&DecodeLists<&DecodeAttentionCpu>));
   m.impl("key_scores", TORCH_BOX(&KeyScores<&DecodeAttentionCpu>));
   m.impl("prefill_attention", TORCH_BOX(&PrefillAttention<&PrefillAttentionCpu>));
   m.impl("context_attention", TORCH_BOX(&ContextAttention<&ContextAttentionCpu>));
   m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCpu>));
+  m.impl("append_tokens", TORCH_BOX(&AppendTokens<&AppendTokensCpu>));
   m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCpu>));
 }
 
 #if defined(PIKV_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CUDA, m) {
   m.impl("decode_attention", TORCH_BOX(&DecodeAttention<&DecodeAttentionCuda>));
+  m.impl("decode_lists", TORCH_BOX(&DecodeLists<&DecodeAttentionCuda>));
   m.impl("key_scores", TORCH_BOX(&KeyScores<&DecodeAttentionCuda>));
   m.impl("prefill_attention", TORCH_BOX(&PrefillAttention<&PrefillAttentionCuda>));
   m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCuda>));
+  m.impl("append_tokens", TORCH_BOX(&AppendTokens<&AppendTokensCuda>));
   m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCuda>));
 }
 

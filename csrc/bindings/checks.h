@@ -162,6 +162,45 @@ class Args {
     return tensor.const_data_ptr();
   }
 
+  // A partial's output or its log-sum-exps: contiguous rows, which may be parts of longer rows
+  // `stride` elements apart.
+  template <typename T>
+  T* PartialOut(const char* name, const Tensor& tensor, Shape shape, const char* layout,
+                int64_t* stride) {
+    return static_cast<T*>(PartialOut(name, tensor, shape, layout, ScalarTypeOf<T>::value, stride));
+  }
+  void* PartialOut(const char* name, const Tensor& tensor, Shape shape, const char* layout,
+                   ScalarType dtype, int64_t* stride) {
+    int64_t row = 1;
+    for (auto size = shape.begin() + 1; size != shape.end(); ++size) row *= *size;
+    *stride = row;
+    if (tensor.is_contiguous()) {
+      CheckContiguous(name, tensor, shape, layout, dtype);
+      Note(name, tensor, tensor.const_data_ptr(), /*written=*/true);
+    } else {
+      int64_t strides[4];
+      StridedIn(name, tensor, shape, layout, dtype, strides);
+      CheckRows(name, tensor, 1);
+      *stride = tensor.strides()[0];
+      if (*stride < row && *shape.begin() > 1) {
+        Fail(name, " must have rows that do not overlap, got shape ", ShapeString(tensor.sizes()),
+             " with strides ", ShapeString(tensor.strides()));
+      }
+    }
+    return tensor.mutable_data_ptr();
+  }
+  // Partials [P, N, ..., H, D], of which the first two dimensions have strides.
+  const float* PartialsIn(const char* name, const Tensor& tensor, Shape shape, const char* layout,
+                          int64_t* strides) {
+    int64_t given[4];
+    const auto* const data =
+        static_cast<const float*>(StridedIn(name, tensor, shape, layout, ScalarType::Float, given));
+    CheckRows(name, tensor, 2);
+    if (tensor.is_contiguous()) Note(name, tensor, data, /*written=*/false);
+    std::copy_n(tensor.strides().begin(), 2, strides);
+    return data;
+  }
+
   // `num_rows` rows of contiguous bytes, which may be parts of longer rows `stride` apart.
   const uint8_t* RowsIn(const char* name, const Tensor& tensor, int64_t num_rows, int64_t row_bytes,
                         const char* layout, int64_t* stride) const {
@@ -282,6 +321,19 @@ class Args {
     if (there) return;
     Fail(name, " must be on ", device_ == Device::kCpu ? "the CPU" : "the same GPU as the others",
          ", got another device");
+  }
+
+  // The dimensions from `first` on lie together.
+  void CheckRows(const char* name, const Tensor& tensor, int64_t first) const {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    int64_t wanted = 1;
+    for (int64_t dim = tensor.dim() - 1; dim >= first; --dim) {
+      if (sizes[dim] > 1 && strides[dim] != wanted) {
+        Fail(name, " must have contiguous rows, got shape ", ShapeString(sizes), " with strides ",
+             ShapeString(strides));
+      }
+      wanted *= sizes[dim];
+    }
   }
 
   void CheckContiguous(const char* name, const Tensor& tensor, Shape shape, const char* layout,

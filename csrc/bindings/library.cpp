@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
   m.def("decode_attention(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
         "float scale, " PIKV_PARTIAL
         ", Tensor(c!)? page_lse, int num_splits, Tensor(d!)? scratch) -> ()");
+  m.def("decode_lists(Tensor query, " PIKV_SLABS
+        "Tensor slots, Tensor counts, Tensor directory, Tensor directories, Tensor rows, "
+        "int width, int first, int step, int heads, " PIKV_LAYOUT "float scale, " PIKV_PARTIAL
+        ", int num_splits, Tensor? scratch) -> ()");
   m.def("key_scores(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
         "float scale, Tensor(a!) out, int num_splits) -> ()");
   m.def("prefill_attention(Tensor query, " PIKV_SLABS "Tensor slots, " PIKV_LAYOUT
@@ -42,8 +46,11 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
       "int? first_query, " PIKV_PARTIAL ") -> ()");
   m.def(
       "tail_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, "
-      "float scale, " PIKV_PARTIAL ") -> ()");
-  m.def("merge_partials(Tensor outs, Tensor lses, " PIKV_PARTIAL ") -> ()");
+      "float scale, " PIKV_PARTIAL ", Tensor? indices) -> ()");
+  m.def(
+      "append_tokens(Tensor keys, Tensor? values, Tensor places, Tensor(a!) tail_keys, "
+      "Tensor(b!)? tail_values, Tensor(c!) flags) -> ()");
+  m.def("merge_partials(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def("page_scores(Tensor query, " PIKV_SLABS
         "Tensor table, Tensor counts, "
         "ScalarType bounds_dtype, int num_kv_heads, Tensor(a!) out) -> ()");

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -42,7 +43,10 @@ void SealPages(const Tensor& keys, std::optional<Tensor> values, int64_t element
     p.bounds =
         args.RowsOut("bounds", *bounds, n, bounds_bytes, "[N, bounds_bytes]", &p.bounds_stride);
   }
-  p.flags = args.Out<int32_t>("flags", flags, {1}, "[1]");
+  args.CheckDim("flags", flags, 1, "[F]");
+  args.CheckMultiple("pages", n, "flags", flags.size(0));
+  p.flags = args.Out<int32_t>("flags", flags, {flags.size(0)}, "[F]");
+  p.pages_per_flag = std::max<int64_t>(1, n / flags.size(0));
   Launch<kKernel>(p, args);
 }
 

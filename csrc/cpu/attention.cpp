@@ -75,6 +75,7 @@ struct AttentionWork {
   int value_dim;                            // of an output: the first so many channels
   float* out;                               // [queries, H, V]; may be null
   float* lse;                               // [queries, H]
+  int64_t out_stride, lse_stride;           // from query to query
 };
 
 // One cell of the work: some queries of a group and some KV heads, over a piece of its blocks.
@@ -244,11 +245,11 @@ class Runner {
       for (int64_t row = 0; row < num_rows; ++row) {
         const int64_t query =
             cell.group * work_.queries_per_group + cell.first_query + row / task.group;
-        const int64_t at =
-            (query * work_.num_kv_heads + cell.first_head + head) * task.group + row % task.group;
+        const int64_t at = (cell.first_head + head) * task.group + row % task.group;
         Finish(states + (head * num_rows + row) * state_stride_,
                num_heads * num_rows * state_stride_, cell.num_pieces, num_places_, places_, &sums,
-               work_.out + at * work_.value_dim, work_.lse + at);
+               work_.out + query * work_.out_stride + at * work_.value_dim,
+               work_.lse + query * work_.lse_stride + at);
       }
     }
   }
@@ -266,11 +267,10 @@ class Runner {
 // Pages of one table row.
 class PagedBlocks final : public BlockSource {
  public:
-  PagedBlocks(const PageLayout& layout, const Slabs& slabs, const int32_t* table,
-              int64_t head_stride)
+  PagedBlocks(const PageLayout& layout, const Slabs& slabs, PageList list, int64_t head_stride)
       : layout_(layout),
         slabs_(slabs),
-        table_(table),
+        list_(list),
         head_stride_(head_stride),
         row_bytes_(layout.RowBytes()),
         key_scales_(layout.KeyScaleOffset()),
@@ -280,7 +280,7 @@ class PagedBlocks final : public BlockSource {
         value_scale_rows_(layout.latent_dim > 0 ? 0 : scale_rows_) {}
 
   bool Get(int64_t index, int kv_head, KvBlock* block) const override {
-    const int32_t slot = table_[kv_head * head_stride_ + index];
+    const int32_t slot = list_[kv_head * head_stride_ + index];
     if (slot == 0) return false;
     const uint8_t* page = slabs_.Row(slot);
     const int64_t rows = int64_t{kv_head} * layout_.page_size * row_bytes_;
@@ -304,8 +304,8 @@ class PagedBlocks final : public BlockSource {
  private:
   PageLayout layout_;
   Slabs slabs_;
-  const int32_t* table_;
-  int64_t head_stride_;
+  PageList list_;
+  int64_t head_stride_;  // from head to head of a table that has a selection for each
   int64_t row_bytes_, key_scales_, values_, value_scales_;
   int scale_rows_, value_scale_rows_;
 };
@@ -314,12 +314,11 @@ class PagedBlocks final : public BlockSource {
 // asks.
 class UnpackedBlocks final : public BlockSource {
  public:
-  UnpackedBlocks(const PageLayout& layout, const Slabs& slabs, const int32_t* table,
-                 int64_t head_stride)
-      : layout_(layout), slabs_(slabs), table_(table), head_stride_(head_stride) {}
+  UnpackedBlocks(const PageLayout& layout, const Slabs& slabs, PageList list, int64_t head_stride)
+      : layout_(layout), slabs_(slabs), list_(list), head_stride_(head_stride) {}
 
   bool Get(int64_t index, int kv_head, KvBlock* block) const override {
-    const int32_t slot = table_[kv_head * head_stride_ + index];
+    const int32_t slot = list_[kv_head * head_stride_ + index];
     if (slot == 0) return false;
     const uint8_t* page = slabs_.Row(slot);
     const int dim = layout_.head_dim, tokens = layout_.page_size;
@@ -373,8 +372,8 @@ class UnpackedBlocks final : public BlockSource {
 
   PageLayout layout_;
   Slabs slabs_;
-  const int32_t* table_;
-  int64_t head_stride_;
+  PageList list_;
+  int64_t head_stride_;  // from head to head of a table that has a selection for each
 };
 
 // Plain keys and values of one sequence; strides in bytes.
@@ -426,7 +425,7 @@ uint8_t* ThreadScratch(int64_t bytes) {
 void DecodeAttentionCpu(const DecodeAttentionParams& p) {
   const int64_t num_kv_heads = p.layout.num_kv_heads;
   if (p.page_lse != nullptr) {
-    std::fill_n(p.page_lse, p.num_rows * p.num_heads * p.table_width, kMinusInfinity);
+    std::fill_n(p.page_lse, p.num_rows * p.num_heads * p.lists.width, kMinusInfinity);
   }
   if (p.num_rows == 0) return;
   AttentionWork work = {};
@@ -443,8 +442,8 @@ void DecodeAttentionCpu(const DecodeAttentionParams& p) {
   task.scale = p.scale;
   task.first_limit = -1;
   task.page_lse = p.page_lse;
-  task.page_lse_stride = p.num_heads * p.table_width;
-  task.page_lse_head_stride = p.table_width;
+  task.page_lse_stride = p.num_heads * p.lists.width;
+  task.page_lse_head_stride = p.lists.width;
   task.keys_only = p.out == nullptr;
   work.num_groups = p.num_table_rows;
   work.queries_per_group = p.num_rows / p.num_table_rows;
@@ -452,20 +451,21 @@ void DecodeAttentionCpu(const DecodeAttentionParams& p) {
   work.value_dim = p.layout.ValueDim();
   work.out = p.out;
   work.lse = p.lse;
-  work.num_blocks.assign(p.counts, p.counts + p.num_table_rows);
+  work.out_stride = p.out_stride;
+  work.lse_stride = p.lse_stride;
   std::vector<PagedBlocks> blocks;
   std::vector<UnpackedBlocks> unpacked;
   blocks.reserve(p.num_table_rows);
   unpacked.reserve(p.num_table_rows);
+  const int64_t head_stride = p.lists.per_head ? p.lists.width : 0;
   for (int64_t row = 0; row < p.num_table_rows; ++row) {
-    const int64_t entries = p.table_per_head ? num_kv_heads * p.table_width : p.table_width;
-    const int32_t* table = p.table + row * entries;
-    const int64_t head_stride = p.table_per_head ? p.table_width : 0;
+    const PageList list = p.lists.List(row, 0, p.layout.num_kv_heads);
+    work.num_blocks.push_back(list.count);
     if (p.layout.Packed()) {
-      unpacked.emplace_back(p.layout, p.slabs, table, head_stride);
+      unpacked.emplace_back(p.layout, p.slabs, list, head_stride);
       work.sources.push_back(&unpacked.back());
     } else {
-      blocks.emplace_back(p.layout, p.slabs, table, head_stride);
+      blocks.emplace_back(p.layout, p.slabs, list, head_stride);
       work.sources.push_back(&blocks.back());
     }
   }
@@ -473,12 +473,11 @@ void DecodeAttentionCpu(const DecodeAttentionParams& p) {
 }
 
 void PrefillAttentionCpu(const PrefillAttentionParams& p) {
-  const int32_t count = static_cast<int32_t>(p.num_pages);
   DecodeAttentionParams decode = {};
   decode.query = p.query;
   decode.slabs = p.slabs;
-  decode.table = p.slots;
-  decode.counts = &count;
+  decode.lists.slots = p.slots;
+  decode.lists.width = p.num_pages;
   decode.out = p.out;
   decode.lse = p.lse;
   decode.layout = p.layout;
@@ -487,7 +486,8 @@ void PrefillAttentionCpu(const PrefillAttentionParams& p) {
   decode.num_rows = p.num_queries;
   decode.num_table_rows = 1;  // all queries are those of one sequence
   decode.num_heads = p.num_heads;
-  decode.table_width = p.num_pages;
+  decode.out_stride = p.num_heads * p.layout.ValueDim();
+  decode.lse_stride = p.num_heads;
   DecodeAttentionCpu(decode);
 }
 
@@ -517,6 +517,8 @@ void ContextAttentionCpu(const ContextAttentionParams& p) {
   work.num_blocks = {(p.num_keys + kContextTokens - 1) / kContextTokens};
   work.out = p.out;
   work.lse = p.lse;
+  work.out_stride = p.num_heads * p.value_dim;
+  work.lse_stride = p.num_heads;
   Runner(work).Run();
 }
 
@@ -542,11 +544,14 @@ void TailAttentionCpu(const TailAttentionParams& p) {
   work.value_dim = static_cast<int>(p.value_dim);
   work.out = p.out;
   work.lse = p.lse;
+  work.out_stride = p.out_stride;
+  work.lse_stride = p.lse_stride;
   const std::array<int64_t, 2> strides = {head_bytes, token_bytes};
   std::vector<PlainBlocks> blocks;
   blocks.reserve(p.num_rows);
   for (int64_t row = 0; row < p.num_rows; ++row) {
-    const int64_t offset = row * p.num_kv_heads * head_bytes;
+    const int64_t tail = p.indices == nullptr ? row : p.indices[row];
+    const int64_t offset = tail * p.num_kv_heads * head_bytes;
     blocks.emplace_back(static_cast<const uint8_t*>(p.keys) + offset,
                         static_cast<const uint8_t*>(p.values) + offset, strides, strides,
                         p.lengths[row], static_cast<int>(p.page_size));

@@ -103,20 +103,21 @@ void SealPagesCpu(const SealPagesParams& params) {
 
   const int64_t heads = layout.num_kv_heads, num_blocks = params.num_pages * heads;
   const int64_t num_elements = num_blocks * layout.page_size * layout.head_dim;
-  int32_t flags = 0;
-#pragma omp parallel if (num_elements >= kParallelElements) reduction(| : flags)
+#pragma omp parallel if (num_elements >= kParallelElements)
   {
     Scratch scratch(layout);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t page = block / heads, head = block % heads;
       if (head == 0) ZeroPadding(layout, params.out + page * params.out_stride);
-      flags |= layout.Packed()
-                   ? seal_packed(params, scratch.scaling(), scratch.ranges(), page, head)
-                   : seal_head(params, scratch.scaling(), page, head);
+      const int32_t noted =
+          layout.Packed() ? seal_packed(params, scratch.scaling(), scratch.ranges(), page, head)
+                          : seal_head(params, scratch.scaling(), page, head);
+      if (noted == 0) continue;
+#pragma omp atomic
+      params.flags[page / params.pages_per_flag] |= noted;
     }
   }
-  *params.flags |= flags;
 }
 
 }  // namespace pikv_ds

@@ -14,9 +14,10 @@ constexpr int kDecodeThreads = kDecodeWarps * kWarpSize;
 
 // What decode_attention and prefill_attention make of their params.
 struct DecodeLaunch {
-  DecodeAttentionParams params;  // counts may be null here: all of the table
-  float* outs;                   // [num_splits, R, H, D]; params.out with one split
-  float* lses;                   // [num_splits, R, H]
+  DecodeAttentionParams params;
+  float* outs;  // [num_splits, R, H, V], rows out_stride apart; params.out with one split
+  float* lses;  // [num_splits, R, H], rows lse_stride apart
+  int64_t out_stride, lse_stride;
 };
 
 struct DecodeBlock {
@@ -27,8 +28,8 @@ struct DecodeBlock {
   int num_columns;   // of all tiles
   int first_column;  // of this tile
   int split;
-  const int32_t* table;  // this table row's (and KV head's) entries
-  int begin, end;        // the split's entries
+  PageList list;   // of this table row (and KV head)
+  int begin, end;  // the split's entries
 
   __device__ DecodeBlock(const DecodeAttentionParams& p, int columns_per_tile) {
     const int num_kv_heads = p.layout.num_kv_heads;
@@ -42,11 +43,9 @@ struct DecodeBlock {
     const int x = static_cast<int>(blockIdx.x);
     split = x / num_tiles;
     first_column = (x - split * num_tiles) * columns_per_tile;
-    table = p.table +
-            (p.table_per_head ? table_row * num_kv_heads + kv_head : table_row) * p.table_width;
-    const int64_t count = p.counts == nullptr ? p.table_width : p.counts[table_row];
-    begin = static_cast<int>(count * split / p.num_splits);
-    end = static_cast<int>(count * (split + 1) / p.num_splits);
+    list = p.lists.List(table_row, kv_head, num_kv_heads);
+    begin = static_cast<int>(list.count * split / p.num_splits);
+    end = static_cast<int>(list.count * (split + 1) / p.num_splits);
   }
 
   static dim3 Grid(const DecodeAttentionParams& p, int columns_per_tile) {
@@ -55,11 +54,25 @@ struct DecodeBlock {
                 p.num_table_rows);
   }
 
-  // Index into [R, H] of a column, which counts from the tile's first.
+  // Query row and head of a column, which counts from the tile's first.
+  __device__ int64_t Row(int column) const {
+    return table_row * row_queries + (first_column + column) / group;
+  }
+  __device__ int64_t Head(int column) const {
+    return int64_t{kv_head} * group + (first_column + column) % group;
+  }
+  // Index into [R, H] of a column.
   __device__ int64_t RowAndHead(const DecodeAttentionParams& p, int column) const {
-    const int j = first_column + column;
-    const int64_t row = table_row * row_queries + j / group;
-    return row * p.num_heads + int64_t{kv_head} * group + j % group;
+    return Row(column) * p.num_heads + Head(column);
+  }
+  // Where the split's partial of a column goes.
+  __device__ float* Out(const DecodeLaunch& launch, int column, int value_dim) const {
+    const int64_t row = split * launch.params.num_rows + Row(column);
+    return launch.outs + row * launch.out_stride + Head(column) * value_dim;
+  }
+  __device__ float* Lse(const DecodeLaunch& launch, int column) const {
+    const int64_t row = split * launch.params.num_rows + Row(column);
+    return launch.lses + row * launch.lse_stride + Head(column);
   }
   // Columns of this tile.
   __device__ int Columns(int columns_per_tile) const {
@@ -70,9 +83,9 @@ struct DecodeBlock {
   // count. A barrier must follow.
   __device__ void ClearPageLse(const DecodeAttentionParams& p, int columns) const {
     if (p.page_lse == nullptr) return;
-    const int64_t last = split == p.num_splits - 1 ? p.table_width : end;
+    const int64_t last = split == p.num_splits - 1 ? p.lists.width : end;
     for (int column = 0; column < columns; ++column) {
-      float* page_lse = p.page_lse + RowAndHead(p, column) * p.table_width;
+      float* page_lse = p.page_lse + RowAndHead(p, column) * p.lists.width;
       for (int64_t i = begin + threadIdx.x; i < last; i += kDecodeThreads)
         page_lse[i] = NegativeInfinity();
     }
@@ -92,7 +105,7 @@ class PageQueue {
       if (next_ >= block.end) return false;
       const int lane = threadIdx.x % kWarpSize;
       const int mine = next_ + lane * kDecodeWarps;
-      const int32_t slot = mine < block.end ? block.table[mine] : 0;
+      const int32_t slot = mine < block.end ? block.list[mine] : 0;
       address_ = slot > 0 ? reinterpret_cast<unsigned long long>(slabs.Row(slot)) : 0;
       pages_ = Ballot(slot > 0);
       first_ = next_;

@@ -57,22 +57,31 @@ int64_t DecodeScratchFloats(const DecodeAttentionParams& params) {
 
 void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return;
-  DecodeLaunch launch{params, params.out, params.lse};
+  const int64_t lse_stride = params.num_heads, out_stride = lse_stride * params.layout.ValueDim();
+  DecodeLaunch launch{params, params.out, params.lse, params.out_stride, params.lse_stride};
   const bool merge = params.out != nullptr && params.num_splits > 1;
   if (merge) {
-    launch.outs = params.scratch;
-    launch.lses = params.scratch + params.num_splits * OutFloats(params);
+    float* const lses = params.scratch + params.num_splits * OutFloats(params);
+    launch = {params, params.scratch, lses, out_stride, lse_stride};
   }
   LaunchDecode("decode_attention", launch, stream);
   if (!merge) return;
-  MergePartialsParams splits;
+  MergePartialsParams splits{};
   splits.outs = launch.outs;
   splits.lses = launch.lses;
   splits.out = params.out;
   splits.lse = params.lse;
+  splits.dtype = Dtype::kFloat32;
   splits.num_partials = params.num_splits;
-  splits.num_rows = params.num_rows * params.num_heads;
+  splits.num_rows = params.num_rows;
+  splits.num_heads = params.num_heads;
   splits.head_dim = params.layout.ValueDim();
+  splits.outs_strides[0] = params.num_rows * out_stride;
+  splits.outs_strides[1] = out_stride;
+  splits.lses_strides[0] = params.num_rows * lse_stride;
+  splits.lses_strides[1] = lse_stride;
+  splits.out_stride = params.out_stride;
+  splits.lse_stride = params.lse_stride;
   MergePartialsCuda(splits, stream);
 }
 

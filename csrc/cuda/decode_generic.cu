@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       for (int j = 0; j < kRows; ++j) {
         const float lse = page_max[j] + logf(WarpSum(page_sum[j]));
         if (lane == 0 && j < columns)
-          p.page_lse[block.RowAndHead(p, j) * p.table_width + position] = lse;
+          p.page_lse[block.RowAndHead(p, j) * p.lists.width + position] = lse;
       }
     }
   }
@@ -223,13 +223,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
                               kRows, value_dim);
   StoreWarp(state, warp, partials);
   __syncthreads();
-  const int64_t split_row = block.split * p.num_rows * p.num_heads;
   MergeWarps<kDecodeWarps>(
-      partials, columns,
-      [&](int j, int d, float x) {
-        launch.outs[(split_row + block.RowAndHead(p, j)) * value_dim + d] = x;
-      },
-      [&](int j, float lse) { launch.lses[split_row + block.RowAndHead(p, j)] = lse; });
+      partials, columns, [&](int j, int d, float x) { block.Out(launch, j, value_dim)[d] = x; },
+      [&](int j, float lse) { *block.Lse(launch, j) = lse; });
 }
 
 template <typename Tokens>

@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
           const float total = SumOverTokens(page_sum[tile][j]);
           const int column = tile * 8 + 2 * c + j;
           if (g == 0 && column < columns) {
-            p.page_lse[block.RowAndHead(p, column) * p.table_width + chunk.position] =
+            p.page_lse[block.RowAndHead(p, column) * p.lists.width + chunk.position] =
                 (page_max[tile][j] + log2f(total)) * kLn2;
           }
         }
@@ -344,13 +344,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1) DecodeTensorKernel(const De
     }
   }
   __syncthreads();
-  const int64_t split_row = block.split * p.num_rows * p.num_heads;
   MergeWarps<kDecodeWarps>(
-      partials, columns,
-      [&](int j, int d, float x) {
-        launch.outs[(split_row + block.RowAndHead(p, j)) * kHeadDim + d] = x;
-      },
-      [&](int j, float lse) { launch.lses[split_row + block.RowAndHead(p, j)] = lse; });
+      partials, columns, [&](int j, int d, float x) { block.Out(launch, j, kHeadDim)[d] = x; },
+      [&](int j, float lse) { *block.Lse(launch, j) = lse; });
 }
 
 template <Element kElement, int kHeadDim, int kTiles>

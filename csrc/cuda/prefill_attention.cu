@@ -10,8 +10,8 @@ void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t str
   DecodeAttentionParams decode = {};
   decode.query = params.query;
   decode.slabs = params.slabs;
-  decode.table = params.slots;
-  decode.counts = nullptr;  // all of the table
+  decode.lists.slots = params.slots;
+  decode.lists.width = params.num_pages;
   decode.out = params.out;
   decode.lse = params.lse;
   decode.layout = params.layout;
@@ -20,9 +20,10 @@ void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t str
   decode.num_rows = params.num_queries;
   decode.num_table_rows = 1;
   decode.num_heads = params.num_heads;
-  decode.table_width = params.num_pages;
   decode.num_splits = 1;
-  LaunchDecode("prefill_attention", DecodeLaunch{decode, params.out, params.lse}, stream);
+  const int64_t stride = params.num_heads * params.layout.ValueDim();
+  const DecodeLaunch launch{decode, params.out, params.lse, stride, params.num_heads};
+  LaunchDecode("prefill_attention", launch, stream);
 }
 
 }  // namespace pikv_ds

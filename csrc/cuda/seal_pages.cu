@@ -184,7 +184,9 @@ __global__ void __launch_bounds__(kThreads, 8)
   }
   bad = __syncthreads_or(bad);
   beyond = __syncthreads_or(beyond);
-  if (threadIdx.x == 0 && (bad || beyond)) atomicOr(p.flags, bad ? kNonFinite : kBeyondRange);
+  if (threadIdx.x == 0 && (bad || beyond)) {
+    atomicOr(p.flags + page / p.pages_per_flag, bad ? kNonFinite : kBeyondRange);
+  }
 
   // Data. Also a barrier above: all scales are there.
   const int64_t head_bytes = (is_keys ? layout.RowBytes() : layout.ValueRowBytes()) * num_tokens;

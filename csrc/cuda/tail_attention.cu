@@ -65,18 +65,21 @@ __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAtt
   const int group = static_cast<int>(p.num_heads / p.num_kv_heads);
   const int first_row = blockIdx.z * kRows;  // within the group
   const int num_rows = min(kRows, group - first_row);
-  const int64_t first_head = n * p.num_heads + kv_head * group + first_row;  // of [N, H]
+  const int64_t first_head = kv_head * group + first_row;
+  const int64_t tail = p.indices == nullptr ? n : p.indices[n];
   const int length = p.lengths[n];
 
   float* query = reinterpret_cast<float*>(DynamicShared());  // [kRows, padded_dim]
   for (int i = threadIdx.x; i < kRows * padded_dim; i += kThreads) {
     const int row = i / padded_dim, d = i - row * padded_dim;
     const bool there = row < num_rows && d < head_dim;
-    query[i] = there ? LoadFloat(p.query, (first_head + row) * head_dim + d, kDtype) : 0.0f;
+    query[i] = there
+                   ? LoadFloat(p.query, (n * p.num_heads + first_head + row) * head_dim + d, kDtype)
+                   : 0.0f;
   }
   __syncthreads();
 
-  const int64_t offset = (n * p.num_kv_heads + kv_head) * p.page_size * head_dim;
+  const int64_t offset = (tail * p.num_kv_heads + kv_head) * p.page_size * head_dim;
   TailTokens<kDtype> tokens;
   tokens.keys = static_cast<const T*>(p.keys) + offset;
   tokens.values = static_cast<const T*>(p.values) + offset;
@@ -98,8 +101,10 @@ __global__ void __launch_bounds__(kThreads, 2) TailAttentionKernel(const TailAtt
   __syncthreads();
   MergeWarps<kWarps>(
       partials, num_rows,
-      [&](int row, int d, float x) { p.out[(first_head + row) * value_dim + d] = x; },
-      [&](int row, float lse) { p.lse[first_head + row] = lse; });
+      [&](int row, int d, float x) {
+        p.out[n * p.out_stride + (first_head + row) * value_dim + d] = x;
+      },
+      [&](int row, float lse) { p.lse[n * p.lse_stride + first_head + row] = lse; });
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 """Attention of one layer: the open tail, the local shard and the other ranks' shards, merged.
 
-The query goes to the pages. While it travels, this rank attends to what it holds itself; then it
-answers the others' queries, and the partials are merged in the order of the ranks, the tail last,
-in float32: the same input gives the same bits.
+The query goes to the pages. Rows that append a single token are one part of a pass: it has the same ops, shapes and
+collectives at every layer, whatever else is in the pass. All ranks' queries are gathered; each rank attends to what
+it holds for all of them, and the partials go back and are merged in the order of the ranks, the tail last, in
+float32: the same input gives the same bits. Prompts and chunks are the other part.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pikv_ds.core.exchange import Exchange
+from pikv_ds.core.exchange import Exchange, Partials
 from pikv_ds.core.ledger import SHARED_SOURCE, Ledger
-from pikv_ds.core.sequences import SequenceBatch
+from pikv_ds.core.sequences import SequenceBatch, SingleTokens
 from pikv_ds.core.shape import ModelShape
-from pikv_ds.core.shard import Shard
+from pikv_ds.core.shard import AskedRows, Shard
 from pikv_ds.core.step import StepPlan
 from pikv_ds.slabs import Slabs
 
@@ -34,11 +35,15 @@ class ShardedAttention:
     shape: ModelShape
     keeps_all: bool
     """No page is ever dropped or demoted."""
+    flags: Tensor
+    """int32 ``[layers]``, a `SealFlag` of each layer's tokens."""
     counters: Counter[str] = field(default_factory=Counter)
     """``queries``: of this rank, that have gone to the others."""
     totals: dict[int, Tensor] = field(default_factory=dict)
     """Per layer, float32 ``[n, H]``: log-sum-exps of this rank's asking queries over their whole rows in this pass, if
-    the shard learns from them."""
+    the shard learns from them; in the order of `StepPlan.asking`."""
+    _asked: AskedRows | None = None  # of this pass's single tokens
+    _asked_in: StepPlan | None = None
 
     def __post_init__(self) -> None:
         self.ops = self.shard.formats[0].ops
@@ -68,43 +73,105 @@ class ShardedAttention:
             ``[N, H, V]`` in the query's dtype; no rows where the caller attends to all of them.
         """
         query = query.contiguous()  # it may be a piece of one tensor with keys and values
-        if batch.shared:
-            return self._shared(plan, batch, layer, query, key, value, scale, attend_prompts)
-        rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])
-        sealed = [(index, mine) for index, mine in batch.slices() if batch.sealed[index]]
-        asking = [mine for index, mine in sealed if batch.rows[index] not in fetched]
-        fetching = [(batch.rows[index], mine) for index, mine in sealed if batch.rows[index] in fetched]
-        at = token_places(asking, len(query), query.device)
-        stacked = query if at is None else query[at]
-        self.counters["queries"] += len(stacked)
-        handle = self.exchange.dispatch(stacked, plan.query_counts)
-        pages = self._fetch(plan, layer, [row for row, _ in fetching])
-        local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
-        if sum(plan.query_counts):
-            own = self._attend(layer, list(plan.queries[rank]), stacked, scale)
-            asked = [asked for r, rows in enumerate(plan.queries) if r != rank for asked in rows]
-            outs, lses = self.exchange.combine(handle, *self._attend(layer, asked, handle.wait(), scale))
-            if asking:
-                by_rank = [*outs[:rank], own[0], *outs[rank:]], [*lses[:rank], own[1], *lses[rank:]]
-                merged = self._merge(at, *by_rank, local, local_lse)
-                if self.shard.learns:
-                    self.totals[layer] = merged
-        for (_, mine), row_pages in zip(fetching, pages, strict=True):
-            page_format = self.shard.formats[0]
-            asking_query = page_format.query(layer, query[mine])
-            out, lse = self.shard.empty(asking_query, page_format.layout.value_dim)
-            slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
-            self.shard.attend_pages(page_format, asking_query, Slabs.of(row_pages), slots, scale, out, lse)
-            out = page_format.output(layer, out)
-            self._merge(mine, [out], [lse], local, local_lse)
-        return local.to(query.dtype)
+        singles = batch.singles(query.device)
+        mine = query if singles.tokens is None else query[singles.tokens]
+        decoded = self._single_tokens(plan, batch, singles, layer, mine, key, value, scale)
+        if not plan.prefill:
+            return decoded
+        out = self._several_tokens(plan, batch, layer, query, key, value, scale, attend_prompts)
+        if singles.tokens is None and len(singles.indices):
+            return decoded
+        if len(singles.indices):
+            out[singles.tokens] = decoded
+        return out
 
-    def _attend(self, layer: int, asked: list[tuple[int, int]], query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """This rank's partials for the queries of some rows (see `Shard.attend`)."""
-        sealed = self.ledger.num_sealed([row for row, _ in asked]) if asked else np.zeros(0, np.int64)
-        return self.shard.attend(layer, asked, sealed, query, scale)
+    # -- rows that append a single token ---------------------------------------------------------------------------
 
-    def _shared(
+    def _single_tokens(
+        self,
+        plan: StepPlan,
+        batch: SequenceBatch,
+        singles: SingleTokens,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Puts the tokens into their tails and attends to everything before them: ``[n, H, V]``.
+
+        Args:
+            query: ``[n, H, D]``, theirs only.
+            key, value: of all packed tokens.
+        """
+        num, num_heads, value_dim = len(query), self.shape.num_heads, self.shape.value_dim
+        size = self.exchange.size if plan.decodes else 0  # shards that have pages of them
+        if not num and not size:
+            return query.new_empty(0, num_heads, value_dim)
+        travels = size > 1 and not plan.shared
+        width = plan.width if travels else num
+        partials = Partials.empty((size + 1, width), num_heads, value_dim, query.device)
+        gathered = self.exchange.gather_queries(_padded(query, width)) if travels else None
+        if num:
+            self._attend_tails(
+                batch, singles, layer, query, key, value, scale, partials.outs[size], partials.lses[size]
+            )
+        if size:
+            self.counters["queries"] += num
+            asked, shards = self._asked_rows(plan, query.device), Partials(partials.buffer[:size], num_heads)
+            if gathered is not None:
+                mine = Partials.empty((size * width,), num_heads, value_dim, query.device)
+                self.shard.attend_singles(layer, asked, gathered.wait(), scale, mine.outs, mine.lses)
+                self.exchange.return_partials(mine, shards)
+            elif size == 1:
+                self.shard.attend_singles(layer, asked, query, scale, shards.outs[0], shards.lses[0])
+            else:  # every rank has the queries already
+                mine = Partials.empty((num,), num_heads, value_dim, query.device)
+                self.shard.attend_singles(layer, asked, query, scale, mine.outs, mine.lses)
+                self.exchange.share(mine, shards)
+        out = query.new_empty(num, num_heads, value_dim)
+        total = query.new_empty(num, num_heads, dtype=torch.float32) if self.shard.learns else None
+        self.ops.merge_partials(partials.outs[:, :num], partials.lses[:, :num], out, total)
+        if total is not None and size:
+            self.totals[layer] = total
+        return out
+
+    def _attend_tails(
+        self,
+        batch: SequenceBatch,
+        singles: SingleTokens,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        tail = batch.tail(layer, key, value)
+        self.ops.append_tokens(key, value, singles.places, tail.keys, tail.values, self.flags[layer : layer + 1])
+        values = self.shard.formats[0].layout.values(tail.keys, tail.values)
+        num = len(query)
+        self.ops.tail_attention(
+            query, tail.keys, values, singles.lengths, scale, out[:num], lse[:num], singles.places[1]
+        )
+
+    def _asked_rows(self, plan: StepPlan, device: torch.device) -> AskedRows:
+        """The rows whose single tokens are attended to here, the same at every layer."""
+        if self._asked is None or self._asked_in is not plan:
+            if plan.shared:
+                rows = plan.singles[SHARED_SOURCE]
+            else:
+                rows = np.full((self.exchange.size, plan.width), -1, np.int64)
+                for source, singles in enumerate(plan.singles):
+                    rows[source, : len(singles)] = singles
+            self._asked = self.shard.ask(rows.reshape(-1), self.ledger)
+            self._asked_in = plan
+        return self._asked
+
+    # -- prompts and chunks ------------------------------------------------------------------------------------------
+
+    def _several_tokens(
         self,
         plan: StepPlan,
         batch: SequenceBatch,
@@ -115,18 +182,57 @@ class ShardedAttention:
         scale: float,
         attend_prompts: bool,
     ) -> Tensor:
-        """The same where every rank has this batch: the queries are everywhere already, so only partials travel."""
-        rows = list(plan.queries[SHARED_SOURCE])
-        asking = [mine for index, mine in batch.slices() if batch.sealed[index]]
+        """The same for the rows that append several tokens; those of other tokens are left as they are."""
+        rank, fetched = self.exchange.rank, set(plan.fetches[self.exchange.rank])
+        sealed = [(i, mine) for i, mine in batch.slices() if batch.sealed[i] and batch.new[i] > 1]
+        asking = [mine for index, mine in sealed if batch.rows[index] not in fetched]
+        fetching = [(batch.rows[index], mine) for index, mine in sealed if batch.rows[index] in fetched]
+        at = token_places(asking, len(query), query.device)
+        stacked = query if at is None else query[at]
+        self.counters["queries"] += len(stacked)
+        handle = None if plan.shared else self.exchange.dispatch(stacked, plan.query_counts)
+        pages = self._fetch(plan, layer, [row for row, _ in fetching])
         local, local_lse = self._own_tokens(batch, layer, query, key, value, scale, attend_prompts)
-        if asking:
-            at = token_places(asking, len(query), query.device)
-            stacked = query if at is None else query[at]
-            self.counters["queries"] += len(stacked)
-            own = self._attend(layer, rows, stacked, scale)
-            outs, lses = self.exchange.share(*own)
-            self._merge(at, list(outs), list(lses), local, local_lse)
+        if sum(plan.query_counts):
+            source = SHARED_SOURCE if plan.shared else rank
+            own = self._attend(layer, list(plan.queries[source]), stacked, scale)
+            if handle is None:
+                outs, lses = (list(x) for x in self._share(*own))
+            else:
+                asked = [asked for r, rows in enumerate(plan.queries) if r != rank for asked in rows]
+                theirs, their_lses = self.exchange.combine(handle, *self._attend(layer, asked, handle.wait(), scale))
+                outs, lses = [*theirs[:rank], own[0], *theirs[rank:]], [*their_lses[:rank], own[1], *their_lses[rank:]]
+            if asking:
+                merged = self._merge(at, outs, lses, local, local_lse)
+                if self.shard.learns:
+                    before = [self.totals[layer]] if layer in self.totals else []
+                    self.totals[layer] = torch.cat([*before, merged])
+        for (_, mine), row_pages in zip(fetching, pages, strict=True):
+            page_format = self.shard.formats[0]
+            asking_query = page_format.query(layer, query[mine])
+            out, lse = self.shard.empty(asking_query, page_format.layout.value_dim)
+            slots = torch.arange(1, len(row_pages), dtype=torch.int32, device=row_pages.device)
+            self.shard.attend_pages(page_format, asking_query, Slabs.of(row_pages), slots, scale, out, lse)
+            out = page_format.output(layer, out)
+            self._merge(mine, [out], [lse], local, local_lse)
         return local.to(query.dtype)
+
+    def _share(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """All ranks' partials of queries that every rank has: ``[size, n, H, V]`` and ``[size, n, H]``."""
+        num, num_heads, value_dim = out.shape
+        if self.exchange.size == 1:
+            return out[None], lse[None]
+        mine = Partials.empty((num,), num_heads, value_dim, out.device)
+        mine.outs.copy_(out)
+        mine.lses.copy_(lse)
+        every = Partials.empty((self.exchange.size, num), num_heads, value_dim, out.device)
+        self.exchange.share(mine, every)
+        return every.outs, every.lses
+
+    def _attend(self, layer: int, asked: list[tuple[int, int]], query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """This rank's partials for the queries of some rows (see `Shard.attend`)."""
+        sealed = self.ledger.num_sealed([row for row, _ in asked]) if asked else np.zeros(0, np.int64)
+        return self.shard.attend(layer, asked, sealed, query, scale)
 
     def _merge(
         self, at: Tensor | slice | None, outs: list[Tensor], lses: list[Tensor], local: Tensor, lse: Tensor
@@ -181,14 +287,14 @@ class ShardedAttention:
         ``P * page_bytes / G < T * H * (D * q + V * p + 4)``, both sides G - 1 times: of P pages a share of
         1 / G lies here; a query of q bytes an element goes to all other ranks, and from each an output of p
         bytes an element and a log-sum-exp come back. Only where all pages are read and kept and of one format: a
-        sparse lookup reads a share of them, a budget leaves a share, so there queries travel. A single token asks by
-        its query, too, but of latent pages: an absorbed query of all heads is as large as some pages.
+        sparse lookup reads a share of them, a budget leaves a share, so there queries travel. So they do of single
+        tokens, whatever their number: a decode pass has the same shapes from layer to layer.
         """
         formats = self.shard.formats
         if self.shard.reuse is not None or not self.keeps_all or self.exchange.size == 1 or len(formats) > 1:
             return False
         layout = formats[0].layout
-        if query_tokens == 1 and layout.latent_dim is None:
+        if query_tokens == 1:
             return False
         query = self.shape.head_dim * layout.dtype.itemsize
         partial = self.shape.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
@@ -205,7 +311,7 @@ class ShardedAttention:
         scale: float,
         attend_prompts: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the open tails and the tokens of this pass: ``[N, H, V]``, ``[N, H]``.
+        """Attention of rows that append several tokens over these and their tails: ``[N, H, V]``, ``[N, H]``.
 
         The log-sum-exp is left empty where nothing needs to be merged.
         """
@@ -215,13 +321,11 @@ class ShardedAttention:
         lse.fill_(-torch.inf)
         if not any(batch.new):
             return out, lse
-        batch.append(layer, key, value)
+        batch.join(layer, key, value)
         if nothing_left:
             return out, lse
         plain = self.shard.formats[0].layout  # how keys and values belong together is the same in all
         value = plain.values(key, value)
-        if any(n == 1 for n in batch.new):
-            self._single_tokens(batch, layer, query, scale, out, lse)
         joined = batch.fresh.get(layer, {})
         prompts = prompts if attend_prompts else []
         width = batch.new[prompts[0][0]] if prompts else 0
@@ -244,22 +348,14 @@ class ShardedAttention:
                 )
         return out, lse
 
-    def _single_tokens(
-        self, batch: SequenceBatch, layer: int, query: Tensor, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
-        """Attention over the tails for the sequences that append one token, into their places of `out` and `lse`."""
-        tail, places = batch.tails[layer], batch.places(query.device)
-        assert tail is not None
-        keys = tail.keys[: len(batch)]
-        values = self.shard.formats[0].layout.values(keys, None if tail.values is None else tail.values[: len(batch)])
-        if places.all_sequences:
-            self.ops.tail_attention(query, keys, values, places.lengths, scale, out, lse)
-            return
-        by_index = query.new_zeros(len(batch), *query.shape[1:])
-        by_index[places.indices] = query[places.tokens]
-        index_out, index_lse = self.shard.empty(by_index, self.shape.value_dim)
-        self.ops.tail_attention(by_index, keys, values, places.lengths, scale, index_out, index_lse)
-        out[places.tokens], lse[places.tokens] = index_out[places.indices], index_lse[places.indices]
+
+def _padded(query: Tensor, width: int) -> Tensor:
+    """Queries ``[n, H, D]`` with zeros after them, ``[width, H, D]``."""
+    if len(query) == width:
+        return query
+    padded = query.new_zeros(width, *query.shape[1:])
+    padded[: len(query)] = query
+    return padded
 
 
 def token_places(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:

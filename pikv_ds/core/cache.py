@@ -30,7 +30,7 @@ from pikv_ds.core.placement import rank_bound
 from pikv_ds.core.pool import PagePool
 from pikv_ds.core.rebalance import Rebalancer
 from pikv_ds.core.sealing import PageSender, Sending
-from pikv_ds.core.sequences import NO_ROW, SequenceBatch
+from pikv_ds.core.sequences import NO_ROW, FullPages, SequenceBatch
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.core.shard import Shard
 from pikv_ds.core.step import FAILED, FINE, NON_FINITE, OUT_OF_RANGE, UNLIMITED, Announcement, StepPlan
@@ -130,7 +130,7 @@ class ExpertShardedKVCache:
         topologies = [self.topology] * shape.num_layers
         self.rebalancer = None if packing is None else Rebalancer(packing, *parts, topologies)
         self.sender = PageSender(*parts, config.codec, config.placement, topologies, self._flags)
-        self.attention = ShardedAttention(*parts, shape, keeps_all=not self.evictor.cuts)
+        self.attention = ShardedAttention(*parts, shape, keeps_all=not self.evictor.cuts, flags=self._flags)
         self.plan: StepPlan | None = None
         self.committed_tokens = 0
         """The sum of `bound` over this rank's sequences at the lengths that they may reach. The engine that admits
@@ -277,8 +277,10 @@ class ExpertShardedKVCache:
             source: from a prompt's tokens to the `Prompt.source` of it, for retentions that need it.
         """
         assert self.plan is not None
-        self._look_for_nonfinite(batch, layer, key, value)
         out = self.attention(self.plan, batch, layer, query, key, value, scale, attend_prompts)
+        if not self.plan.prefill:
+            return out
+        self._look_for_nonfinite(batch, layer, key, value)
         if self.evictor.cuts:
             values = self.layout.values(key, value)
             for index, mine in batch.prompts():
@@ -289,7 +291,8 @@ class ExpertShardedKVCache:
         return out
 
     def _look_for_nonfinite(self, batch: SequenceBatch, layer: int, key: Tensor, value: Tensor | None) -> None:
-        """Looks for NaN and infinity in what this pass leaves in the tails; full pages are looked at when sealed."""
+        """Looks for NaN and infinity in what prompts leave in the tails; full pages are looked at when sealed, and
+        single tokens when they are put into the tails."""
         ends = [slice(None)]
         if any(n > self.config.page_size for n in batch.new):
             ends = [slice(max(s.start, s.stop - self.config.page_size), s.stop) for _, s in batch.slices()]
@@ -306,20 +309,42 @@ class ExpertShardedKVCache:
             experts: int ``[N, k]``, of the packed tokens; None at a layer without a router.
         """
         assert self.plan is not None
-        for pages in batch.fill(layer, experts):
-            for unit, kept in self.evictor.cut(batch, layer, pages):
-                self.sender.stage(batch, unit, kept)
-        batch.scores.pop(layer, None)
-        self._measure()
         if self.plan.prefill:
+            self._seal(batch, layer, batch.fill(layer, experts))
+            self._measure()
             counts = [of_rank[layer] if of_rank else 0 for of_rank in self.plan.seals]
             self._send(Sending(self.plan.sealing, counts, range(layer * self.streams, (layer + 1) * self.streams)))
+        else:
+            batch.note_experts(layer, experts)
+            if batch.ends_with(layer):
+                self._seal_all(batch)
         batch.close_layer(layer)
+        if batch.in_step and not self.plan.prefill:
+            return
         if not batch.in_step and self.plan.prefill:
             self.sender.settle()
         self._measure()
         if self.config.debug and not batch.in_step:
             self.check_integrity()
+
+    def _seal(self, batch: SequenceBatch, layer: int, full: list[FullPages]) -> None:
+        """Encodes what has filled up at a layer."""
+        for pages in full:
+            for unit, kept in self.evictor.cut(batch, layer, pages):
+                self.sender.stage(batch, unit, kept)
+        batch.scores.pop(layer, None)
+
+    def _seal_all(self, batch: SequenceBatch) -> None:
+        """Encodes what a pass of single tokens has filled up at all layers."""
+        pages = batch.fill_all()
+        if pages is None:
+            return
+        filling = batch.singles(self.device).filling
+        if self.sender.together:
+            self.sender.stage_all(batch, filling, pages)
+            return
+        for layer in range(self.shape.num_layers):
+            self._seal(batch, layer, [FullPages(filling, np.array(batch.sealed)[filling], *pages.at(layer))])
 
     def _send(self, sending: Sending) -> None:
         """Sends what is staged, and tells the evictor of it."""
@@ -369,8 +394,8 @@ class ExpertShardedKVCache:
                 continue
             staged = np.zeros((self.num_units, len(batch)), np.int64)
             for pages in self.sender.staged:
-                for row in pages.rows.tolist():
-                    staged[pages.unit] += np.array(batch.rows) == row
+                for row, unit in zip(pages.rows.tolist(), pages.units.tolist(), strict=True):
+                    staged[unit] += np.array(batch.rows) == row
             for index, row in enumerate(batch.rows):
                 if not batch.alive[index] or row == NO_ROW:
                     continue
@@ -566,17 +591,28 @@ class ExpertShardedKVCache:
         self, sources: Sequence[int], seals: list[list[int]], prefill: bool, free: list[int], shared: bool
     ) -> StepPlan:
         """What follows from the rows of this pass."""
-        queries, fetches, sealing = [], [], []
+        singles, queries, fetches, sealing = [], [], [], []
         for source in range(self.exchange.size):
             rows = np.array([row for row, _ in self._entries[source]] if source in sources else [], np.int64)
             pages, filling = self.ledger.num_sealed(rows).tolist(), self.ledger.filling(rows) > 0
-            asking = [(*entry, n) for entry, n in zip(self._entries[source], pages, strict=False) if n]
+            entries = [entry for entry, _ in zip(self._entries[source], rows, strict=False)]
+            singles.append(np.array([row for row, n in entries if n == 1], np.int64))
+            asking = [(*entry, n) for entry, n in zip(entries, pages, strict=True) if n and entry[1] > 1]
             fetched = {row for row, n, held in asking if not shared and self.attention.cheaper_to_fetch(held, n)}
             queries.append(tuple((row, n) for row, n, _ in asking if row not in fetched))
             fetches.append(tuple(row for row, _, _ in asking if row in fetched))
             sealing.append(rows[filling])
+        decodes = any(self.ledger.num_sealed(rows).any() for rows in singles)
         return StepPlan(
-            tuple(queries), tuple(fetches), tuple(sealing), tuple(map(tuple, seals)), prefill, free, shared
+            tuple(singles),
+            decodes,
+            tuple(queries),
+            tuple(fetches),
+            tuple(sealing),
+            tuple(map(tuple, seals)),
+            prefill,
+            free,
+            shared,
         )
 
     def _status(self, error: str | None) -> tuple[int, str | None]:

@@ -148,16 +148,17 @@ class Evictor:
             totals: per layer, float32 ``[n, H]``: log-sum-exps of this rank's asking queries over their whole rows.
         """
         visits, self.shard.visits = self.shard.visits, []
-        if not self.shard.learns or plan is None or not sum(plan.query_counts):
+        if not self.shard.learns or plan is None or not any(plan.asking):
             return
-        counts, layers, heads = plan.query_counts, self.shape.num_layers, self.shape.num_heads
+        counts = [sum(tokens for _, tokens in rows) for rows in plan.asking]
+        layers, heads = self.shape.num_layers, self.shape.num_heads
         nothing = torch.full((counts[self.exchange.rank], heads), torch.inf, device=self.shard.device)
         mine = torch.stack([totals.get(layer, nothing) for layer in range(layers)])  # a pass broken off has not all
         shapes = [(layers, n, heads) for n in counts]
         everyone = self.exchange.all_gather_floats(mine.flatten(), [math.prod(s) for s in shapes])
         by_rank = [total.view(shape) for total, shape in zip(everyone, shapes, strict=True)]
         where: dict[int, tuple[int, int]] = {}  # the source of each row, and the place of its queries
-        for source, rows in enumerate(plan.queries):
+        for source, rows in enumerate(plan.asking):
             start = 0
             for row, tokens in rows:
                 where[row] = source, start

@@ -75,6 +75,46 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Equally many queries of all ranks under way."""
+
+    received: Tensor
+    """``[size * n, H, D]``, in rank order; ready after `wait`."""
+    _work: Any
+    _waited: Counter[str]
+
+    def wait(self) -> Tensor:
+        """All ranks' queries, in rank order."""
+        if self._work is not None:
+            with talking("received queries", self._waited):
+                self._work.wait()
+        return self.received
+
+
+class Partials:
+    """Partial attentions side by side in one buffer, as they travel: of each query the outputs of all heads, then
+    their log-sum-exps.
+
+    Args:
+        buffer: float32 ``[..., H * V + H]``.
+    """
+
+    def __init__(self, buffer: Tensor, num_heads: int) -> None:
+        self.buffer, self.num_heads = buffer, num_heads
+        split = buffer.shape[-1] - num_heads
+        self.outs = buffer[..., :split].unflatten(-1, (num_heads, -1))
+        """``[..., H, V]``"""
+        self.lses = buffer[..., split:]
+        """``[..., H]``"""
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], num_heads: int, value_dim: int, device: torch.device) -> Partials:
+        """Room for partials."""
+        size = (*shape, num_heads * (value_dim + 1))
+        return cls(torch.empty(size, dtype=torch.float32, device=device), num_heads)
+
+
+@dataclass(frozen=True)
 class PagesInFlight:
     """Page bytes under way to another rank."""
 
@@ -259,23 +299,58 @@ class Exchange:
         self.sent_bytes["partial"] += packed.nbytes
         return _unpack(received.view(self.size - 1, n, *packed.shape[1:]), self.partial_dtype)
 
-    def share(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Gives every rank all ranks' partials of the same query rows.
+    def gather_queries(self, query: Tensor) -> Gathered:
+        """Gives every rank all ranks' queries.
 
         Args:
-            out, lse: float32 ``[n, H, D]`` and ``[n, H]``, this rank's.
-
-        Returns:
-            ``[size, n, H, D]`` and ``[size, n, H]``, float32, in rank order; the same bits on every rank.
+            query: ``[n, H, D]``, of equally many tokens on every rank.
         """
         if self.size == 1:
-            return out[None], lse[None]
-        packed = _pack(out.to(self.partial_dtype), lse)
-        received = packed.new_empty(self.size * packed.numel())
+            return Gathered(query, None, self.waited_s)
+        received = query.new_empty(self.size * len(query), *query.shape[1:])
+        with talking("sent queries", self.waited_s):
+            work = _all_gather(received, query, group=self.group, async_op=True)
+        self.sent_bytes["query"] += query.nbytes * (self.size - 1)
+        return Gathered(received, work, self.waited_s)
+
+    def return_partials(self, partials: Partials, received: Partials) -> None:
+        """Returns partials to their queries' ranks, equally many to each.
+
+        Args:
+            partials: of all ranks' queries, ``[size * n]`` in rank order.
+            received: all ranks' partials of this one's queries, ``[size, n]`` in rank order, its own among them.
+        """
+        if self.size == 1:
+            received.buffer.copy_(partials.buffer.view_as(received.buffer))
+            return
+        self._travel(partials, received, "return")
+
+    def share(self, partials: Partials, received: Partials) -> None:
+        """Gives every rank all ranks' partials of the same queries; the same bits on every rank.
+
+        Args:
+            partials: this rank's, ``[n]``.
+            received: ``[size, n]``, in rank order.
+        """
+        self._travel(partials, received, "share")
+
+    def _travel(self, partials: Partials, received: Partials, how: str) -> None:
+        send, into = partials.buffer, received.buffer
+        narrow = self.partial_dtype != torch.float32
+        if narrow:
+            send = _pack(partials.outs.to(self.partial_dtype), partials.lses)
+            into = send.new_empty(*received.buffer.shape[:-1], *send.shape[-2:])
         with talking("exchanged partial attentions", self.waited_s):
-            _all_gather(received, packed.flatten(), group=self.group)
-        self.sent_bytes["partial"] += packed.nbytes * (self.size - 1)
-        return _unpack(received.view(self.size, *packed.shape), self.partial_dtype)
+            if how == "share":
+                _all_gather(into.flatten(), send.flatten(), group=self.group)
+            else:
+                dist.all_to_all_single(into.flatten(), send.flatten(), group=self.group)
+        copies = self.size - 1 if how == "share" else (self.size - 1) / self.size
+        self.sent_bytes["partial"] += int(send.nbytes * copies)
+        if narrow:
+            outs, lses = _unpack(into, self.partial_dtype)
+            received.outs.copy_(outs)
+            received.lses.copy_(lses)
 
     def send_pages(
         self,

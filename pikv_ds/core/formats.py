@@ -45,9 +45,10 @@ class PageFormat:
         """Encodes full pages.
 
         Args:
-            head: the first KV head that the pages hold.
+            layer, head: whose pages they are, and the first KV head that they hold. Pages of several layers may go
+                together where there are no bases.
             keys, values: ``[N, K, S, D]``; no values where they are channels of the keys.
-            flags: int32 ``[1]``, to which a `SealFlag` is added.
+            flags: int32 ``[F]``, of equally many pages each, to which a `SealFlag` is added; one with bases.
 
         Returns:
             uint8 ``[N, page bytes + summary bytes]``.

@@ -21,7 +21,7 @@ from torch import Tensor
 from pikv_ds.core.exchange import Exchange
 from pikv_ds.core.ledger import SHARED_SOURCE, Ledger
 from pikv_ds.core.placement import NO_OWNER, fair_shares, owner_limit
-from pikv_ds.core.sequences import FullPages, SequenceBatch
+from pikv_ds.core.sequences import FullPages, SequenceBatch, Tails
 from pikv_ds.core.shard import Headers, Shard, float_bits
 from pikv_ds.core.step import StepPlan
 from pikv_ds.core.table import Ints
@@ -34,14 +34,14 @@ from pikv_ds.policies.topology import Topology
 
 @dataclass
 class StagedPages:
-    """Pages of one unit that are encoded and wait for their owners, ``N`` of them."""
+    """Pages that are encoded and wait for their owners, ``N`` of them, of one unit or of several."""
 
     rows: Ints
     """``[N]``"""
     shared: bool
     """Every rank has their sequences."""
-    unit: int
-    """See `SequenceBatch`."""
+    units: Ints
+    """``[N]``, see `SequenceBatch`."""
     numbers: Ints
     """``[N]``: of the pages within their sequences."""
     votes: Tensor | None
@@ -67,8 +67,8 @@ class StagedPages:
         payloads = {f: x[torch.from_numpy(stays[self.formats == f]).to(x.device)] for f, x in self.payloads.items()}
         votes = None if self.votes is None else self.votes[kept.to(self.votes.device)]
         scores = None if self.scores is None else self.scores[kept.to(self.scores.device)]
-        arrays = self.numbers[stays], votes, self.formats[stays]
-        return StagedPages(self.rows[stays], self.shared, self.unit, *arrays, payloads, scores)
+        arrays = self.units[stays], self.numbers[stays], votes, self.formats[stays]
+        return StagedPages(self.rows[stays], self.shared, *arrays, payloads, scores)
 
 
 class Sending(NamedTuple):
@@ -137,8 +137,45 @@ class PageSender:
             flags = self.flags[layer : layer + 1]
             payloads[page_format] = self.shard.formats[page_format].seal(layer, head, keys, values, flags)
         rows = np.array(batch.rows, np.int64)[pages.index]
-        arrays = unit, pages.numbers, votes, formats
+        arrays = np.full(len(rows), unit), pages.numbers, votes, formats
         self.staged.append(StagedPages(rows, batch.shared, *arrays, payloads, pages.scores))
+
+    @property
+    def together(self) -> bool:
+        """Whether pages of all layers are encoded alike, so that they can be `stage_all`d."""
+        return len(self.codec.codecs) == 1 and not self.shard.formats[0].bases
+
+    def stage_all(self, batch: SequenceBatch, filling: Ints, pages: Tails) -> None:
+        """Encodes one page at every layer of some sequences, in one go.
+
+        Args:
+            filling: ``[m]``, their places in the batch.
+            pages: ``[layers, m, K, S, D]``.
+        """
+        streams, num = self.shard.streams, len(filling)
+        layers = len(pages.keys)
+        keys, values = (
+            None if x is None else x.unflatten(2, (streams, -1)).transpose(1, 2).flatten(0, 2)
+            for x in (pages.keys, pages.values)
+        )
+        assert keys is not None
+        payload = self.shard.formats[0].seal(0, 0, keys, values, self.flags)
+        rows = np.tile(np.array(batch.rows, np.int64)[filling], layers * streams)
+        numbers = np.tile(np.array(batch.sealed, np.int64)[filling], layers * streams)
+        units, formats = np.repeat(np.arange(layers * streams), num), np.zeros(len(rows), np.int64)
+        routed = np.isin(units // streams, list(pages.routed))
+        votes = None
+        if pages.experts is not None:
+            votes = self._votes(pages.experts.flatten(0, 1)).unflatten(0, (layers, num))
+            votes = votes[:, None].expand(-1, streams, -1, -1).flatten(0, 2)
+        for some, chosen in ((routed, votes), (~routed, None)):
+            if some.any():
+                part = payload
+                if not some.all():
+                    at = torch.from_numpy(np.flatnonzero(some)).to(payload.device)
+                    part, chosen = payload[at], None if chosen is None else chosen[at]
+                arrays = units[some], numbers[some], chosen, formats[some]
+                self.staged.append(StagedPages(rows[some], batch.shared, *arrays, {0: part}, None))
 
     def _formats(self, layer: int, head: int, votes: Tensor | None, num_pages: int) -> Ints:
         """The format of each page, ``[N]``: what the codec policy chooses by its home expert."""
@@ -233,9 +270,8 @@ class PageSender:
         num_pages = sum(map(len, staged))
         if not num_pages:
             return Headers(*np.zeros((len(Headers._fields), 0), np.int64)), {}
-        units = np.concatenate([np.full(len(pages), pages.unit) for pages in staged])
-        rows, numbers, formats = (
-            np.concatenate([getattr(p, name) for p in staged]) for name in ("rows", "numbers", "formats")
+        rows, units, numbers, formats = (
+            _stacked([getattr(p, name) for p in staged]) for name in ("rows", "units", "numbers", "formats")
         )
         homes, masses = np.full(num_pages, -1, np.int64), np.zeros(num_pages, np.int64)
         routed = [pages.votes for pages in staged if pages.votes is not None]
@@ -252,7 +288,10 @@ class PageSender:
                 votes = every[vote : vote + len(pages)]
                 vote += len(pages)
                 homes[here] = votes.argmax(1)
-                of_layer.setdefault(pages.unit // self.shard.streams, []).append(votes)
+                layers = pages.units // self.shard.streams  # in ascending order
+                cuts = np.flatnonzero(np.diff(layers)) + 1
+                for first, some in zip([0, *cuts.tolist()], np.split(votes, cuts), strict=True):
+                    of_layer.setdefault(int(layers[first]), []).append(some)
             if pages.scores is not None:
                 assert scores is not None
                 masses[here] = float_bits(scores[score : score + len(pages)])

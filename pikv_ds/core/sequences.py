@@ -11,7 +11,8 @@ again for a new sequence when the old one has been released.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,56 +26,67 @@ NO_ROW = -1
 """Of a sequence that no step plan has announced yet."""
 
 
-@dataclass
-class Tail:
+class Tail(NamedTuple):
     """The open tokens of a batch at one layer, in full precision on the sequences' own rank."""
 
     keys: Tensor
     """``[B, K, S, D]``"""
     values: Tensor | None
     """The same; None where they are channels of the keys (see `PageLayout.values`)."""
+    experts: Tensor | None
+    """``[B, S, k]`` int16: the experts that each token chose; None where no router has run yet."""
+
+
+@dataclass
+class Tails:
+    """The open tokens at all layers, side by side, so that the pages of all layers are taken out at once."""
+
+    keys: Tensor
+    """``[layers, B, K, S, D]``"""
+    values: Tensor | None
+    """The same, or None (see `Tail`)."""
     experts: Tensor | None = None
-    """``[B, S, k]`` int16: the experts that each token chose; None where no router is."""
+    """``[layers, B, S, k]`` int16; None before the first router has run."""
+    routed: set[int] = field(default_factory=set)
+    """Layers with a router."""
+
+    def at(self, layer: int) -> Tail:
+        """Those of one layer."""
+        values = None if self.values is None else self.values[layer]
+        experts = self.experts[layer] if self.experts is not None and layer in self.routed else None
+        return Tail(self.keys[layer], values, experts)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.keys, self.values, self.experts) if t is not None)
 
-    def grown(self, size: int) -> Tail:
-        """The same with room for more sequences."""
+    def grow(self, size: int) -> None:
+        """Makes room for more sequences."""
 
-        def grow(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            grown = lasting_zeros((size, *x.shape[1:]), x.dtype, x.device)
-            grown[: len(x)] = x
-            return grown
+        def grown(x: Tensor) -> Tensor:
+            out = lasting_zeros((len(x), size, *x.shape[2:]), x.dtype, x.device)
+            out[:, : x.shape[1]] = x
+            return out
 
-        keys = grow(self.keys)
-        assert keys is not None
-        return Tail(keys, grow(self.values), grow(self.experts))
+        self.keys = grown(self.keys)
+        self.values = None if self.values is None else grown(self.values)
+        self.experts = None if self.experts is None else grown(self.experts)
 
 
 @dataclass(frozen=True)
-class TailPlaces:
-    """Where the tokens of those sequences go that append a single one in a pass."""
+class SingleTokens:
+    """The sequences that append a single token in a pass, the same at every layer."""
 
-    indices: Tensor
-    """int64 ``[n]``: the sequences."""
-    tokens: Tensor
-    """int64 ``[n]``: their tokens among the packed ones."""
-    slots: Tensor
-    """int64 ``[n]``: places in the tails."""
+    indices: Ints
+    """``[n]``: their places in the batch."""
+    tokens: Tensor | None
+    """int64 ``[n]``: their tokens among the packed ones; None: these are all."""
+    places: Tensor
+    """int32 ``[3, n]``: their tokens among the packed ones, their tails, and the tokens' slots in these."""
     lengths: Tensor
-    """int32 ``[B]``: open tokens with the new one; 0 at other sequences."""
-    all_tokens: bool
-    """The pass has no other tokens."""
-    all_sequences: bool
-    """Every sequence appends a single token, so packed tokens and sequences are the same."""
-    filling: Tensor
-    """int64 ``[m]``: the sequences whose tails fill up with it."""
-    filling_host: Ints
-    """The same on the host."""
+    """int32 ``[n]``: open tokens with the new one."""
+    filling: Ints
+    """``[m]``: places in the batch of those whose tails fill up with it."""
 
 
 @dataclass
@@ -115,14 +127,13 @@ class SequenceBatch:
         self.lengths = [0] * size  # tokens, before the pass under way
         self.sealed = [0] * size  # full pages, before the pass under way
         self.new = [0] * size  # tokens of the pass under way
-        self.tails: list[Tail | None] = [None] * num_layers
+        self._tails: Tails | None = None
         self.fresh: dict[int, dict[int, tuple[Tensor, Tensor | None]]] = {}  # [layer][index]: with tail, until routed
         self.dropped = np.zeros((num_layers * streams, size), np.int64)
         """``[units, size]``: full pages that are gone."""
         self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][index]: of a prompt's tokens, until routed
         self._open_layers: set[int] = set()
-        self._tail_nbytes: int | None = 0  # None: to be counted again
-        self._places: TailPlaces | None = None  # of this pass, as the next one
+        self._singles: SingleTokens | None = None  # of this pass, as the next one
         self._slices: list[tuple[int, slice]] | None = []
 
     def __len__(self) -> int:
@@ -178,8 +189,12 @@ class SequenceBatch:
 
     def begin(self, new: list[int]) -> None:
         """Starts a pass that appends ``new[index]`` tokens to each sequence."""
-        self.new, self._places, self._slices = list(new), None, None
+        self.new, self._singles, self._slices = list(new), None, None
         self._open_layers = set(range(self.num_layers))
+
+    def ends_with(self, layer: int) -> bool:
+        """Whether this is the last layer that has not ended the pass under way."""
+        return self._open_layers == {layer}
 
     def close_layer(self, layer: int) -> None:
         """Ends the pass for one layer; the last one commits the new lengths."""
@@ -203,8 +218,7 @@ class SequenceBatch:
         for index in indices:
             self.alive[index] = False
         if not any(self.alive):
-            self.tails = [None] * self.num_layers
-            self._tail_nbytes = 0
+            self._tails = None
             self.fresh.clear()
             self.scores.clear()
         return released
@@ -212,9 +226,12 @@ class SequenceBatch:
     @property
     def tail_nbytes(self) -> int:
         """Bytes allocated for open tails."""
-        if self._tail_nbytes is None:
-            self._tail_nbytes = sum(t.nbytes for t in self.tails if t is not None)
-        return self._tail_nbytes
+        return 0 if self._tails is None else self._tails.nbytes
+
+    @property
+    def tails(self) -> list[Tail | None]:
+        """Of each layer; None before the first pass."""
+        return [None if self._tails is None else self._tails.at(layer) for layer in range(self.num_layers)]
 
     @property
     def fresh_nbytes(self) -> int:
@@ -223,40 +240,51 @@ class SequenceBatch:
 
     def tail(self, layer: int, keys: Tensor, values: Tensor | None) -> Tail:
         """The tail of a layer, with room for all sequences, in the shape and type of keys and values ``[N, K, D]``."""
-        tail, size = self.tails[layer], len(self)
-        if tail is None:
+        size, tails = len(self), self._tails
+        if tails is None:
             empty = [
-                None if x is None else lasting_zeros((size, x.shape[1], self.page_size, x.shape[2]), x.dtype, x.device)
+                None
+                if x is None
+                else lasting_zeros((self.num_layers, size, x.shape[1], self.page_size, x.shape[2]), x.dtype, x.device)
                 for x in (keys, values)
             ]
             assert empty[0] is not None
-            tail = self.tails[layer] = Tail(empty[0], empty[1])
-            self._tail_nbytes = None
-        elif len(tail.keys) < size:  # sequences have joined
-            tail = self.tails[layer] = tail.grown(max(size, 2 * len(tail.keys)))
-            self._tail_nbytes = None
-        return tail
+            tails = self._tails = Tails(empty[0], empty[1])
+        elif tails.keys.shape[1] < size:  # sequences have joined
+            tails.grow(max(size, 2 * tails.keys.shape[1]))
+        return tails.at(layer)
 
-    def append(self, layer: int, keys: Tensor, values: Tensor | None) -> None:
-        """Takes in the tokens of this pass.
+    def singles(self, device: torch.device) -> SingleTokens:
+        """The sequences that append a single token in this pass, with one copy to the device."""
+        if self._singles is None:
+            new = np.array(self.new, np.int64)
+            indices = np.flatnonzero(new == 1)
+            slots = (
+                np.array(self.lengths, np.int64)[indices] - np.array(self.sealed, np.int64)[indices] * self.page_size
+            )
+            tokens = (new.cumsum() - new)[indices]
+            table = torch.from_numpy(np.stack([tokens, indices, slots, slots + 1]).astype(np.int32)).to(device)
+            self._singles = SingleTokens(
+                indices,
+                None if len(indices) == new.sum() else table[0].long(),
+                table[:3],
+                table[3],
+                indices[slots + 1 == self.page_size],
+            )
+        return self._singles
 
-        A single token goes into its sequence's tail. Several are joined with the tail and kept until
-        the layer's router has run.
+    def join(self, layer: int, keys: Tensor, values: Tensor | None) -> None:
+        """Takes in the tokens of those sequences that append several: joined with their tails, they wait for the
+        layer's router.
 
         Args:
-            keys, values: ``[N, K, D]``; no values where they are channels of the keys.
+            keys, values: ``[N, K, D]``, of all packed tokens; no values where they are channels of the keys.
         """
-        tail = self.tail(layer, keys, values)
+        tail, joined = self.tail(layer, keys, values), {}
         pairs = [(tail.keys, keys)]
         if values is not None:
             assert tail.values is not None
             pairs.append((tail.values, values))
-        if any(n == 1 for n in self.new):
-            places = self.places(keys.device)
-            at = slice(None) if places.all_tokens else places.tokens
-            for kept, x in pairs:
-                kept[places.indices, :, places.slots] = x[at]
-        joined = {}
         for index, mine in self.slices():
             if self.new[index] > 1:
                 start = self.open_tokens(index)
@@ -270,24 +298,26 @@ class SequenceBatch:
         if joined:
             self.fresh[layer] = joined
 
-    def places(self, device: torch.device) -> TailPlaces:
-        """Where the single tokens of this pass go; the same at every layer."""
-        if self._places is None:
-            single = [(index, mine.start) for index, mine in self.slices() if self.new[index] == 1]
-            lengths = [self.open_tokens(r) + 1 if n == 1 else 0 for r, n in enumerate(self.new)]
-            indices, tokens = [index for index, _ in single], [token for _, token in single]
-            full = np.array([index for index in indices if lengths[index] == self.page_size], np.int64)
-            self._places = TailPlaces(
-                torch.tensor(indices, dtype=torch.int64, device=device),
-                torch.tensor(tokens, dtype=torch.int64, device=device),
-                torch.tensor([self.open_tokens(index) for index in indices], dtype=torch.int64, device=device),
-                torch.tensor(lengths, dtype=torch.int32, device=device),
-                all_tokens=len(single) == sum(self.new),
-                all_sequences=len(single) == len(self) == sum(self.new),
-                filling=torch.from_numpy(full).to(device),
-                filling_host=full,
-            )
-        return self._places
+    def note_experts(self, layer: int, experts: Tensor | None) -> Tensor | None:
+        """Puts the experts of single tokens into their tails; returns all of the pass as these are kept.
+
+        Args:
+            experts: int ``[N, k]``, None where no router is.
+        """
+        if experts is None or not any(self.new):
+            return None
+        tails = self._tails
+        assert tails is not None, "a router ran before the layer's attention"
+        experts = experts.to(torch.int16)
+        if tails.experts is None:
+            shape = self.num_layers, tails.keys.shape[1], self.page_size, experts.shape[-1]
+            tails.experts = lasting_zeros(shape, experts.dtype, experts.device)
+        tails.routed.add(layer)
+        singles = self.singles(experts.device)
+        if len(singles.indices):
+            at = experts if singles.tokens is None else experts[singles.tokens]
+            tails.experts[layer].index_put_((singles.places[1], singles.places[2]), at)
+        return experts
 
     def fill(self, layer: int, experts: Tensor | None) -> list[FullPages]:
         """Takes the pages that are full out of a layer and puts the rest into its tail.
@@ -295,32 +325,19 @@ class SequenceBatch:
         Args:
             experts: int ``[N, k]``, None where no router is.
         """
-        fresh, tail = self.fresh.pop(layer, {}), self.tails[layer]
+        fresh = self.fresh.pop(layer, {})
+        experts = self.note_experts(layer, experts)
         if not any(self.new):
             return []
-        assert tail is not None, "a router ran before the layer's attention"
-        kept = None  # the open tokens' experts
-        if experts is not None:
-            experts = experts.to(torch.int16)
-            if tail.experts is None:
-                shape = len(tail.keys), self.page_size, experts.shape[-1]
-                tail.experts = lasting_zeros(shape, experts.dtype, experts.device)
-                self._tail_nbytes = None
-            kept, places = tail.experts, self.places(experts.device)
-            kept[places.indices, places.slots] = experts if places.all_tokens else experts[places.tokens]
-        pages = []
-        places = self.places(tail.keys.device)
-        if len(places.filling_host):  # their last tokens have gone into the tails
-            at = places.filling
-            pages.append(
-                FullPages(
-                    places.filling_host,
-                    np.array(self.sealed)[places.filling_host],
-                    tail.keys[at],
-                    None if tail.values is None else tail.values[at],
-                    None if kept is None else kept[at],
-                )
-            )
+        assert self._tails is not None, "a router ran before the layer's attention"
+        tail, pages = self._tails.at(layer), []
+        filling = self.singles(tail.keys.device).filling
+        if len(filling):  # their last tokens have gone into the tails
+            at = torch.from_numpy(filling).to(tail.keys.device)
+            taken = [None if x is None else x[at] for x in tail]
+            assert taken[0] is not None
+            pages.append(FullPages(filling, np.array(self.sealed)[filling], taken[0], taken[1], taken[2]))
+        kept = tail.experts
         for index, mine in self.slices() if fresh else ():
             if index not in fresh:
                 continue
@@ -347,6 +364,19 @@ class SequenceBatch:
             if kept is not None and chosen is not None:
                 kept[index, :rest] = chosen[full * size :]
         return pages
+
+    def fill_all(self) -> Tails | None:
+        """The pages of all layers that single tokens have filled in this pass, which has no others: their keys
+        ``[layers, m, K, S, D]``, values and experts, in the order of `SingleTokens.filling`. None: no page is full."""
+        tails, singles = self._tails, self._singles
+        if tails is None or singles is None or not len(singles.filling):
+            return None
+        at = torch.from_numpy(singles.filling).to(tails.keys.device)
+        keys, values, experts = (
+            None if x is None else x.index_select(1, at) for x in (tails.keys, tails.values, tails.experts)
+        )
+        assert keys is not None
+        return Tails(keys, values, experts, tails.routed)
 
 
 def _as_pages(x: Tensor, num_pages: int, page_size: int) -> Tensor:

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pikv_ds.core.formats import PageFormat
+from pikv_ds.core.ledger import Ledger
 from pikv_ds.core.pool import PagePool
 from pikv_ds.core.reuse import Audit, Reuse
 from pikv_ds.core.table import Ints, PageTable
 from pikv_ds.core.trace import PageTrace
+from pikv_ds.ops.lists import PageLists
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.policies.lookups import Candidates, Lookup, SparseLookup
 from pikv_ds.slabs import Slabs
@@ -65,6 +67,20 @@ def float_bits(x: NDArray[np.float32]) -> Ints:
 def bits_float(bits: Ints) -> NDArray[np.float32]:
     """What `float_bits` was made of."""
     return bits.astype(np.int32).view(np.float32)
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """Rows each of which asks with one query in a pass, in the order of the queries."""
+
+    rows: Ints
+    """``[R]``; -1: padding."""
+    sealed: Ints
+    """``[R]``: full pages of each, over all ranks."""
+    lists: PageLists
+    """Of their pages here, of the first layer and format."""
+    in_scope: NDArray[np.int64]
+    """``[layers, formats]``: their pages here."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +301,64 @@ class Shard:
         """Of an output, once it has left the pages' bases."""
         first = self.formats[0]
         return first.bases[0].value_read.shape[1] if first.bases else first.layout.value_dim
+
+    def ask(self, rows: Ints, ledger: Ledger) -> AskedRows:
+        """Prepares what is the same at every layer of a pass.
+
+        Args:
+            rows: ``[R]``, see `AskedRows`.
+        """
+        there = rows >= 0
+        sealed = np.zeros(len(rows), np.int64)
+        sealed[there] = ledger.num_sealed(rows[there])
+        by_unit = self.table.totals(rows[there])
+        in_scope = by_unit.reshape(-1, self.streams, by_unit.shape[1]).sum(1)
+        return AskedRows(rows, sealed, self.table.lists(rows, self.streams), in_scope)
+
+    def attend_singles(
+        self, layer: int, asked: AskedRows, query: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Partial attention of one query per row over the pages that lie here.
+
+        Args:
+            query: ``[R, H, D]``.
+            out, lse: float32 ``[R, H, V]`` and ``[R, H]``, whose rows may be part of longer rows.
+        """
+        if self.lookup.summary is not None or self.learns:
+            there = np.flatnonzero(asked.rows >= 0)
+            rows = [(row, 1) for row in asked.rows[there].tolist()]
+            at = torch.from_numpy(there).to(self.device)
+            found, found_lse = self.attend(layer, rows, asked.sealed[there], query[at], scale)
+            if len(there) < len(query):
+                out.zero_()
+                lse.fill_(-torch.inf)
+            out[at], lse[at] = found, found_lse
+            return
+        formats = np.flatnonzero(asked.in_scope[layer]).tolist() or [0]
+        for i in formats:
+            pages = int(asked.in_scope[layer, i]) * self.formats[i].layout.num_kv_heads
+            self.counters["pages_in_scope"] += pages
+            self.counters["pages_read"] += pages
+        if len(formats) == 1 and self.streams == 1 and not self.formats[formats[0]].bases:
+            self._attend_lists(formats[0], layer, asked.lists, query, scale, out, lse)
+            return
+        partials = []
+        for i in formats:
+            this = self.formats[i]
+            basis_query = this.query(layer, query).unflatten(1, (self.streams, -1)).flatten(0, 1)
+            part, part_lse = self.empty(basis_query, this.layout.value_dim)
+            self._attend_lists(i, layer, asked.lists, basis_query, scale, part, part_lse)
+            part, part_lse = part.view(*query.shape[:2], -1), part_lse.view(query.shape[:2])
+            partials.append((this.output(layer, part), part_lse))
+        outs, lses = (torch.stack(x) for x in zip(*partials, strict=True))
+        self.formats[0].ops.merge_partials(outs, lses, out, lse)
+
+    def _attend_lists(
+        self, i: int, layer: int, lists: PageLists, query: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        this = self.formats[i]
+        own = lists.at(layer * self.streams * self.table.num_formats + i)
+        this.ops.decode_attention(query, self.pool.pages[i], own, None, this.layout, scale, out, lse)
 
     def attend_pages(
         self,

@@ -41,8 +41,13 @@ class Announcement(NamedTuple):
 class StepPlan:
     """What every rank will do in one forward pass: exchanged once, before its first layer."""
 
+    singles: tuple[NDArray[np.int64], ...]
+    """Per rank: the rows that append a single token, in the order of their tokens. This decode part of a pass has the
+    same shapes on all ranks (`width`)."""
+    decodes: bool
+    """Some of these rows have pages, so that their queries travel."""
     queries: tuple[tuple[tuple[int, int], ...], ...]
-    """Per rank: ``(row, query tokens)`` of each row whose queries travel to its pages."""
+    """Per rank: ``(row, query tokens)`` of each other row whose queries travel to its pages."""
     fetches: tuple[tuple[int, ...], ...]
     """Per rank: the rows whose pages travel to their queries, because these are more."""
     sealing: tuple[NDArray[np.int64], ...]
@@ -57,9 +62,20 @@ class StepPlan:
     """Every rank makes this pass with the same sequences: pages are stored once, and no query travels."""
 
     @cached_property
+    def width(self) -> int:
+        """Single tokens of the rank that has the most: the others' are padded to as many."""
+        return max(map(len, self.singles))
+
+    @cached_property
     def query_counts(self) -> list[int]:
-        """Query rows of every rank."""
+        """Query tokens of every rank's `queries`."""
         return [sum(tokens for _, tokens in rows) for rows in self.queries]
+
+    @cached_property
+    def asking(self) -> list[list[tuple[int, int]]]:
+        """Per rank: ``(row, query tokens)`` of all rows whose queries travel, those of single tokens first."""
+        singles = [[(row, 1) for row in rows.tolist()] if self.decodes else [] for rows in self.singles]
+        return [[*first, *rows] for first, rows in zip(singles, self.queries, strict=True)]
 
 
 def any_failed(everyone: Sequence[Announcement]) -> bool:

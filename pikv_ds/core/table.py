@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pikv_ds.core.pool import NULL_SLOT, PagePool
+from pikv_ds.ops.lists import SEGMENT, PageLists
 from pikv_ds.slabs import lasting_zeros
-
-SEGMENT = 32
-"""Entries of a segment."""
 
 Ints = NDArray[np.int64]
 
@@ -92,15 +90,29 @@ class PageTable:
 
     def __init__(self, num_units: int, device: torch.device | str = "cpu", num_formats: int = 1) -> None:
         self.num_units, self.num_formats, self.device = num_units, num_formats, torch.device(device)
-        self._counts = np.zeros((0, num_units * num_formats), np.int32)  # [row, list]
+        self._num_lists = num_units * num_formats  # of a row
+        self._count_of, self._directory_of = Mirror(0, self.device), Mirror(0, self.device)
         self._slots, self._numbers = Mirror(SEGMENT, self.device), Mirror(SEGMENT, self.device)  # [segment * SEGMENT]
         self._directory = Mirror(64, self.device)  # of a row [list, room], from its start
-        self._start = np.zeros(0, np.int64)
-        self._room = np.zeros(0, np.int64)  # segments that the directory of a row has room for, 0: it has none
         self._free_segments = np.zeros(0, np.int64)
         self._num_segments = 1  # segment 0 is of null entries: unset places of a directory point there
         self._free_directories: dict[int, list[int]] = {}  # starts, by room
         self._directory_end = 0
+
+    @property
+    def _counts(self) -> NDArray[np.int32]:
+        """Entries of each list, ``[rows, lists]``."""
+        return self._count_of.host.reshape(-1, self._num_lists)
+
+    @property
+    def _start(self) -> NDArray[np.int32]:
+        """Where the directory of each row begins, ``[rows]``."""
+        return self._directory_of.host[0::2]
+
+    @property
+    def _room(self) -> NDArray[np.int32]:
+        """Segments per list that it has room for, ``[rows]``; 0: the row has none."""
+        return self._directory_of.host[1::2]
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -110,6 +122,11 @@ class PageTable:
             return np.zeros((self.num_units, self.num_formats), np.int32)
         return self._counts[row].reshape(self.num_units, self.num_formats)
 
+    def totals(self, rows: Ints) -> Ints:
+        """Pages of some rows that lie here, ``[units, formats]``."""
+        counts = self._counts[rows[rows < len(self._counts)]]
+        return counts.sum(0, dtype=np.int64).reshape(self.num_units, self.num_formats)
+
     def num_pages_by_format(self) -> list[int]:
         """Pages noted here, of each format."""
         return [int(n) for n in self._counts.reshape(-1, self.num_formats).sum(0)]
@@ -117,8 +134,11 @@ class PageTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the table on host and device."""
-        arrays = self._counts.nbytes + self._start.nbytes + self._room.nbytes + self._free_segments.nbytes
-        return arrays + self._slots.nbytes + self._numbers.nbytes + self._directory.nbytes
+        return self._free_segments.nbytes + sum(mirror.nbytes for mirror in self._mirrors)
+
+    @property
+    def _mirrors(self) -> tuple[Mirror, ...]:
+        return self._slots, self._numbers, self._directory, self._count_of, self._directory_of
 
     def entries(self, rows: Ints, units: Ints, page_format: int) -> Entries:
         """The entries of some lists.
@@ -153,6 +173,22 @@ class PageTable:
             hit = wanted[order][at] == keys
             slots[order[at[hit]]], formats[order[at[hit]]] = found.slots[hit], page_format
         return slots, formats
+
+    def lists(self, rows: Ints, heads: int) -> PageLists:
+        """The lists of some rows where they are, for ops: those of the first unit and format (see `PageLists.at`).
+        They are good while no page comes or goes.
+
+        Args:
+            rows: ``[R]``, -1: empty lists.
+            heads: units of a row that follow each other.
+        """
+        self._reach(int(rows.max(initial=-1)) + 1)
+        longest = int(self._counts[rows[rows >= 0]].max(initial=0))
+        width = 1 << (longest - 1).bit_length() if longest else 0  # which changes seldom
+        counts, directories = self._count_of.tensor.view(-1, self._num_lists), self._directory_of.tensor.view(-1, 2)
+        where = self._slots.tensor, counts, self._directory.tensor, directories
+        on_device = torch.from_numpy(rows.astype(np.int32)).to(self.device)
+        return PageLists(*where, on_device, width, 0, self.num_formats, heads)
 
     def rows(self, rows: list[int], units: range, page_format: int = 0) -> TableRows:
         """The lists of some rows as ops take them, for each row one per unit."""
@@ -205,7 +241,7 @@ class PageTable:
         entries = self._places(at_row[which], at_list[which], before[which] + new)
         self._slots.write(entries, slots[order])
         self._numbers.write(entries, numbers[order])
-        self._counts[at_row, at_list] = after
+        self._count_of.write(at_row * self._num_lists + at_list, after)
 
     def remove(self, rows: Ints, units: Ints, numbers: Ints) -> Ints:
         """Forgets pages that are here, and returns their slots, ``[N]``. The others keep their order.
@@ -227,21 +263,21 @@ class PageTable:
             self._slots.write(entries, found.slots[stays])
             self._numbers.write(entries, found.numbers[stays])
             self._drop_segments(pairs[0], lists, self._counts[pairs[0], lists], counts)
-            self._counts[pairs[0], lists] = counts
+            self._count_of.write(pairs[0] * self._num_lists + lists, counts)
         return slots
 
     def release(self, row: int) -> Ints:
         """Forgets a row and returns the slots of all its pages."""
         if row >= len(self._counts) or not self._room[row]:
             return np.zeros(0, np.int64)
-        lists = np.arange(self._counts.shape[1])
+        lists = np.arange(self._num_lists)
         rows = np.full(len(lists), row)
         which, places = _spread(self._counts[row].astype(np.int64))
         slots = self._slots.host[self._places(rows[which], lists[which], places)].astype(np.int64)
         self._drop_segments(rows, lists, self._counts[row], np.zeros(len(lists), np.int64))
-        self._counts[row] = 0
+        self._count_of.write(rows * self._num_lists + lists, np.zeros(len(lists), np.int64))
         self._free_directories.setdefault(int(self._room[row]), []).append(int(self._start[row]))
-        self._room[row] = 0
+        self._set_directory(row, 0, 0)
         return slots
 
     def check_integrity(self, pool: PagePool) -> None:
@@ -268,7 +304,7 @@ class PageTable:
         assert len(all_slots) == pool.num_used, f"{len(all_slots)} pages in the table, {pool.num_used} in the pool"
         segments += self._free_segments.tolist()
         assert sorted(segments) == list(range(1, self._num_segments)), "a segment is lost, or used twice"
-        for mirror in (self._slots, self._numbers, self._directory):
+        for mirror in self._mirrors:
             assert np.array_equal(mirror.tensor.cpu().numpy(), mirror.host), "host and device differ"
 
     # -- segments and directories -----------------------------------------------------------------------------------
@@ -279,11 +315,11 @@ class PageTable:
         return segments.astype(np.int64) * SEGMENT + places % SEGMENT
 
     def _reach(self, num_rows: int) -> None:
-        if num_rows > len(self._counts):
-            more = max(num_rows, 2 * len(self._counts)) - len(self._counts)
-            self._counts = np.concatenate([self._counts, np.zeros((more, self._counts.shape[1]), np.int32)])
-            self._start = np.concatenate([self._start, np.zeros(more, np.int64)])
-            self._room = np.concatenate([self._room, np.zeros(more, np.int64)])
+        self._count_of.reach(num_rows * self._num_lists)
+        self._directory_of.reach(num_rows * 2)
+
+    def _set_directory(self, row: int, start: int, room: int) -> None:
+        self._directory_of.write(np.array([2 * row, 2 * row + 1]), np.array([start, room]))
 
     def _take_segments(self, count: int) -> Ints:
         free = len(self._free_segments)
@@ -306,7 +342,7 @@ class PageTable:
 
     def _widen(self, row: int, segments: int) -> None:
         """Gives a row a directory with room for so many segments per list, and copies the one that it has."""
-        room, before, lists = 1 << (segments - 1).bit_length(), int(self._room[row]), self._counts.shape[1]
+        room, before, lists = 1 << (segments - 1).bit_length(), int(self._room[row]), self._num_lists
         free = self._free_directories.get(room)
         if free:
             start = free.pop()
@@ -319,7 +355,7 @@ class PageTable:
             table[:, :before] = self._directory.host[old : old + lists * before].reshape(lists, before)
             self._free_directories.setdefault(before, []).append(old)
         self._directory.write(np.arange(start, start + lists * room), table.reshape(-1))
-        self._start[row], self._room[row] = start, room
+        self._set_directory(row, start, room)
 
 
 _MOST_PAGES = 1 << 32

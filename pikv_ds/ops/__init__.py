@@ -11,6 +11,7 @@ op                     what
 `prefill_attention`    partial attention of many queries of one sequence over its pages
 `context_attention`    partial attention of many queries over plain keys
 `tail_attention`       partial attention over the open tails
+`append_tokens`        put the newest tokens of sequences into their tails
 `merge_partials`       exact merge of partial attentions
 `page_scores`          Quest's upper bounds on stored key bounds
 `subpage_scores`       estimates of each page's log-sum-exp from its sub-pages
@@ -78,6 +79,7 @@ class Ops:
     prefill_attention = staticmethod(reference.prefill_attention)
     context_attention = staticmethod(reference.context_attention)
     tail_attention = staticmethod(reference.tail_attention)
+    append_tokens = staticmethod(reference.append_tokens)
     merge_partials = staticmethod(reference.merge_partials)
     page_scores = staticmethod(reference.page_scores)
     subpage_scores = staticmethod(reference.subpage_scores)

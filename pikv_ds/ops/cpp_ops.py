@@ -10,6 +10,7 @@ from torch import Tensor
 import pikv_ds._C  # noqa: F401  (loading it registers the ops)
 from pikv_ds.layout import PageLayout
 from pikv_ds.ops import OPS
+from pikv_ds.ops.lists import PageLists
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
@@ -47,18 +48,24 @@ def place_pages(
 def decode_attention(
     query: Tensor,
     slabs: Slabs,
-    table: Tensor,
-    counts: Tensor,
+    table: Tensor | PageLists,
+    counts: Tensor | None,
     layout: PageLayout,
     scale: float,
     out: Tensor,
     lse: Tensor,
     page_lse: Tensor | None = None,
 ) -> None:
-    num_splits, scratch = _num_splits(table, layout), None
+    width = table.width if isinstance(table, PageLists) else table.shape[-1]
+    num_splits, scratch = _num_splits(len(table), width, query, layout), None
     if query.device.type == "cuda":
         floats = _C.decode_scratch_floats(*query.shape[:2], layout.value_dim, num_splits)
         scratch = torch.empty(floats, dtype=torch.float32, device=query.device)
+    if isinstance(table, PageLists):
+        where = table.slots, table.counts, table.directory, table.directories, table.rows
+        which = table.width, table.first, table.step, table.heads
+        _C.decode_lists(query, *_slabs(slabs), *where, *which, *_layout(layout), scale, out, lse, num_splits, scratch)
+        return
     _C.decode_attention(
         query, *_slabs(slabs), table, counts, *_layout(layout), scale, out, lse, page_lse, num_splits, scratch
     )
@@ -67,7 +74,7 @@ def decode_attention(
 def key_scores(
     query: Tensor, slabs: Slabs, table: Tensor, counts: Tensor, layout: PageLayout, scale: float, out: Tensor
 ) -> None:
-    num_splits = _num_splits(table, layout)
+    num_splits = _num_splits(len(table), table.shape[-1], query, layout)
     _C.key_scores(query, *_slabs(slabs), table, counts, *_layout(layout), scale, out, num_splits)
 
 
@@ -90,12 +97,25 @@ def context_attention(
 
 
 def tail_attention(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor | None = None,
 ) -> None:
-    _C.tail_attention(query, keys, values, lengths, scale, out, lse)
+    _C.tail_attention(query, keys, values, lengths, scale, out, lse, indices)
 
 
-def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+def append_tokens(
+    keys: Tensor, values: Tensor | None, places: Tensor, tail_keys: Tensor, tail_values: Tensor | None, flags: Tensor
+) -> None:
+    _C.append_tokens(keys, values, places, tail_keys, tail_values, flags)
+
+
+def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
     _C.merge_partials(outs, lses, out, lse)
 
 
@@ -145,15 +165,15 @@ def _layout(layout: PageLayout) -> tuple[int, int, int, int]:
     return layout.code, layout.num_kv_heads, layout.page_size, layout.latent_dim or 0
 
 
-def _num_splits(table: Tensor, layout: PageLayout) -> int:
+def _num_splits(num_lists: int, width: int, query: Tensor, layout: PageLayout) -> int:
     """Pieces to attend each sequence of a KV head in, so that a GPU's processors all have two to work on.
 
     It follows from shapes alone: what a table holds is unknown here, and a captured graph replays it.
     """
-    if table.device.type != "cuda":
+    if query.device.type != "cuda":
         return 1
-    wanted = -(-2 * _num_processors(table.device) // max(1, len(table) * layout.num_kv_heads))
-    return max(1, min(wanted, table.shape[-1] // 4))  # a split of fewer pages costs more than it saves
+    wanted = -(-2 * _num_processors(query.device) // max(1, num_lists * layout.num_kv_heads))
+    return max(1, min(wanted, width // 4))  # a split of fewer pages costs more than it saves
 
 
 @cache

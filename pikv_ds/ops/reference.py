@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.layout import BITS, PageLayout, SealFlag, scale_rows
+from pikv_ds.ops.lists import PageLists
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
@@ -34,8 +35,9 @@ def seal_pages(
             bytes are written as 0.
         bounds: uint8 ``[N, bounds_bytes]`` likewise: each page's key minima and maxima per KV
             head and channel, ``[2, K, D]`` in ``layout.dtype`` (Quest); None: not wanted.
-        flags: int32 ``[1]``, to which is added (bitwise or), for each page and KV head and for keys
-            and values apart: `SealFlag.NON_FINITE` where there is a NaN or infinity among them; else
+        flags: int32 ``[F]``, N is a multiple of F and each flag is of so many pages that follow each other (of a
+            layer, say). To it is added (bitwise or), for each page and KV head and for keys and values
+            apart: `SealFlag.NON_FINITE` where there is a NaN or infinity among them; else
             `SealFlag.BEYOND_RANGE` where a range from the smallest to the largest element has a scale
             or minimum that cannot be stored. Such a page's bytes are undefined.
     """
@@ -50,12 +52,17 @@ def seal_pages(
         codes, scales, storable = _encode(x, element, layout, dim)
         _put(out, offset, codes.flatten(1))
         finite = x.isfinite().flatten(2).all(2)
-        flags |= SealFlag.NON_FINITE * ~finite.all()
+        flags |= SealFlag.NON_FINITE * _some(~finite, flags)
         if scales is not None:
             _put(out, scale_offset, scales.flatten(1))
-            flags |= SealFlag.BEYOND_RANGE * (finite & ~storable.flatten(2).all(2)).any()
+            flags |= SealFlag.BEYOND_RANGE * _some(finite & ~storable.flatten(2).all(2), flags)
     if bounds is not None:
         _put(bounds, 0, torch.stack([keys.amin(2), keys.amax(2)], dim=1).add(ZERO).flatten(1))
+
+
+def _some(noted: Tensor, flags: Tensor) -> Tensor:
+    """Whether something is noted of some page of each flag, bool ``[F]``, from bool ``[N, K]``."""
+    return noted.reshape(len(flags), -1).any(1)
 
 
 def unseal_pages(pages: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
@@ -152,8 +159,8 @@ def place_pages(
 def decode_attention(
     query: Tensor,
     slabs: Slabs,
-    table: Tensor,
-    counts: Tensor,
+    table: Tensor | PageLists,
+    counts: Tensor | None,
     layout: PageLayout,
     scale: float,
     out: Tensor,
@@ -165,14 +172,17 @@ def decode_attention(
     Args:
         query: ``[R, H, D]``, float32, bfloat16 or float16.
         slabs: the pool's pages.
-        table: int32 slots ``[B, P]``, or ``[B, K, P]`` with a selection per KV head.
-        counts: int32 ``[B]``.
+        table: int32 slots ``[B, P]``, or ``[B, K, P]`` with a selection per KV head; or B lists where they are.
+        counts: int32 ``[B]``; None: lists have theirs.
         scale: factor on ``q . k``.
-        out, lse: float32 ``[R, H, V]``, ``[R, H]``.
-        page_lse: float32 ``[R, H, P]``, on request: the log-sum-exp of each page's scores, -inf at
+        out, lse: float32 ``[R, H, V]``, ``[R, H]``; rows may be part of longer rows.
+        page_lse: float32 ``[R, H, P]`` for a table, on request: the log-sum-exp of each page's scores, -inf at
             holes and beyond ``counts``. ``exp(page_lse - lse)`` is the page's attention mass; with
             the merged lse of all ranks it is the mass over the whole sequence (H2O).
     """
+    if isinstance(table, PageLists):
+        table, counts = table.dense()
+    assert counts is not None
     for row in range(len(query)):  # rows are ragged; a reference may take them one by one
         keys, values, there = _visible_pages(slabs, table, counts, layout, row * len(table) // len(query))
         scores = _page_scores(query[row], keys, there, scale)  # [H, P, S]
@@ -287,15 +297,19 @@ def tail_attention(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    indices: Tensor | None = None,
 ) -> None:
     """Partial attention of one query per sequence over its open tail.
 
     Args:
         query: ``[N, H, D]``.
-        keys, values: ``[N, K, S, D]``, ``[N, K, S, V]``; tokens at and beyond ``lengths`` are never used.
+        keys, values: ``[B, K, S, D]``, ``[B, K, S, V]``; tokens at and beyond ``lengths`` are never used.
         lengths: int32 ``[N]``, 0 gives an empty partial.
-        out, lse: float32 ``[N, H, V]``, ``[N, H]``.
+        out, lse: float32 ``[N, H, V]``, ``[N, H]``; rows may be part of longer rows.
+        indices: int32 ``[N]``, each query's tail; None: B is N, in order.
     """
+    if indices is not None:
+        keys, values = keys[indices.long()], values[indices.long()]
     b, num_heads, d = query.shape
     k, s = keys.shape[1], keys.shape[2]
     q = query.float().view(b, k, num_heads // k, d)
@@ -309,27 +323,50 @@ def tail_attention(
     lse.copy_(row_lse.view(b, num_heads))
 
 
-def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
+def append_tokens(
+    keys: Tensor, values: Tensor | None, places: Tensor, tail_keys: Tensor, tail_values: Tensor | None, flags: Tensor
+) -> None:
+    """Puts the newest tokens of M sequences into their tails.
+
+    Args:
+        keys, values: ``[N, K, D]``, ``[N, K, V]``, any strides with contiguous channels; values are None where they
+            are channels of the keys.
+        places: int32 ``[3, M]``: the tokens' places among N, their tails among B, and their slots in these.
+        tail_keys, tail_values: ``[B, K, S, D]``, ``[B, K, S, V]``.
+        flags: int32 ``[1]``, to which is added `SealFlag.NON_FINITE` where there is a NaN or infinity in a token.
+    """
+    tokens, tails, slots = places.long()
+    for x, tail in ((keys, tail_keys), (values, tail_values)):
+        if x is not None:
+            assert tail is not None
+            tail[tails, :, slots] = x[tokens]
+            flags |= SealFlag.NON_FINITE * ~x[tokens].isfinite().all()
+
+
+def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
     """Merges partial attentions over disjoint keys, in the order given (invariant: same bits).
 
     Args:
-        outs, lses: float32 ``[P, N, D]``, ``[P, N]``; a partial with lse -inf is not read.
-        out, lse: float32 ``[N, D]``, ``[N]``.
+        outs, lses: float32 ``[P, N, D]``, ``[P, N]``, or ``[P, N, H, D]``, ``[P, N, H]``, whose first two dimensions
+            may have any strides; a partial with lse -inf is not read.
+        out, lse: ``[N, (H,) D]``, float32, bfloat16 or float16, and float32 ``[N(, H)]``; None: it is not wanted.
     """
     if outs.shape[0] == 0:
         out.zero_()
-        lse.fill_(-torch.inf)
+        if lse is not None:
+            lse.fill_(-torch.inf)
         return
     peak = lses.amax(0)
     safe = torch.where(peak == -torch.inf, 0.0, peak)  # all empty: -inf - -inf would be NaN
-    total, denominator = torch.zeros_like(out), torch.zeros_like(lse)
+    total, denominator = torch.zeros_like(outs[0]), torch.zeros_like(peak)
     for partial, partial_lse in zip(outs, lses, strict=True):  # fixed order: same bits for the same ranks
         weight = torch.exp(partial_lse - safe)
         total += torch.where(weight[..., None] == 0, 0.0, partial * weight[..., None])
         denominator += weight
     empty = denominator == 0
     out.copy_(torch.where(empty[..., None], 0.0, total / denominator[..., None]))
-    lse.copy_(torch.where(empty, -torch.inf, safe + torch.log(denominator)))
+    if lse is not None:
+        lse.copy_(torch.where(empty, -torch.inf, safe + torch.log(denominator)))
 
 
 def page_scores(

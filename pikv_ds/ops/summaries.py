@@ -62,7 +62,8 @@ class SubPages:
         """Summaries of pages of keys ``[N, K, S, D]``: uint8 ``[N, num_bytes]``.
 
         Args:
-            flags: int32 ``[1]``, gets `SealFlag.BEYOND_SUMMARY` where a scale is beyond float16.
+            flags: int32 ``[F]``, of equally many pages each (see `seal_pages`); gets `SealFlag.BEYOND_SUMMARY` where a
+                scale is beyond float16.
         """
         x = keys.float().unflatten(2, (self.count(layout), -1))  # [N, K, sub-pages, grain, D]
         low, high = x.amin(3), x.amax(3)
@@ -73,7 +74,7 @@ class SubPages:
         spread_scale = _up(spread.amax(-1) / levels)
         scales = torch.stack([centre_scale, spread_scale], dim=1)
         if flags is not None:
-            flags |= SealFlag.BEYOND_SUMMARY * ~scales.isfinite().all()
+            flags |= SealFlag.BEYOND_SUMMARY * ~scales.isfinite().reshape(len(flags), -1).all(1)
         codes = [
             (centre / centre_scale.float().clamp(min=1e-30)[..., None]).round() + middle,
             (spread / spread_scale.float().clamp(min=1e-30)[..., None]).round(),

@@ -12,7 +12,9 @@ about 3.4, so it should run no faster than bfloat16 here. The compiled kernels i
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -22,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pikv_ds.layout import PLAIN, PageLayout, SealFlag
+from pikv_ds.ops.lists import PageLists
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.ops.summaries import SubPages
 from pikv_ds.ops.triton_kernels.attention import (
@@ -94,6 +97,7 @@ def seal_pages(
         *values.stride()[:3],
         out.stride(0),
         bounds.stride(0) if bounds is not None else 0,
+        n // len(flags),
         K=k,
         S=s,
         D=d,
@@ -133,8 +137,8 @@ def gather_pages(slabs: Slabs, slots: Tensor, out: Tensor) -> None:
 def decode_attention(
     query: Tensor,
     slabs: Slabs,
-    table: Tensor,
-    counts: Tensor,
+    table: Tensor | PageLists,
+    counts: Tensor | None,
     layout: PageLayout,
     scale: float,
     out: Tensor,
@@ -143,7 +147,20 @@ def decode_attention(
 ) -> None:
     if page_lse is not None:
         page_lse.fill_(-torch.inf)  # holes, and what lies beyond the counts
-    _attend_pages(query, slabs, table, counts, layout, scale, out, lse, page_lse)
+    if isinstance(table, PageLists):  # the kernel walks tables only
+        table, counts = table.dense()
+    with _contiguous(out, lse) as (whole, whole_lse):
+        _attend_pages(query, slabs, table, counts, layout, scale, whole, whole_lse, page_lse)
+
+
+@contextlib.contextmanager
+def _contiguous(*outs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same tensors, or contiguous ones whose contents go into them in the end: kernels write whole rows."""
+    whole = tuple(x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for x in outs)
+    yield whole
+    for x, written in zip(outs, whole, strict=True):
+        if written is not x:
+            x.copy_(written)
 
 
 def key_scores(
@@ -262,8 +279,12 @@ def tail_attention(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    indices: Tensor | None = None,
 ) -> None:
-    _attend_plain(query, keys, values, lengths, scale, None, out, lse)
+    if indices is not None:  # the kernel takes tails in order
+        keys, values = keys[indices], values[indices]
+    with _contiguous(out, lse) as (whole, whole_lse):
+        _attend_plain(query, keys, values, lengths, scale, None, whole, whole_lse)
 
 
 def _attend_plain(
@@ -312,19 +333,23 @@ def _attend_plain(
     )
 
 
-def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
-    num_partials, rows, d = outs.shape
+def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """The kernel takes contiguous partials, and writes float32: others are copied before and after."""
+    num_partials, d = outs.shape[0], outs.shape[-1]
+    outs, lses = outs.reshape(num_partials, -1, d).contiguous(), lses.reshape(num_partials, -1).contiguous()
+    rows = outs.shape[1]
     if rows == 0:
         return
-    assert outs.is_contiguous()
-    assert lses.is_contiguous()
-    assert out.is_contiguous()
+    direct = out.dtype == torch.float32 and out.is_contiguous()
+    merged = out if direct else torch.empty(rows, d, dtype=torch.float32, device=out.device)
+    known = lse is not None and lse.is_contiguous()
+    merged_lse = lse if known else torch.empty(rows, dtype=torch.float32, device=out.device)
     block_p = min(16, triton.next_power_of_2(max(1, num_partials)))
     merge_kernel[(rows,)](
         outs,
         lses,
-        out,
-        lse,
+        merged,
+        merged_lse,
         num_partials,
         rows,
         D=d,
@@ -332,6 +357,11 @@ def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None
         BLOCK_D=triton.next_power_of_2(d),
         num_warps=4 if block_p * d >= 1024 else 1,
     )
+    if not direct:
+        out.copy_(merged.view(out.shape))
+    if lse is not None and not known:
+        assert merged_lse is not None
+        lse.copy_(merged_lse.view(lse.shape))
 
 
 def page_scores(

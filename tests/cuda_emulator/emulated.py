@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pikv_ds.layout import PageLayout
+from pikv_ds.ops.lists import PageLists
 from pikv_ds.ops.state import UtilityState
 from pikv_ds.ops.summaries import SubPages
 from pikv_ds.slabs import Slabs
@@ -39,7 +40,7 @@ SealPages = _struct(
     **_names(c_void_p, "keys values out bounds flags"),
     layout=Layout,
     dtype=c_int32,
-    num_pages=c_int64,
+    **_names(c_int64, "num_pages pages_per_flag"),
     key_strides=c_int64 * 3,
     value_strides=c_int64 * 3,
     **_names(c_int64, "out_stride bounds_stride"),
@@ -48,16 +49,23 @@ GatherPages = _struct("GatherPages", slabs=SlabRows, slots=c_void_p, out=c_void_
 ScatterPages = _struct(
     "ScatterPages", slabs=SlabRows, slots=c_void_p, pages=c_void_p, **_names(c_int64, "num_pages stride")
 )
+Lists = _struct(
+    "Lists",
+    **_names(c_void_p, "slots counts directory directories rows"),
+    width=c_int64,
+    **_names(c_int32, "num_lists first step heads"),
+    per_head=c_bool,
+)
 DecodeAttention = _struct(
     "DecodeAttention",
     query=c_void_p,
     slabs=SlabRows,
-    **_names(c_void_p, "table counts out lse page_lse scratch"),
+    lists=Lists,
+    **_names(c_void_p, "out lse page_lse scratch"),
     layout=Layout,
     dtype=c_int32,
-    table_per_head=c_bool,
     scale=c_float,
-    **_names(c_int64, "num_rows num_table_rows num_heads table_width num_splits"),
+    **_names(c_int64, "num_rows num_table_rows num_heads num_splits out_stride lse_stride"),
 )
 PrefillAttention = _struct(
     "PrefillAttention",
@@ -71,13 +79,28 @@ PrefillAttention = _struct(
 )
 TailAttention = _struct(
     "TailAttention",
-    **_names(c_void_p, "query keys values lengths out lse"),
+    **_names(c_void_p, "query keys values indices lengths out lse"),
     dtype=c_int32,
     scale=c_float,
-    **_names(c_int64, "num_rows num_heads num_kv_heads page_size head_dim value_dim"),
+    **_names(c_int64, "num_rows num_heads num_kv_heads page_size head_dim value_dim out_stride lse_stride"),
+)
+AppendTokens = _struct(
+    "AppendTokens",
+    **_names(c_void_p, "keys values tail_keys tail_values places flags"),
+    dtype=c_int32,
+    num_tokens=c_int64,
+    key_strides=c_int64 * 2,
+    value_strides=c_int64 * 2,
+    **_names(c_int64, "num_kv_heads page_size head_dim value_dim"),
 )
 MergePartials = _struct(
-    "MergePartials", **_names(c_void_p, "outs lses out lse"), **_names(c_int64, "num_partials num_rows head_dim")
+    "MergePartials",
+    **_names(c_void_p, "outs lses out lse"),
+    dtype=c_int32,
+    **_names(c_int64, "num_partials num_rows num_heads head_dim"),
+    outs_strides=c_int64 * 2,
+    lses_strides=c_int64 * 2,
+    **_names(c_int64, "out_stride lse_stride"),
 )
 PageScores = _struct(
     "PageScores",
@@ -166,6 +189,7 @@ class EmulatedOps:
             _layout(layout, layout.seal_code),
             DTYPES.index(keys.dtype),
             len(keys),
+            max(1, len(keys) // len(flags)),
             (c_int64 * 3)(*keys.stride()[:3]),
             (c_int64 * 3)(*([] if values is None else values.stride()[:3])),
             out.stride(0),
@@ -184,8 +208,8 @@ class EmulatedOps:
         self,
         query: Tensor,
         slabs: Slabs,
-        table: Tensor,
-        counts: Tensor,
+        table: Tensor | PageLists,
+        counts: Tensor | None,
         layout: PageLayout,
         scale: float,
         out: Tensor | None,
@@ -195,21 +219,20 @@ class EmulatedOps:
         params = DecodeAttention(
             query.data_ptr(),
             _slabs(slabs),
-            table.data_ptr(),
-            counts.data_ptr(),
+            _lists(table, counts),
             None if out is None else out.data_ptr(),
             None if lse is None else lse.data_ptr(),
             None if page_lse is None else page_lse.data_ptr(),
             None,
             _layout(layout),
             DTYPES.index(query.dtype),
-            table.dim() == 3,
             scale,
             len(query),
             len(table),
             query.shape[1],
-            table.shape[-1],
             self.num_splits,
+            0 if out is None else out.stride(0),
+            0 if lse is None else lse.stride(0),
         )
         scratch = torch.full((self.lib.DecodeScratchFloats(ctypes.byref(params)),), torch.nan)
         params.scratch = scratch.data_ptr()
@@ -246,17 +269,66 @@ class EmulatedOps:
         self.lib.PrefillAttention(ctypes.byref(params))
 
     def tail_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, out: Tensor, lse: Tensor
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        indices: Tensor | None = None,
     ) -> None:
-        tensors = [t.data_ptr() for t in (query, keys, values, lengths, out, lse)]
-        n, kv_heads, page_size, head_dim = keys.shape
+        _, kv_heads, page_size, head_dim = keys.shape
         params = TailAttention(
-            *tensors, DTYPES.index(query.dtype), scale, n, query.shape[1], kv_heads, page_size, head_dim, out.shape[2]
+            *(t.data_ptr() for t in (query, keys, values)),
+            None if indices is None else indices.data_ptr(),
+            *(t.data_ptr() for t in (lengths, out, lse)),
+            DTYPES.index(query.dtype),
+            scale,
+            *query.shape[:2],
+            kv_heads,
+            page_size,
+            head_dim,
+            out.shape[2],
+            out.stride(0),
+            lse.stride(0),
         )
         self.lib.TailAttention(ctypes.byref(params))
 
-    def merge_partials(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
-        params = MergePartials(*(t.data_ptr() for t in (outs, lses, out, lse)), *outs.shape)
+    def append_tokens(
+        self,
+        keys: Tensor,
+        values: Tensor | None,
+        places: Tensor,
+        tail_keys: Tensor,
+        tail_values: Tensor | None,
+        flags: Tensor,
+    ) -> None:
+        params = AppendTokens(
+            *(None if t is None else t.data_ptr() for t in (keys, values, tail_keys, tail_values, places, flags)),
+            DTYPES.index(keys.dtype),
+            places.shape[1],
+            (c_int64 * 2)(*keys.stride()[:2]),
+            (c_int64 * 2)(*([] if values is None else values.stride()[:2])),
+            *tail_keys.shape[1:],
+            0 if values is None else values.shape[2],
+        )
+        self.lib.AppendTokens(ctypes.byref(params))
+
+    def merge_partials(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        heads = outs.shape[2] if outs.dim() == 4 else 1
+        params = MergePartials(
+            *(None if t is None else t.data_ptr() for t in (outs, lses, out, lse)),
+            DTYPES.index(out.dtype),
+            *outs.shape[:2],
+            heads,
+            outs.shape[-1],
+            (c_int64 * 2)(*outs.stride()[:2]),
+            (c_int64 * 2)(*lses.stride()[:2]),
+            out.stride(0),
+            0 if lse is None else lse.stride(0),
+        )
         self.lib.MergePartials(ctypes.byref(params))
 
     def page_scores(
@@ -340,6 +412,15 @@ def _layout(layout: PageLayout, code: int | None = None) -> ctypes.Structure:
     bits = code >> 8 & 0xFF, code >> 16 & 0xFF, code >> 24 & 1, code >> 25 & 1
     sizes = layout.num_kv_heads, layout.head_dim, layout.page_size
     return Layout(*sizes, code & 0xFF, layout.latent_dim or 0, *bits)
+
+
+def _lists(table: Tensor | PageLists, counts: Tensor | None) -> ctypes.Structure:
+    if isinstance(table, PageLists):
+        tensors = table.slots, table.counts, table.directory, table.directories, table.rows
+        which = table.counts.shape[1], table.first, table.step, table.heads
+        return Lists(*(t.data_ptr() for t in tensors), table.width, *which, False)
+    assert counts is not None
+    return Lists(table.data_ptr(), counts.data_ptr(), None, None, None, table.shape[-1], 0, 0, 0, 0, table.dim() == 3)
 
 
 def _slabs(slabs: Slabs) -> ctypes.Structure:

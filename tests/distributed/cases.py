@@ -183,9 +183,9 @@ def assert_parity(results: Sequence[Mapping[str, Any]], tolerance: float = TOLER
 def snapshot(store: pikv_ds.ExpertShardedKVCache) -> dict[str, Any]:
     """What a rank holds and knows after a forward pass."""
     staged = [
-        (row, p.unit, number)
+        (row, unit, number)
         for p in store.sender.staged
-        for row, number in zip(p.rows.tolist(), p.numbers.tolist(), strict=True)
+        for row, unit, number in zip(p.rows.tolist(), p.units.tolist(), p.numbers.tolist(), strict=True)
     ]
     ledger, layers = store.ledger, range(store.shape.num_layers)
     return {

@@ -128,7 +128,7 @@ def seal_kernel(
     values,
     out,  # uint8 [N, page_bytes], rows out_stride bytes apart
     bounds,  # the keys' dtype, [N, 2, K, D], rows bounds_stride elements apart; or None
-    flags,  # int32 [1]
+    flags,  # int32, one for every pages_per_flag
     key_stride_n,
     key_stride_k,
     key_stride_s,
@@ -137,6 +137,7 @@ def seal_kernel(
     value_stride_s,
     out_stride,
     bounds_stride,
+    pages_per_flag,
     K: tl.constexpr,
     S: tl.constexpr,
     D: tl.constexpr,
@@ -232,4 +233,4 @@ def seal_kernel(
             end_page: tl.constexpr = VALUE_SCALES + 2 * SCALE_ROWS * K * S
             tl.store(page + end_page + gap, tl.zeros((16,), tl.uint8), mask=gap < PAGE_BYTES - end_page)
     noted = tl.where(bad > 0, NON_FINITE, beyond * BEYOND_RANGE)
-    tl.atomic_or(flags, noted, mask=noted > 0)
+    tl.atomic_or(flags + tl.program_id(0) // pages_per_flag, noted, mask=noted > 0)

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pikv_ds.config import PiKVConfig
 from pikv_ds.core.cache import ExpertShardedKVCache
-from pikv_ds.core.exchange import Dispatched, Exchange, Ints, PagesInFlight
+from pikv_ds.core.exchange import Exchange, Gathered, Ints, PagesInFlight, Partials
 from pikv_ds.core.sequences import SequenceBatch
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.core.shard import Headers
@@ -103,13 +103,11 @@ class MirrorExchange(Exchange):
         received = torch.zeros(sum(receive_bytes), dtype=torch.uint8)
         return PagesInFlight(received, None, payload, self.waited_s)
 
-    def dispatch(self, query: Tensor, counts: Sequence[int]) -> Dispatched:
-        others = query.new_empty(sum(counts[1:]), *query.shape[1:])
-        return Dispatched(tuple(counts), others, None, self.waited_s)
+    def gather_queries(self, query: Tensor) -> Gathered:
+        return Gathered(query.new_empty(self.size * len(query), *query.shape[1:]), None, self.waited_s)
 
-    def combine(self, handle: Dispatched, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        n = handle.counts[0]
-        return out.new_empty(self.size - 1, n, *out.shape[1:]), lse.new_empty(self.size - 1, n, *lse.shape[1:])
+    def return_partials(self, partials: Partials, received: Partials) -> None:
+        pass
 
 
 class _Counting(TorchDispatchMode):
