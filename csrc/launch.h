@@ -168,6 +168,23 @@ struct AppendTokensParams {
   int64_t value_dim;  // V
 };
 
+// The same for the experts that the tokens chose, k each.
+struct AppendExpertsParams {
+  const void* experts;    // [N, k], integers of expert_bytes: 2, 4 or 8
+  int16_t* tail_experts;  // [B, S, k]
+  const int32_t* places;  // [3, M], as above
+  int64_t expert_bytes;
+  int64_t num_tokens;  // M
+  int64_t page_size;
+  int64_t top_k;
+};
+
+PIKV_HOST_DEVICE inline int16_t ExpertAt(const AppendExpertsParams& p, int64_t i) {
+  if (p.expert_bytes == 8) return static_cast<int16_t>(static_cast<const int64_t*>(p.experts)[i]);
+  if (p.expert_bytes == 4) return static_cast<int16_t>(static_cast<const int32_t*>(p.experts)[i]);
+  return static_cast<const int16_t*>(p.experts)[i];
+}
+
 // Merges P partial attentions over disjoint sets of keys into the attention over their union.
 // An empty partial has lse = -inf; its out is never read. A row with a NaN or +inf lse comes out as
 // NaN: such a partial is broken, and hiding it would be worse. Rows of heads are contiguous; the
@@ -269,6 +286,7 @@ void PrefillAttentionCpu(const PrefillAttentionParams& params);
 void ContextAttentionCpu(const ContextAttentionParams& params);
 void TailAttentionCpu(const TailAttentionParams& params);
 void AppendTokensCpu(const AppendTokensParams& params);
+void AppendExpertsCpu(const AppendExpertsParams& params);
 void MergePartialsCpu(const MergePartialsParams& params);
 void PageScoresCpu(const PageScoresParams& params);
 void SubpageScoresCpu(const SubpageScoresParams& params);
@@ -289,6 +307,7 @@ void DecodeAttentionCuda(const DecodeAttentionParams& params, cudaStream_t strea
 void PrefillAttentionCuda(const PrefillAttentionParams& params, cudaStream_t stream);
 void TailAttentionCuda(const TailAttentionParams& params, cudaStream_t stream);
 void AppendTokensCuda(const AppendTokensParams& params, cudaStream_t stream);
+void AppendExpertsCuda(const AppendExpertsParams& params, cudaStream_t stream);
 void MergePartialsCuda(const MergePartialsParams& params, cudaStream_t stream);
 void PageScoresCuda(const PageScoresParams& params, cudaStream_t stream);
 void SubpageScoresCuda(const SubpageScoresParams& params, cudaStream_t stream);

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pikv_ds.core.sequences import NO_ROW, SequenceBatch
-from pikv_ds.ops.reference import append_tokens
+from pikv_ds.ops.reference import append_experts, append_tokens
 
 PAGE, KV_HEADS, HEAD_DIM, TOP_K, LAYERS = 8, 2, 4, 2, 2
 ROUTERS = (True, False)  # layer 1 has none
@@ -58,6 +58,8 @@ def run_pass(batch: SequenceBatch, streams: list[Stream], new: list[int]) -> Non
             assert torch.equal(v, -k)
         assert single.indices.tolist() == [r for r, n in enumerate(new) if n == 1]
         assert single.lengths.tolist() == [batch.open_tokens(r) + 1 for r in single.indices.tolist()]
+        if ROUTERS[layer] and any(new):
+            append_experts(experts, single.places, batch.tail_experts(layer, experts))
         for pages in batch.fill(layer, experts if ROUTERS[layer] else None):
             chosen = pages.experts
             assert (chosen is None) is (not ROUTERS[layer])
@@ -161,7 +163,8 @@ def test_pages_of_all_layers_at_once() -> None:
         single, tail = batch.singles(keys.device), batch.tail(layer, keys, -keys)
         append_tokens(keys, -keys, single.places, tail.keys, tail.values, torch.zeros(1, dtype=torch.int32))
         experts = torch.tensor([experts_of(row, s.length) for row, s in enumerate(streams)])
-        batch.note_experts(layer, experts if ROUTERS[layer] else None)
+        if ROUTERS[layer]:
+            append_experts(experts, single.places, batch.tail_experts(layer, experts))
         assert batch.ends_with(layer) is (layer == LAYERS - 1)
         if batch.ends_with(layer):
             pages = batch.fill_all()

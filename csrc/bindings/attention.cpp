@@ -271,6 +271,30 @@ void AppendTokens(const Tensor& keys, std::optional<Tensor> values, const Tensor
   Launch<kKernel>(p, args);
 }
 
+template <auto kKernel>
+void AppendExperts(const Tensor& experts, const Tensor& places, Tensor tail_experts) {
+  Args args("append_experts", Traits<kKernel>::kDevice, experts);
+  args.CheckDim("experts", experts, 2, "[N, k]");
+  args.CheckDim("places", places, 2, "[3, M]");
+  args.CheckDim("tail_experts", tail_experts, 3, "[B, S, k]");
+  const int64_t n = experts.size(0), k = experts.size(1), m = places.size(1);
+  const int64_t b = tail_experts.size(0), s = tail_experts.size(1);
+  const ScalarType dtype = experts.scalar_type();
+  if (dtype != ScalarType::Long && dtype != ScalarType::Int && dtype != ScalarType::Short) {
+    args.Fail("experts must be Long, Int or Short, got ", dtype);
+  }
+
+  AppendExpertsParams p{};
+  p.experts = args.In("experts", experts, {n, k}, "[N, k]", dtype);
+  p.expert_bytes = static_cast<int64_t>(experts.element_size());
+  p.places = args.In<int32_t>("places", places, {3, m}, "[3, M]");
+  p.tail_experts = args.Out<int16_t>("tail_experts", tail_experts, {b, s, k}, "[B, S, k]");
+  p.num_tokens = m;
+  p.page_size = s;
+  p.top_k = k;
+  Launch<kKernel>(p, args);
+}
+
 // Partials [P, N, D] are [P, N, 1, D].
 template <auto kKernel>
 void MergePartials(const Tensor& outs, const Tensor& lses, Tensor out, std::optional<Tensor> lse) {
@@ -323,6 +347,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CPU, m) {
   m.impl("context_attention", TORCH_BOX(&ContextAttention<&ContextAttentionCpu>));
   m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCpu>));
   m.impl("append_tokens", TORCH_BOX(&AppendTokens<&AppendTokensCpu>));
+  m.impl("append_experts", TORCH_BOX(&AppendExperts<&AppendExpertsCpu>));
   m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCpu>));
 }
 
@@ -334,6 +359,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv_ds, CUDA, m) {
   m.impl("prefill_attention", TORCH_BOX(&PrefillAttention<&PrefillAttentionCuda>));
   m.impl("tail_attention", TORCH_BOX(&TailAttention<&TailAttentionCuda>));
   m.impl("append_tokens", TORCH_BOX(&AppendTokens<&AppendTokensCuda>));
+  m.impl("append_experts", TORCH_BOX(&AppendExperts<&AppendExpertsCuda>));
   m.impl("merge_partials", TORCH_BOX(&MergePartials<&MergePartialsCuda>));
 }
 

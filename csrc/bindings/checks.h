@@ -40,6 +40,10 @@ struct ScalarTypeOf<int32_t> {
   static constexpr ScalarType value = ScalarType::Int;
 };
 template <>
+struct ScalarTypeOf<int16_t> {
+  static constexpr ScalarType value = ScalarType::Short;
+};
+template <>
 struct ScalarTypeOf<uint8_t> {
   static constexpr ScalarType value = ScalarType::Byte;
 };

@@ -50,6 +50,7 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
   m.def(
       "append_tokens(Tensor keys, Tensor? values, Tensor places, Tensor(a!) tail_keys, "
       "Tensor(b!)? tail_values, Tensor(c!) flags) -> ()");
+  m.def("append_experts(Tensor experts, Tensor places, Tensor(a!) tail_experts) -> ()");
   m.def("merge_partials(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!)? lse) -> ()");
   m.def("page_scores(Tensor query, " PIKV_SLABS
         "Tensor table, Tensor counts, "

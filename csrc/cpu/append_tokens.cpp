@@ -49,4 +49,12 @@ void AppendTokensCpu(const AppendTokensParams& p) {
   if (!finite) *p.flags |= kNonFinite;
 }
 
+void AppendExpertsCpu(const AppendExpertsParams& p) {
+  const int32_t *tokens = p.places, *tails = tokens + p.num_tokens, *slots = tails + p.num_tokens;
+  for (int64_t i = 0; i < p.num_tokens; ++i) {
+    int16_t* const to = p.tail_experts + (tails[i] * p.page_size + slots[i]) * p.top_k;
+    for (int64_t k = 0; k < p.top_k; ++k) to[k] = ExpertAt(p, tokens[i] * p.top_k + k);
+  }
+}
+
 }  // namespace pikv_ds

@@ -36,12 +36,27 @@ __global__ void __launch_bounds__(kThreads) AppendTokensKernel(const AppendToken
   if (!finite) atomicOr(p.flags, kNonFinite);
 }
 
+__global__ void __launch_bounds__(kThreads) AppendExpertsKernel(const AppendExpertsParams p) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x, i = at / p.top_k;
+  if (i >= p.num_tokens) return;
+  const int64_t token = p.places[i], tail = p.places[p.num_tokens + i],
+                slot = p.places[2 * p.num_tokens + i], k = at % p.top_k;
+  p.tail_experts[(tail * p.page_size + slot) * p.top_k + k] = ExpertAt(p, token * p.top_k + k);
+}
+
 }  // namespace
 
 void AppendTokensCuda(const AppendTokensParams& params, cudaStream_t stream) {
   if (params.num_tokens == 0) return;
   Launch("append_tokens", AppendTokensKernel, dim3(params.num_tokens, params.num_kv_heads),
          kThreads, 0, stream, params);
+}
+
+void AppendExpertsCuda(const AppendExpertsParams& params, cudaStream_t stream) {
+  const int64_t num = params.num_tokens * params.top_k;
+  if (num == 0) return;
+  Launch("append_experts", AppendExpertsKernel, dim3(CeilDiv(num, kThreads)), kThreads, 0, stream,
+         params);
 }
 
 }  // namespace pikv_ds

@@ -25,6 +25,29 @@ from pikv_ds.core.step import StepPlan
 from pikv_ds.slabs import Slabs
 
 
+class _Room:
+    """Buffers for the partials of single tokens; they are the same ones while the shapes stay.
+
+    Args:
+        shards: whose partials are merged, 0 where none has pages.
+        width, num: queries with padding and without.
+        own: queries for which this rank attends to its pages, where these partials travel.
+    """
+
+    def __init__(
+        self, shards: int, width: int, num: int, own: int, num_heads: int, value_dim: int, device: torch.device
+    ) -> None:
+        self.shapes = shards, width, num, own
+        with torch.inference_mode(False):  # the next pass may not be in inference mode
+            partials = Partials.empty((shards + 1, width), num_heads, value_dim, device)
+            self.mine = Partials.empty((own,), num_heads, value_dim, device)
+        self.tail_out, self.tail_lse = partials.outs[shards, :num], partials.lses[shards, :num]
+        self.shards = Partials(partials.buffer[:shards], num_heads)
+        self.outs, self.lses = partials.outs[:, :num], partials.lses[:, :num]
+        if shards == 1:
+            self.mine = Partials(partials.buffer[0], num_heads)
+
+
 @dataclass
 class ShardedAttention:
     """Exact attention over keys that are spread over the ranks of a group."""
@@ -44,9 +67,11 @@ class ShardedAttention:
     the shard learns from them; in the order of `StepPlan.asking`."""
     _asked: AskedRows | None = None  # of this pass's single tokens
     _asked_in: StepPlan | None = None
+    _room: _Room | None = None
 
     def __post_init__(self) -> None:
         self.ops = self.shard.formats[0].ops
+        self.flag_of = list(self.flags.split(1))  # of each layer
 
     def __call__(
         self,
@@ -110,53 +135,37 @@ class ShardedAttention:
             return query.new_empty(0, num_heads, value_dim)
         travels = size > 1 and not plan.shared
         width = plan.width if travels else num
-        partials = Partials.empty((size + 1, width), num_heads, value_dim, query.device)
+        room = self._room_for(size, width, num, size * width if travels else num, query.device)
         gathered = self.exchange.gather_queries(_padded(query, width)) if travels else None
         if num:
-            self._attend_tails(
-                batch, singles, layer, query, key, value, scale, partials.outs[size], partials.lses[size]
-            )
+            tail = batch.tail(layer, key, value)
+            self.ops.append_tokens(key, value, singles.places, tail.keys, tail.values, self.flag_of[layer])
+            values = self.shard.formats[0].layout.values(tail.keys, tail.values)
+            into = room.tail_out, room.tail_lse
+            self.ops.tail_attention(query, tail.keys, values, singles.lengths, scale, *into, singles.tails)
         if size:
             self.counters["queries"] += num
-            asked, shards = self._asked_rows(plan, query.device), Partials(partials.buffer[:size], num_heads)
+            asked = self._asked_rows(plan)
+            every = query if gathered is None else gathered.wait()
+            self.shard.attend_singles(layer, asked, every, scale, room.mine.outs, room.mine.lses)
             if gathered is not None:
-                mine = Partials.empty((size * width,), num_heads, value_dim, query.device)
-                self.shard.attend_singles(layer, asked, gathered.wait(), scale, mine.outs, mine.lses)
-                self.exchange.return_partials(mine, shards)
-            elif size == 1:
-                self.shard.attend_singles(layer, asked, query, scale, shards.outs[0], shards.lses[0])
-            else:  # every rank has the queries already
-                mine = Partials.empty((num,), num_heads, value_dim, query.device)
-                self.shard.attend_singles(layer, asked, query, scale, mine.outs, mine.lses)
-                self.exchange.share(mine, shards)
+                self.exchange.return_partials(room.mine, room.shards)
+            elif size > 1:  # every rank has the queries already
+                self.exchange.share(room.mine, room.shards)
         out = query.new_empty(num, num_heads, value_dim)
         total = query.new_empty(num, num_heads, dtype=torch.float32) if self.shard.learns else None
-        self.ops.merge_partials(partials.outs[:, :num], partials.lses[:, :num], out, total)
+        self.ops.merge_partials(room.outs, room.lses, out, total)
         if total is not None and size:
             self.totals[layer] = total
         return out
 
-    def _attend_tails(
-        self,
-        batch: SequenceBatch,
-        singles: SingleTokens,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None,
-        scale: float,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        tail = batch.tail(layer, key, value)
-        self.ops.append_tokens(key, value, singles.places, tail.keys, tail.values, self.flags[layer : layer + 1])
-        values = self.shard.formats[0].layout.values(tail.keys, tail.values)
-        num = len(query)
-        self.ops.tail_attention(
-            query, tail.keys, values, singles.lengths, scale, out[:num], lse[:num], singles.places[1]
-        )
+    def _room_for(self, shards: int, width: int, num: int, own: int, device: torch.device) -> _Room:
+        if self._room is None or self._room.shapes != (shards, width, num, own):
+            self._room = None  # not two at a time
+            self._room = _Room(shards, width, num, own, self.shape.num_heads, self.shape.value_dim, device)
+        return self._room
 
-    def _asked_rows(self, plan: StepPlan, device: torch.device) -> AskedRows:
+    def _asked_rows(self, plan: StepPlan) -> AskedRows:
         """The rows whose single tokens are attended to here, the same at every layer."""
         if self._asked is None or self._asked_in is not plan:
             if plan.shared:

@@ -309,15 +309,18 @@ class ExpertShardedKVCache:
             experts: int ``[N, k]``, of the packed tokens; None at a layer without a router.
         """
         assert self.plan is not None
+        if experts is not None and any(batch.new):
+            singles = batch.singles(experts.device)
+            kept = batch.tail_experts(layer, experts)
+            if len(singles.indices):
+                self.ops.append_experts(experts.contiguous(), singles.places, kept)
         if self.plan.prefill:
             self._seal(batch, layer, batch.fill(layer, experts))
             self._measure()
             counts = [of_rank[layer] if of_rank else 0 for of_rank in self.plan.seals]
             self._send(Sending(self.plan.sealing, counts, range(layer * self.streams, (layer + 1) * self.streams)))
-        else:
-            batch.note_experts(layer, experts)
-            if batch.ends_with(layer):
-                self._seal_all(batch)
+        elif batch.ends_with(layer):
+            self._seal_all(batch)
         batch.close_layer(layer)
         if batch.in_step and not self.plan.prefill:
             return

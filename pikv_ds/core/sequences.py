@@ -49,12 +49,27 @@ class Tails:
     """``[layers, B, S, k]`` int16; None before the first router has run."""
     routed: set[int] = field(default_factory=set)
     """Layers with a router."""
+    _views: dict[int, Tail] = field(default_factory=dict)
 
     def at(self, layer: int) -> Tail:
         """Those of one layer."""
-        values = None if self.values is None else self.values[layer]
-        experts = self.experts[layer] if self.experts is not None and layer in self.routed else None
-        return Tail(self.keys[layer], values, experts)
+        if layer not in self._views:
+            values = None if self.values is None else self.values[layer]
+            experts = self.experts[layer] if self.experts is not None and layer in self.routed else None
+            self._views[layer] = Tail(self.keys[layer], values, experts)
+        return self._views[layer]
+
+    def has_router(self, layer: int, experts: Tensor) -> Tensor:
+        """Where the experts of a layer go, ``[B, S, k]``; its router gives ``[N, k]``."""
+        if self.experts is None:
+            shape = *self.keys.shape[:2], self.keys.shape[3], experts.shape[-1]
+            self.experts = lasting_zeros(shape, torch.int16, experts.device)
+        if layer not in self.routed:
+            self.routed.add(layer)
+            self._views.pop(layer, None)
+        kept = self.at(layer).experts
+        assert kept is not None
+        return kept
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +86,7 @@ class Tails:
         self.keys = grown(self.keys)
         self.values = None if self.values is None else grown(self.values)
         self.experts = None if self.experts is None else grown(self.experts)
+        self._views.clear()
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,8 @@ class SingleTokens:
     """int64 ``[n]``: their tokens among the packed ones; None: these are all."""
     places: Tensor
     """int32 ``[3, n]``: their tokens among the packed ones, their tails, and the tokens' slots in these."""
+    tails: Tensor
+    """int32 ``[n]``: the second of them."""
     lengths: Tensor
     """int32 ``[n]``: open tokens with the new one."""
     filling: Ints
@@ -268,6 +286,7 @@ class SequenceBatch:
                 indices,
                 None if len(indices) == new.sum() else table[0].long(),
                 table[:3],
+                table[1],
                 table[3],
                 indices[slots + 1 == self.page_size],
             )
@@ -298,38 +317,27 @@ class SequenceBatch:
         if joined:
             self.fresh[layer] = joined
 
-    def note_experts(self, layer: int, experts: Tensor | None) -> Tensor | None:
-        """Puts the experts of single tokens into their tails; returns all of the pass as these are kept.
+    def tail_experts(self, layer: int, experts: Tensor) -> Tensor:
+        """Where the experts of a layer's open tokens are kept, int16 ``[B, S, k]``.
 
         Args:
-            experts: int ``[N, k]``, None where no router is.
+            experts: ``[N, k]``, what its router has chosen.
         """
-        if experts is None or not any(self.new):
-            return None
-        tails = self._tails
-        assert tails is not None, "a router ran before the layer's attention"
-        experts = experts.to(torch.int16)
-        if tails.experts is None:
-            shape = self.num_layers, tails.keys.shape[1], self.page_size, experts.shape[-1]
-            tails.experts = lasting_zeros(shape, experts.dtype, experts.device)
-        tails.routed.add(layer)
-        singles = self.singles(experts.device)
-        if len(singles.indices):
-            at = experts if singles.tokens is None else experts[singles.tokens]
-            tails.experts[layer].index_put_((singles.places[1], singles.places[2]), at)
-        return experts
+        assert self._tails is not None, "a router ran before the layer's attention"
+        return self._tails.has_router(layer, experts)
 
     def fill(self, layer: int, experts: Tensor | None) -> list[FullPages]:
-        """Takes the pages that are full out of a layer and puts the rest into its tail.
+        """Takes the pages that are full out of a layer and puts the rest into its tail. Single tokens, with their
+        experts, are in the tails already.
 
         Args:
             experts: int ``[N, k]``, None where no router is.
         """
         fresh = self.fresh.pop(layer, {})
-        experts = self.note_experts(layer, experts)
         if not any(self.new):
             return []
         assert self._tails is not None, "a router ran before the layer's attention"
+        experts = None if experts is None else experts.to(torch.int16)
         tail, pages = self._tails.at(layer), []
         filling = self.singles(tail.keys.device).filling
         if len(filling):  # their last tokens have gone into the tails

@@ -12,6 +12,7 @@ op                     what
 `context_attention`    partial attention of many queries over plain keys
 `tail_attention`       partial attention over the open tails
 `append_tokens`        put the newest tokens of sequences into their tails
+`append_experts`       the same for the experts that they chose
 `merge_partials`       exact merge of partial attentions
 `page_scores`          Quest's upper bounds on stored key bounds
 `subpage_scores`       estimates of each page's log-sum-exp from its sub-pages
@@ -80,6 +81,7 @@ class Ops:
     context_attention = staticmethod(reference.context_attention)
     tail_attention = staticmethod(reference.tail_attention)
     append_tokens = staticmethod(reference.append_tokens)
+    append_experts = staticmethod(reference.append_experts)
     merge_partials = staticmethod(reference.merge_partials)
     page_scores = staticmethod(reference.page_scores)
     subpage_scores = staticmethod(reference.subpage_scores)

@@ -115,6 +115,10 @@ def append_tokens(
     _C.append_tokens(keys, values, places, tail_keys, tail_values, flags)
 
 
+def append_experts(experts: Tensor, places: Tensor, tail_experts: Tensor) -> None:
+    _C.append_experts(experts, places, tail_experts)
+
+
 def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
     _C.merge_partials(outs, lses, out, lse)
 

@@ -343,6 +343,18 @@ def append_tokens(
             flags |= SealFlag.NON_FINITE * ~x[tokens].isfinite().all()
 
 
+def append_experts(experts: Tensor, places: Tensor, tail_experts: Tensor) -> None:
+    """Puts the experts that the newest tokens of M sequences chose into their tails.
+
+    Args:
+        experts: int16, int32 or int64 ``[N, k]``, contiguous; -1: dropped by the gate.
+        places: see `append_tokens`.
+        tail_experts: int16 ``[B, S, k]``.
+    """
+    tokens, tails, slots = places.long()
+    tail_experts[tails, slots] = experts[tokens].to(tail_experts.dtype)
+
+
 def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
     """Merges partial attentions over disjoint keys, in the order given (invariant: same bits).
 

@@ -93,6 +93,11 @@ AppendTokens = _struct(
     value_strides=c_int64 * 2,
     **_names(c_int64, "num_kv_heads page_size head_dim value_dim"),
 )
+AppendExperts = _struct(
+    "AppendExperts",
+    **_names(c_void_p, "experts tail_experts places"),
+    **_names(c_int64, "expert_bytes num_tokens page_size top_k"),
+)
 MergePartials = _struct(
     "MergePartials",
     **_names(c_void_p, "outs lses out lse"),
@@ -315,6 +320,11 @@ class EmulatedOps:
             0 if values is None else values.shape[2],
         )
         self.lib.AppendTokens(ctypes.byref(params))
+
+    def append_experts(self, experts: Tensor, places: Tensor, tail_experts: Tensor) -> None:
+        tensors = (t.data_ptr() for t in (experts, tail_experts, places))
+        params = AppendExperts(*tensors, experts.element_size(), places.shape[1], *tail_experts.shape[1:])
+        self.lib.AppendExperts(ctypes.byref(params))
 
     def merge_partials(self, outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
         heads = outs.shape[2] if outs.dim() == 4 else 1

@@ -181,7 +181,7 @@ def _without_kernels(cache: ExpertShardedKVCache) -> None:
     stub = SimpleNamespace(**stubs | {"place_pages": real.place_pages})
     for page_format in cache.formats:
         object.__setattr__(page_format, "ops", stub)
-    cache.attention.ops = stub  # type: ignore[assignment]
+    cache.ops = cache.attention.ops = stub  # type: ignore[assignment]
 
 
 def metadata_bytes(cache: ExpertShardedKVCache) -> float:
