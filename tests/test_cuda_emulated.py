@@ -10,6 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator.emulated import EmulatedOps, build
+from test_decode_ops import (
+    DIM,
+    HALF,
+    check_append,
+    check_experts,
+    check_flags,
+    check_lists,
+    check_merge,
+    check_rounding,
+    check_tails,
+)
 from test_packed_pages import SEALED
 from test_scheduling import SUBPAGES, subpage_case
 from test_seal import DTYPES, difficult
@@ -443,3 +454,41 @@ def test_page_scores(cuda: EmulatedOps, dtype: torch.dtype, heads: int, kv_heads
     cuda.page_scores(query, Slabs.of(bounds), table, counts, layout, out)
     reference.page_scores(query, Slabs.of(bounds), table, counts, layout, expected)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("codec", ["none", "fp8", "int8", "int4", "int2"])
+def test_lists_where_they_are(library: Path, codec: str, dtype: torch.dtype, streams: int, num_splits: int, rng):
+    check_lists(EmulatedOps(library, num_splits), rng, codec, dtype, streams)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("value_dim", [DIM, DIM // 2])
+def test_tails_by_index(cuda: EmulatedOps, dtype: torch.dtype, value_dim: int, rng) -> None:
+    check_tails(cuda, rng, dtype, value_dim)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_tokens_go_into_their_tails(cuda: EmulatedOps, dtype: torch.dtype, latent: bool, bad: float | None, rng):
+    check_append(cuda, rng, dtype, latent, bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_experts_go_into_their_tails(cuda: EmulatedOps, dtype: torch.dtype, rng) -> None:
+    check_experts(cuda, rng, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_packed_partials_are_merged_into_the_models_type(cuda: EmulatedOps, dtype: torch.dtype, rng) -> None:
+    check_merge(cuda, rng, dtype)
+    check_rounding(cuda, rng, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
+def test_flags_of_several_layers(cuda: EmulatedOps, codec: str, dtype: torch.dtype, rng) -> None:
+    check_flags(cuda, rng, codec, dtype)

@@ -336,7 +336,7 @@ def _attend_plain(
 def merge_partials(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor | None) -> None:
     """The kernel takes contiguous partials, and writes float32: others are copied before and after."""
     num_partials, d = outs.shape[0], outs.shape[-1]
-    outs, lses = outs.reshape(num_partials, -1, d).contiguous(), lses.reshape(num_partials, -1).contiguous()
+    outs, lses = outs.flatten(1, -2).contiguous(), lses.flatten(1).contiguous()
     rows = outs.shape[1]
     if rows == 0:
         return

@@ -318,9 +318,9 @@ void CopyAsyncWait() {
 }
 
 inline void __syncwarp() { emulator::WaitWarp(); }
-inline void __syncthreads() { emulator::WaitBlock(); }
 inline int __syncthreads_or(bool x) {
-  // Three, by generation: one in use, one that slow threads may still read, one to clear.
+  // Three, by generation: one in use, one that slow threads may still read, one to clear. Every
+  // barrier clears, whether votes were taken or not: the next ones find none of an earlier block.
   const int64_t generation = emulator::block->barrier.generation;
   int& votes = emulator::block->votes[generation % 3];
   emulator::block->votes[(generation + 1) % 3] = 0;
@@ -328,6 +328,7 @@ inline int __syncthreads_or(bool x) {
   emulator::WaitBlock();
   return votes;
 }
+inline void __syncthreads() { __syncthreads_or(false); }
 template <typename T>
 T atomicAdd(T* at, T x) {
   const T before = *at;
