@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_decode_ops import DIM, check_flags, check_lists, check_merge, check_tails
 from torch import Tensor
 
 from pikv_ds.layout import PLAIN, PageLayout
@@ -351,6 +352,18 @@ def compare(op: str, ops: Ops, query: Tensor, *arguments: Any, tolerance: float)
         results.append((out.cpu(), lse.cpu()))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@runs
+@pytest.mark.parametrize("streams", [1, 2])
+def test_what_a_decode_pass_asks_for(ops: Ops, streams: int) -> None:
+    """What the kernels do not do themselves is done around them."""
+    with torch.device(DEVICE):
+        rng = torch.Generator(DEVICE).manual_seed(streams)
+        check_lists(ops, rng, "int4", torch.float16, streams)
+        check_tails(ops, rng, torch.float16, DIM)
+        check_merge(ops, rng, torch.bfloat16)
+        check_flags(ops, rng, "int8", torch.float32)
 
 
 @runs

@@ -66,8 +66,8 @@ def different_tokens(rank: int) -> str:
     return ""
 
 
-def latent_bytes(rank: int, prompt: int, steps: int, partial_dtype: str) -> dict:
-    """One sequence per rank: a prompt, then single tokens. What was sent, and what the step plan said."""
+def latent_bytes(rank: int, prompt: int, steps: int, partial_dtype: str, width: int = 1) -> dict:
+    """One sequence per rank: a prompt, then `width` tokens at a time. What was sent, and what the step plan said."""
     exchange = Exchange(make_group(dist.group.WORLD, 20), partial_dtype=getattr(torch, partial_dtype))
     cache = make_cache(LATENT, exchange)
     tolerance = 1e-5 if partial_dtype == "float32" else 2e-2
@@ -76,7 +76,7 @@ def latent_bytes(rank: int, prompt: int, steps: int, partial_dtype: str) -> dict
     exchange.sent_bytes.clear()
     fetched = []
     for _ in range(steps):
-        driver.pass_of([1])
+        driver.pass_of([width])
         assert cache.plan is not None
         fetched.append([len(ids) for ids in cache.plan.fetches])
     here = [len(pages_of(cache, row, layer)) for row in range(2) for layer in range(2)]
@@ -164,10 +164,11 @@ def test_a_latent_batch_that_every_rank_has_is_stored_once(two: Ranks) -> None:
 
 
 @pytest.mark.parametrize("partial_dtype", ["float32", "bfloat16"])
-def test_the_absorbed_query_travels_where_the_context_is_long(two: Ranks, partial_dtype: str) -> None:
+@pytest.mark.parametrize("pages", [2, 20])
+def test_the_absorbed_query_of_a_single_token_travels(two: Ranks, pages: int, partial_dtype: str) -> None:
+    """However short the context is: a decode pass has the same shapes all the time."""
     partial = 4 if partial_dtype == "float32" else 2
-    token = LATENT.num_heads * (LATENT.head_dim * 4 + LATENT.latent_dim * partial + 4)
-    steps, pages = 3, 2 * token // (PAGE * LATENT.head_dim * 4) + 1  # the first number of pages that is more
+    token, steps = LATENT.num_heads * (LATENT.head_dim * 4 + LATENT.latent_dim * partial + 4), 3
     results = two.run(latent_bytes, prompt=pages * PAGE, steps=steps, partial_dtype=partial_dtype)
     assert all(r["fetched"] == [[0, 0]] * steps and r["formula"] == token for r in results)
     query = steps * LATENT.num_layers * LATENT.num_heads * LATENT.head_dim * 4
@@ -175,12 +176,12 @@ def test_the_absorbed_query_travels_where_the_context_is_long(two: Ranks, partia
     assert [r["sent"]["query"] + r["sent"]["partial"] for r in results] == [steps * LATENT.num_layers * token] * 2
 
 
-def test_the_pages_travel_where_the_context_is_short(two: Ranks) -> None:
-    results = two.run(latent_bytes, prompt=2 * PAGE, steps=3, partial_dtype="float32")
-    assert all(r["fetched"] == [[1, 1]] * 3 for r in results)
+def test_the_pages_travel_to_a_chunk_where_the_context_is_short(two: Ranks) -> None:
+    results = two.run(latent_bytes, prompt=2 * PAGE, steps=2, partial_dtype="float32", width=3)
+    assert all(r["fetched"] == [[1, 1]] * 2 for r in results)
     for rank, r in enumerate(results):
         leaving = sum(r["here"][2 * (1 - rank) :][:2])  # the other rank's pages, of both layers
-        assert r["sent"].get("fetched_page", 0) == 3 * leaving * PAGE * LATENT.head_dim * 4
+        assert r["sent"].get("fetched_page", 0) == 2 * leaving * PAGE * LATENT.head_dim * 4
         assert not {"query", "partial"} & set(r["sent"])
 
 
