@@ -163,6 +163,7 @@ class StaticRequests:
                 "(sequences, tokens) of it; reset the context to start anew"
             )
         digest = (sums or fingerprint(key))[0] if batch.shared else 0
+        error = error or _broken_off(self.cache, batch)
         self.cache.begin_step(batch, [size] * len(batch) if error is None else [0] * len(batch), error, digest)
         return StaticPass(self.cache, batch, (size, rows), start)
 
@@ -202,7 +203,9 @@ class DynamicRequests:
         """Starts a pass over the context's active requests; key ``[T, 1, K, D]``."""
         known, active = dynamic.requests(context)
         self.release([r for r in self.rows if r not in known])
-        error = None
+        error = _broken_off(self.cache, self.batch)
+        if error is not None:  # nobody can join it; it is undone, and every rank is told
+            self.cache.begin_step(self.batch, [0] * len(self.batch), error)
         for request in active:
             row = self.rows.get(request.id)
             if row is not None and request.offset == 0:  # evicted and started anew
@@ -227,6 +230,16 @@ class DynamicRequests:
         rows = [self.rows.pop(r) for r in requests if r in self.rows]
         if rows:
             self.cache.release(self.batch, rows)
+
+
+def _broken_off(cache: ExpertShardedKVCache, batch: SequenceBatch) -> str | None:
+    """What to say of a batch whose last pass has not ended: Megatron does not make a pass again."""
+    if cache.broken_off is not batch:
+        return None
+    return (
+        f"the previous forward pass of this batch was broken off at layer {batch.first_open_layer} (by an error, or "
+        "because the experts of that layer did not run); reset the context and start anew"
+    )
 
 
 def _order(requests: list[tuple[int, int]], device: torch.device) -> Tensor | None:

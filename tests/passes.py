@@ -145,6 +145,7 @@ def check_sizes(cache: ExpertShardedKVCache) -> None:
         [
             *(slab for slabs in cache.pool.pages for slab in slabs.tensors),
             *(x for t in tails for x in (t.keys, t.values, t.experts)),
+            *(x for b in batches for _, t in b._overwritten for x in t),
             *(x for p in cache.sender.staged for x in p.payloads.values()),
         ]
     )

@@ -467,22 +467,6 @@ def test_keys_beyond_a_summary_are_reported_as_what_they_are() -> None:
     seal_and_look(make_cache(lookup={"name": "quest", "budget": 0.5}), key, torch.zeros_like(key))
 
 
-def test_a_broken_off_pass_makes_its_batch_unusable(rng) -> None:
-    cache = make_cache()
-    batch = cache.new_batch(1)
-    cache.begin_step(batch, [10])
-    q, kv = torch.randn(10, 4, 16, generator=rng), torch.randn(2, 10, 2, 16, generator=rng)
-    cache.attend(batch, 0, q, kv[0], kv[1], 0.25)
-    cache.routed(batch, 0, None)  # layer 1 never runs
-    for _ in range(2):  # every time, not only the first
-        with pytest.raises(PiKVError, match=r"broken off at layer 1 .*; release it"):
-            cache.begin_step(batch, [1])
-    cache.release(batch)
-    other = Driver(cache, cache.new_batch(2), rng)
-    other.step(20)
-    assert cache.stored_tokens == 2 * 2 * 20
-
-
 def test_an_error_of_this_rank_is_raised_and_the_batch_stays_usable(rng) -> None:
     driver = new_driver(rng)
     driver.step(10)

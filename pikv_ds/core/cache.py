@@ -33,9 +33,20 @@ from pikv_ds.core.sealing import PageSender, Sending
 from pikv_ds.core.sequences import NO_ROW, FullPages, SequenceBatch
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.core.shard import Shard
-from pikv_ds.core.step import FAILED, FINE, NON_FINITE, OUT_OF_RANGE, UNLIMITED, Announcement, StepPlan
+from pikv_ds.core.step import (
+    BROKEN_OFF,
+    FAILED,
+    FINE,
+    NON_FINITE,
+    NOTHING,
+    OUT_OF_RANGE,
+    UNLIMITED,
+    Announcement,
+    StepPlan,
+)
 from pikv_ds.core.table import Ints, PageTable
 from pikv_ds.core.trace import PageTrace
+from pikv_ds.core.transaction import Transaction
 from pikv_ds.errors import PiKVError, UsageError
 from pikv_ds.layout import SealFlag
 from pikv_ds.policies.budgets import NO_LIMIT
@@ -142,7 +153,11 @@ class ExpertShardedKVCache:
         self.watchers: list[Callable[[ExpertShardedKVCache], None]] = []
         """Called after each step plan, on the thread that makes the passes."""
         self._warned = False  # of what rotate does to the keys
-        self.num_steps = 0  # step plans so far, the same on every rank
+        self.num_steps = 0
+        """Passes so far, those that were undone left out; the same on every rank."""
+        self.num_plans = 0
+        """Step plans so far, the same on every rank."""
+        self._transaction: Transaction | None = None
         self.peak_bytes = 0
         self.fullest = Snapshot()
         self._after_pass = Snapshot()
@@ -234,19 +249,12 @@ class ExpertShardedKVCache:
         """
         while self.abandoned:
             self.release(self.abandoned.popleft())
-        broken = [other for other in self._batches if other.in_step]
-        if batch is not None and batch.in_step:
-            layer = batch.first_open_layer
-            error = error or (
-                f"the previous forward pass of this batch was broken off at layer {layer} (by an error, or because "
-                "the experts of that layer did not run); release it and start anew"
-            )
-        for other in broken:  # nobody can go on with it
-            self.release(other)
+        last = NOTHING if self._transaction is None else self._transaction.state
+        if last == BROKEN_OFF:
+            self._undo()
         begun = batch is not None and error is None
         entries: list[tuple[int, int]] = []
         if batch is not None and begun:
-            batch.begin(new)
             entries = [(batch.rows[index], n) for index, n in enumerate(new) if n]
         waiting = [pages for pages in self.sender.staged if not np.isin(pages.rows, self._given_up).all()]
         kinds = {pages.shared for pages in waiting} | ({batch.shared} if batch is not None else set())
@@ -254,11 +262,36 @@ class ExpertShardedKVCache:
             mixed = "a shared batch and a rank's own take turns pass by pass; release one before the other goes on"
             error = error or mixed
         try:
-            self._exchange_plan(batch if begun else None, entries, error, True in kinds, digest)
+            self._exchange_plan(batch if begun else None, new, entries, error, True in kinds, digest, last)
         except PiKVError:  # the other ranks know nothing of any other error, and make the pass
             if batch is not None and begun:
                 batch.break_off()
             raise
+        several = [row for rows in self._entries for row, n in rows if n > 1]
+        self._transaction = Transaction(
+            batch if begun else None,
+            np.unique(np.array(several, np.int64)),
+            self.ledger,
+            self.shard,
+            self.sender,
+            self.evictor,
+            self.attention,
+        )
+
+    def _undo(self) -> None:
+        """Undoes the last pass on this rank (see `Transaction`)."""
+        if self._transaction is not None:
+            self._transaction.undo()
+            self._transaction = None
+            self._flags.zero_()
+            self._unsent = [rows[:0] for rows in self._unsent]
+            self.num_steps -= 1  # what comes next is made in its place
+
+    @property
+    def broken_off(self) -> SequenceBatch | None:
+        """The batch whose last pass was broken off on this rank; the next one undoes it."""
+        broken = self._transaction is not None and self._transaction.broken
+        return self._transaction.batch if broken and self._transaction is not None else None
 
     def attend(
         self,
@@ -393,7 +426,7 @@ class ExpertShardedKVCache:
         assert here == self.pool.num_used, f"{self.pool.num_used} pages here, {here} in the ledger"
         size = self.config.page_size
         for batch in self._batches:
-            if batch.in_step:  # a pass of it was broken off, so its counts are neither old nor new
+            if batch.in_step:  # a pass of it was broken off, and the next one undoes it
                 continue
             staged = np.zeros((self.num_units, len(batch)), np.int64)
             for pages in self.sender.staged:
@@ -417,7 +450,7 @@ class ExpertShardedKVCache:
     @property
     def kv_bytes(self) -> int:
         """Bytes that this rank has allocated for keys and values now: pool, tails, pages under way."""
-        tails = sum(b.tail_nbytes + b.fresh_nbytes for b in self._batches)
+        tails = sum(b.tail_nbytes + b.fresh_nbytes + b.undo_nbytes for b in self._batches)
         return self.pool.page_storage_bytes + tails + self.sender.nbytes
 
     @property
@@ -455,26 +488,25 @@ class ExpertShardedKVCache:
     def _exchange_plan(
         self,
         batch: SequenceBatch | None,
+        new: list[int],
         entries: list[tuple[int, int]],
         error: str | None,
         shared: bool,
         digest: int,
+        last: int,
     ) -> None:
         """Tells the other ranks of this one's pass, and makes the same plan as they.
 
         Args:
-            batch: of this pass, whose new sequences get their rows.
+            batch, new: of this pass; its new sequences get their rows.
             entries: ``(row, tokens)`` of each of its sequences that take part; `NO_ROW` for new ones.
+            last: how the last pass has ended here.
         """
         self.sender.settle()
-        self.shard.step = self.num_steps
-        self.evictor.settle(self.plan, self.attention.totals)
-        self.attention.totals.clear()
-        self.ledger.commit()
         status, error = self._status(error)
         changed = entries != self._announced
         mine = Announcement(
-            step=self.num_steps,
+            step=self.num_plans,
             status=status,
             num_entries=len(entries) if changed else 0,
             changed=int(changed),
@@ -482,15 +514,26 @@ class ExpertShardedKVCache:
             shared=int(shared),
             digest=digest if shared else 0,
             committed=self.committed_tokens,
+            last=last,
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
-        self.num_steps += 1
-        if self.shard.reuse is not None:
-            self.shard.reuse.step = self.num_steps
+        self.num_plans += 1
+        again = step.must_undo(everyone)
+        if again:
+            self._undo()
+        else:  # the last pass commits
+            self.shard.step = self.num_steps
+            self.evictor.settle(self.plan, self.attention.totals)
+            self.attention.totals.clear()
+            self.ledger.commit()
+        self._transaction = None
+        if batch is not None:
+            batch.begin(new)
         if step.any_failed(everyone):
             self._flags.zero_()
             raise step.failure(everyone, self.exchange.all_gather_text(error), self.exchange.rank)
         step.check_together(everyone)
+        step.check_undone(everyone)
         self.committed_by_rank = [a.committed for a in everyone]
         own_tokens = self.ledger.own_tokens()
         if self._passed and own_tokens > self._most_tokens:  # at the same pass on every rank
@@ -512,6 +555,9 @@ class ExpertShardedKVCache:
         )
         # From here on the plan stands, on all ranks alike.
         self._passed = True
+        self.num_steps += 1
+        if self.shard.reuse is not None:
+            self.shard.reuse.step = self.num_steps
         self.sender.drop(gone)
         for row in gone:
             self._forget(row)
@@ -530,9 +576,10 @@ class ExpertShardedKVCache:
             raise
         self._unsent = [rows[:0] if prefill else rows for rows in self.plan.sealing]
         self.sender.settle()
-        self.evictor.evict(self._batches)
-        if self.rebalancer is not None:
-            self.rebalancer.step(self.num_steps, self.plan.free)
+        if not again:  # else that was done before the pass that was undone
+            self.evictor.evict(self._batches)
+            if self.rebalancer is not None:
+                self.rebalancer.step(self.num_steps, self.plan.free)
         if self.shard.trace is not None:
             bytes_now = self.kv_bytes, self.pool.page_storage_bytes
             self.shard.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)

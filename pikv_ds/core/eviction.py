@@ -63,7 +63,8 @@ class Evictor:
         self.retention, self.budget, self.demoter, self.shape = retention, budget, demoter, shape
         self.streams, self.page_size = shard.streams, ledger.page_size
         self.counters: Counter[str] = Counter()
-        self._grown: set[int] = set()  # rows whose pages have become more since the last eviction
+        self.grown_rows: set[int] = set()
+        """Rows whose pages have become more since the last eviction."""
         self.sealed_pages = functools.lru_cache(4096)(self._sealed_pages)
         """Pages that a prompt of so many tokens seals at a layer, ``(num_tokens, layer)``."""
         self._limits = decode_limits(budget, shape, self.streams, self.page_size)
@@ -134,11 +135,11 @@ class Evictor:
     def grown(self, rows: Ints) -> None:
         """Rows have got pages; told on every rank alike."""
         if self.evicts:
-            self._grown.update(rows.tolist())
+            self.grown_rows.update(rows.tolist())
 
     def forget(self, row: int) -> None:
         """A row is gone."""
-        self._grown.discard(row)
+        self.grown_rows.discard(row)
 
     def settle(self, plan: StepPlan | None, totals: Mapping[int, Tensor]) -> None:
         """Learns from the last pass. Every rank calls it at the same point: one exchange, if a query was sent.
@@ -201,10 +202,10 @@ class Evictor:
         Args:
             batches: this rank's own, whose counts of pages that are gone are kept up to date.
         """
-        if not self._grown:
+        if not self.grown_rows:
             return
-        rows = np.array(sorted(self._grown), np.int64)
-        self._grown.clear()
+        rows = np.array(sorted(self.grown_rows), np.int64)
+        self.grown_rows.clear()
         over_rows, over_units, excess = self._over(rows)
         if not len(excess):
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ class Reuse:
         self.histogram = torch.zeros(DISTANCES, dtype=torch.int64, device=self.device)
         self._last = torch.full([0], -1, dtype=torch.int64, device=self.device)
         self._misses = torch.zeros(0, dtype=torch.float32, device=self.device)
+
+    def copy(self) -> Reuse:
+        """As it is now; nothing of the size of the pool is copied, since visits make new tensors."""
+        out = copy.copy(self)
+        out.counts, out.histogram = self.counts.clone(), self.histogram.clone()
+        return out
 
     def stored(self, slots: Tensor, num_slots: int) -> None:
         """New pages lie in these slots, ``[N]``: nobody has visited them yet."""
@@ -68,6 +75,10 @@ class Audit:
     total: float = 0.0
     worst: float = 1.0
     _highest: float = 1.0
+
+    def copy(self) -> Audit:
+        """As it is now."""
+        return replace(self, boosts=dict(self.boosts))
 
     def boost(self, row: int) -> float:
         """What its budget is multiplied by."""

@@ -104,9 +104,8 @@ class PageSender:
         self.codec, self.placement, self.topologies, self.flags = codec, placement, topologies, flags
         self.staged: list[StagedPages] = []
         self.counters: Counter[str] = Counter()
-        self._seen = np.zeros(
-            (len(topologies), topologies[0].num_experts), np.int64
-        )  # votes so far, if they are asked
+        self.seen = np.zeros((len(topologies), topologies[0].num_experts), np.int64)
+        """``[layers, experts]``: votes so far, if the placement asks for them."""
         self._in_flight: Incoming | None = None
 
     @property
@@ -246,7 +245,7 @@ class PageSender:
         if places:
             if self.placement.wants_seen:
                 for layer, of_layer in votes.items():
-                    self._seen[layer] += of_layer.sum(0)
+                    self.seen[layer] += of_layer.sum(0)
             self.counters["seals"] += len(owners)
             self.counters["overflowed"] += int((owners != first).sum())
             if self.shard.trace is not None:
@@ -322,7 +321,7 @@ class PageSender:
             if routed:
                 every = _stacked([votes[layer] for layer in members])
                 if self.placement.wants_seen:
-                    seen = np.concatenate([self._seen[layer] + votes[layer].cumsum(0) for layer in members])
+                    seen = np.concatenate([self.seen[layer] + votes[layer].cumsum(0) for layer in members])
             preference[which] = self.placement.owners(SealedPages(numbers, every, seen), topology)
             limits[which] = owner_limit((numbers + 1) * self.ledger.page_size, self.ledger.page_size, topology)
         keys, groups = np.unique(headers.rows * self.ledger.num_units + headers.units, return_inverse=True)

@@ -75,6 +75,21 @@ class Tails:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.keys, self.values, self.experts) if t is not None)
 
+    def whole(self, index: int, num: int) -> Tail:
+        """A copy of the first tokens of a sequence at all layers, ``[layers, K, num, D]`` and ``[layers, num, k]``."""
+        values = None if self.values is None else self.values[:, index, :, :num].clone()
+        experts = None if self.experts is None else self.experts[:, index, :num].clone()
+        return Tail(self.keys[:, index, :, :num].clone(), values, experts)
+
+    def put(self, index: int, tokens: Tail) -> None:
+        """Writes back what `whole` has given."""
+        num = tokens.keys.shape[2]
+        self.keys[:, index, :, :num] = tokens.keys
+        if tokens.values is not None and self.values is not None:
+            self.values[:, index, :, :num] = tokens.values
+        if tokens.experts is not None and self.experts is not None:
+            self.experts[:, index, :num] = tokens.experts
+
     def grow(self, size: int) -> None:
         """Makes room for more sequences."""
 
@@ -151,6 +166,9 @@ class SequenceBatch:
         """``[units, size]``: full pages that are gone."""
         self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][index]: of a prompt's tokens, until routed
         self._open_layers: set[int] = set()
+        self._before = list(self.lengths), list(self.sealed)
+        self._rests: dict[int, list[tuple[int, Tail]]] = {}  # [layer]: of chunks that fill pages, until the pass ends
+        self._overwritten: list[tuple[int, Tail]] = []  # open tokens of all layers that these have replaced
         self._singles: SingleTokens | None = None  # of this pass, as the next one
         self._slices: list[tuple[int, slice]] | None = []
 
@@ -197,6 +215,10 @@ class SequenceBatch:
             self.rows[index], self.alive[index] = NO_ROW, True
             self.lengths[index] = self.sealed[index] = 0
             self.dropped[:, index] = 0
+            for before in self._before:  # an `undo` does not bring the released one back
+                if index < len(before):
+                    before[index] = 0
+            self._overwritten = [(i, tokens) for i, tokens in self._overwritten if i != index]
             return index
         self.rows.append(NO_ROW)
         self.alive.append(True)
@@ -209,15 +231,18 @@ class SequenceBatch:
         """Starts a pass that appends ``new[index]`` tokens to each sequence."""
         self.new, self._singles, self._slices = list(new), None, None
         self._open_layers = set(range(self.num_layers))
+        self._before = list(self.lengths), list(self.sealed)
+        self._overwritten.clear()
 
     def ends_with(self, layer: int) -> bool:
         """Whether this is the last layer that has not ended the pass under way."""
         return self._open_layers == {layer}
 
     def close_layer(self, layer: int) -> None:
-        """Ends the pass for one layer; the last one commits the new lengths."""
+        """Ends the pass for one layer; the last one moves the lengths, which `undo` can still take back."""
         self._open_layers.discard(layer)
         if not self._open_layers:
+            self._write_rests()
             for index in range(len(self)):
                 self.sealed[index] += self.filling(index)
                 self.lengths[index] += self.new[index]
@@ -229,6 +254,33 @@ class SequenceBatch:
         self.new, self._slices = [0] * len(self), []
         self._open_layers.clear()
 
+    def undo(self) -> None:
+        """Undoes the last pass, whether it was broken off or has ended: lengths and tails are as before it."""
+        if self._tails is not None:
+            for index, whole in self._overwritten:
+                self._tails.put(index, whole)
+        self._overwritten.clear()
+        self._rests.clear()
+        self.fresh.clear()
+        self.scores.clear()
+        lengths, sealed = self._before
+        self.lengths[: len(lengths)], self.sealed[: len(sealed)] = lengths, sealed
+        self.break_off()
+
+    def _write_rests(self) -> None:
+        """Puts what is left of chunks that have filled pages into the tails, in place of the tokens of these pages."""
+        if not self._rests:
+            return
+        tails = self._tails
+        assert tails is not None
+        for index in sorted({index for rests in self._rests.values() for index, _ in rests}):
+            if self.open_tokens(index):
+                self._overwritten.append((index, tails.whole(index, self.open_tokens(index))))
+        for layer, rests in self._rests.items():
+            for index, rest in rests:
+                _put(tails.at(layer), index, rest)
+        self._rests.clear()
+
     def release(self, indices: list[int]) -> list[int]:
         """Marks sequences as finished; returns the rows of those that were alive and had one. Tails of a batch
         with no living sequence are given back."""
@@ -237,6 +289,8 @@ class SequenceBatch:
             self.alive[index] = False
         if not any(self.alive):
             self._tails = None
+            self._overwritten.clear()
+            self._rests.clear()
             self.fresh.clear()
             self.scores.clear()
         return released
@@ -255,6 +309,12 @@ class SequenceBatch:
     def fresh_nbytes(self) -> int:
         """Bytes of prompt keys and values that wait for their router."""
         return sum(x.nbytes for rows in self.fresh.values() for kv in rows.values() for x in kv if x is not None)
+
+    @property
+    def undo_nbytes(self) -> int:
+        """Bytes kept for `undo`, and of what it could not undo if it were in the tails already."""
+        kept = [tail for _, tail in self._overwritten] + [tail for rests in self._rests.values() for _, tail in rests]
+        return sum(x.nbytes for tail in kept for x in tail if x is not None)
 
     def tail(self, layer: int, keys: Tensor, values: Tensor | None) -> Tail:
         """The tail of a layer, with room for all sequences, in the shape and type of keys and values ``[N, K, D]``."""
@@ -365,12 +425,17 @@ class SequenceBatch:
                         None if chosen is None else chosen[: full * size].unflatten(0, (full, size)),
                     )
                 )
-            tail.keys[index, :, :rest] = keys[:, full * size :]
-            if values is not None:
-                assert tail.values is not None
-                tail.values[index, :, :rest] = values[:, full * size :]
-            if kept is not None and chosen is not None:
-                kept[index, :rest] = chosen[full * size :]
+            if rest:
+                left = Tail(
+                    keys[:, full * size :],
+                    None if values is None else values[:, full * size :],
+                    None if chosen is None else chosen[full * size :],
+                )
+                if full and start:  # the open tokens' places: they must be there if the pass is undone
+                    left = Tail(*(None if x is None else x.clone() for x in left))  # type: ignore[arg-type]
+                    self._rests.setdefault(layer, []).append((index, left))
+                else:
+                    _put(tail, index, left)
         return pages
 
     def fill_all(self) -> Tails | None:
@@ -385,6 +450,18 @@ class SequenceBatch:
         )
         assert keys is not None
         return Tails(keys, values, experts, tails.routed)
+
+
+def _put(tail: Tail, index: int, tokens: Tail) -> None:
+    """Writes tokens ``[K, n, D]`` (experts ``[n, k]``) to the beginning of a sequence's tail."""
+    num = tokens.keys.shape[1]
+    tail.keys[index, :, :num] = tokens.keys
+    if tokens.values is not None:
+        assert tail.values is not None
+        tail.values[index, :, :num] = tokens.values
+    if tokens.experts is not None:
+        assert tail.experts is not None
+        tail.experts[index, :num] = tokens.experts
 
 
 def _as_pages(x: Tensor, num_pages: int, page_size: int) -> Tensor:

@@ -255,6 +255,18 @@ class Shard:
         self.state.last_step[at] = torch.from_numpy(headers.last_steps.astype(np.int32)).to(self.device)
         self.state.visits[at] = torch.from_numpy(headers.visits.astype(np.int32)).to(self.device)
 
+    def snapshot(self) -> tuple[Tensor | int, Audit | None, Reuse | None]:
+        """What attention changes of a shard in a pass; for `restore`."""
+        if self.reuse is None:
+            return self._chosen, None, None
+        return self._chosen, self.audit.copy(), self.reuse.copy()
+
+    def restore(self, chosen: Tensor | int, audit: Audit | None, reuse: Reuse | None) -> None:
+        """Forgets what attention has changed since the `snapshot`."""
+        self._chosen = chosen
+        if audit is not None:
+            self.audit, self.reuse = audit, reuse
+
     # -- attention --------------------------------------------------------------------------------------------------
 
     def empty(self, query: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,9 @@ UNLIMITED = 2**40
 
 FINE, FAILED, NON_FINITE, OUT_OF_RANGE = range(4)
 
+NOTHING, MADE, BROKEN_OFF = range(3)
+"""How a rank's part of the last pass has ended: it appended nothing, it is whole, or an error came in between."""
+
 
 class Announcement(NamedTuple):
     """One rank's row of the step plan."""
@@ -35,6 +38,8 @@ class Announcement(NamedTuple):
     """Of the tokens of such a batch."""
     committed: int
     """See `ExpertShardedKVCache.committed_tokens`."""
+    last: int
+    """How the last pass has ended: `NOTHING`, `MADE` or `BROKEN_OFF`."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,25 @@ def failure(everyone: Sequence[Announcement], texts: Sequence[str | None], rank:
     elif OUT_OF_RANGE in statuses:
         kind = OutOfRangeError
     return kind("; ".join(f"rank {r}: {t}" if len(texts) > 1 else t for r, t in enumerate(texts) if t))
+
+
+def must_undo(everyone: Sequence[Announcement]) -> bool:
+    """Whether the last pass was broken off somewhere, so that it is undone everywhere."""
+    return any(announced.last == BROKEN_OFF for announced in everyone)
+
+
+def check_undone(everyone: Sequence[Announcement]) -> None:
+    """A rank that has made a pass whole goes on with the next one, while another must make it again.
+
+    Raises:
+        PeerError: on every rank alike.
+    """
+    ranks = [rank for rank, announced in enumerate(everyone) if announced.last == BROKEN_OFF]
+    if ranks and any(announced.last == MADE for announced in everyone):
+        raise PeerError(
+            f"the last forward pass was broken off on rank {', '.join(map(str, ranks))} by an error, and is undone on "
+            "every rank: the batches are as they were before it. Make the same pass again, or release them"
+        )
 
 
 def check_together(everyone: Sequence[Announcement]) -> None:

@@ -214,6 +214,7 @@ def storage_bytes(store: pikv_ds.ExpertShardedKVCache) -> int:
             if tail is not None:
                 tensors += [t for t in (tail.keys, tail.values, tail.experts) if t is not None]
         tensors += [t for rows in batch.fresh.values() for pair in rows for t in pair]
+        tensors += [t for _, tail in batch._overwritten for t in tail if t is not None]
     tensors += [payload for pages in store.sender.staged for payload in pages.payloads.values()]
     if store.sender._in_flight is not None:
         flight = store.sender._in_flight.flight

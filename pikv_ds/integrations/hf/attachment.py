@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pikv_ds.core.cache import ExpertShardedKVCache, ModelShape
+from pikv_ds.errors import PiKVError
 from pikv_ds.integrations import routers
 from pikv_ds.integrations.hf.cache import LayerTap, PiKVCache, UnsupportedModelError
 from pikv_ds.integrations.hf.generate import generate
@@ -133,10 +134,18 @@ class Attachment:
 
     @torch.compiler.disable
     def _pass_ended(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the whole model, also after a pass that failed."""
+        """Forward hook of the whole model, also after a pass that failed (then there is no output)."""
         with self._pass_lock:
-            if self._passing == threading.get_ident():
+            mine = self._passing == threading.get_ident()
+            if mine:
                 self._passing = None
+        broken = self.store.broken_off if mine and output is not None else None
+        if broken is not None:
+            raise PiKVError(
+                f"the forward pass has ended, but layer {broken.first_open_layer} is still open: the experts of that "
+                "layer did not run, or its attention did not; its pages would have no home. Attach PiKV to the model "
+                "as it is when it runs"
+            )
 
     def detach(self) -> None:
         """Takes PiKV out of the model again."""

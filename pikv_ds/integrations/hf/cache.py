@@ -78,6 +78,7 @@ class PiKVCache(Cache):
         self.attachment, self.store = attachment, attachment.store
         self.batch: SequenceBatch | None = None
         self.columns = 0
+        self._before: tuple[int, Tensor | None] = 0, None  # columns and `shown`, before the last pass
         self.shown: Tensor | None = None  # bool [B, n]: which of the first columns are tokens; all that follow are
         self.places: tuple[Tensor, Tensor] | None = None  # rows and columns of this pass's tokens; None: all
         self.idle = False  # passes serve the other ranks and append nothing
@@ -124,6 +125,9 @@ class PiKVCache(Cache):
             self.batch = self.store.new_batch(rows)
             weakref.finalize(self, self.store.abandoned.append, self.batch)
         batch, error = self.batch, self._cast(key) or self._cast(value)
+        if batch is self.store.broken_off:  # the last pass, which is undone now
+            self.columns, self.shown = self._before
+        self._before = self.columns, self.shown
         if len(batch) != rows:
             error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
         elif attention_mask is not None and attention_mask.dim() != 2:

@@ -324,14 +324,14 @@ class Lockstep:
         self._groups = [own.group] if own.size > 1 else []
         if own.size < world:
             self._groups.append(dist.group.WORLD)
-        self._plans = store.num_steps  # how many there will have been once this rank has kept what was agreed
+        self._plans = store.num_plans  # how many there will have been once this rank has kept what was agreed
         self._looping = False
         self._over = False  # nobody waits in the loop's check any more
 
     @property
     def owes_plan(self) -> bool:
         """Whether the others wait for this rank in a step plan, now or soon."""
-        return self.store.num_steps < self._plans
+        return self.store.num_plans < self._plans
 
     def agree(self, num_chunks: int, problem: Exception | None) -> int:
         """The most chunks of any rank; raises on every rank if one has a problem with its call."""
