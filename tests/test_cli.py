@@ -107,7 +107,7 @@ def test_bench_writes_its_figures(op: str, tmp_path: Path, capsys: pytest.Captur
         (["--rounds", "0"], "--rounds: 0: use a whole number"),
         (["--codecs", "int4", "int3/int9"], "codec 'int3/int9': 'int9' is none of none, fp8, int8"),
         (["--codecs", "int3+clipped"], "codec 'int3+clipped': 'clipped' is none of"),
-        (["--codecs", "none+clip"], "clip = True: is of integers"),
+        (["--codecs", "none+clip"], "clip = True: only integer codecs have it"),
         (["--json", "nowhere/x.json"], "nowhere/x.json: there is no folder nowhere"),
         (["--plot", "nowhere/x.png"], "nowhere/x.png: there is no folder nowhere"),
     ],

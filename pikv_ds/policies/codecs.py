@@ -103,7 +103,9 @@ class Codec:
         elements = [self.name, self.values or self.name]
         for key, unset in (("clip", False), ("scales", 16)):
             if getattr(self, key) != unset and not any(e.startswith("int") for e in elements):
-                raise UsageError(f"{key} = {getattr(self, key)!r}: is of integers, the codec is {self.name!r}")
+                raise UsageError(
+                    f"{key} = {getattr(self, key)!r}: only integer codecs have it, not {self.name!r}; leave it out"
+                )
         if self.scales == 8 and "fp8" in elements:
             raise UsageError("scales = 8: fp8 has float16 scales; leave it out")
         if self.rotate and self.projections is not None:
