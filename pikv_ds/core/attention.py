@@ -26,21 +26,23 @@ from pikv_ds.slabs import Slabs
 
 
 class _Room:
-    """Buffers for the partials of single tokens; they are the same ones while the shapes stay.
+    """Buffers for the queries and partials of single tokens; they are the same ones while the shapes stay.
 
     Args:
         shards: whose partials are merged, 0 where none has pages.
         width, num: queries with padding and without.
         own: queries for which this rank attends to its pages, where these partials travel.
+        query: one that gives their shape and type.
     """
 
-    def __init__(
-        self, shards: int, width: int, num: int, own: int, num_heads: int, value_dim: int, device: torch.device
-    ) -> None:
-        self.shapes = shards, width, num, own
+    def __init__(self, shards: int, width: int, num: int, own: int, query: Tensor, value_dim: int) -> None:
+        self.shapes = shards, width, num, own, query.dtype
+        num_heads, device = query.shape[1], query.device
         with torch.inference_mode(False):  # the next pass may not be in inference mode
             partials = Partials.empty((shards + 1, width), num_heads, value_dim, device)
             self.mine = Partials.empty((own,), num_heads, value_dim, device)
+            self.padded = torch.zeros(width, *query.shape[1:], dtype=query.dtype, device=device)
+            self.queries = torch.zeros(own, *query.shape[1:], dtype=query.dtype, device=device)
         self.tail_out, self.tail_lse = partials.outs[shards, :num], partials.lses[shards, :num]
         self.shards = Partials(partials.buffer[:shards], num_heads)
         self.outs, self.lses = partials.outs[:, :num], partials.lses[:, :num]
@@ -66,7 +68,6 @@ class ShardedAttention:
     """Per layer, float32 ``[n, H]``: log-sum-exps of this rank's asking queries over their whole rows in this pass, if
     the shard learns from them; in the order of `StepPlan.asking`."""
     _asked: AskedRows | None = None  # of this pass's single tokens
-    _asked_in: StepPlan | None = None
     _room: _Room | None = None
 
     def __post_init__(self) -> None:
@@ -135,8 +136,14 @@ class ShardedAttention:
             return query.new_empty(0, num_heads, value_dim)
         travels = size > 1 and not plan.shared
         width = plan.width if travels else num
-        room = self._room_for(size, width, num, size * width if travels else num, query.device)
-        gathered = self.exchange.gather_queries(_padded(query, width)) if travels else None
+        room = self._room_for(size, width, num, size * width if travels else num, query)
+        gathered = None
+        if travels:
+            leaving = query
+            if num < width:
+                leaving = room.padded
+                leaving[:num].copy_(query)
+            gathered = self.exchange.gather_queries(leaving, room.queries)
         if num:
             tail = batch.tail(layer, key, value)
             self.ops.append_tokens(key, value, singles.places, tail.keys, tail.values, self.flag_of[layer])
@@ -144,8 +151,8 @@ class ShardedAttention:
             into = room.tail_out, room.tail_lse
             self.ops.tail_attention(query, tail.keys, values, singles.lengths, scale, *into, singles.tails)
         if size:
-            self.counters["queries"] += num
-            asked = self._asked_rows(plan)
+            assert self._asked is not None
+            asked = self._asked
             every = query if gathered is None else gathered.wait()
             self.shard.attend_singles(layer, asked, every, scale, room.mine.outs, room.mine.lses)
             if gathered is not None:
@@ -159,24 +166,27 @@ class ShardedAttention:
             self.totals[layer] = total
         return out
 
-    def _room_for(self, shards: int, width: int, num: int, own: int, device: torch.device) -> _Room:
-        if self._room is None or self._room.shapes != (shards, width, num, own):
+    def _room_for(self, shards: int, width: int, num: int, own: int, query: Tensor) -> _Room:
+        if self._room is None or self._room.shapes != (shards, width, num, own, query.dtype):
             self._room = None  # not two at a time
-            self._room = _Room(shards, width, num, own, self.shape.num_heads, self.shape.value_dim, device)
+            self._room = _Room(shards, width, num, own, query, self.shape.value_dim)
         return self._room
 
-    def _asked_rows(self, plan: StepPlan) -> AskedRows:
-        """The rows whose single tokens are attended to here, the same at every layer."""
-        if self._asked is None or self._asked_in is not plan:
-            if plan.shared:
-                rows = plan.singles[SHARED_SOURCE]
-            else:
-                rows = np.full((self.exchange.size, plan.width), -1, np.int64)
-                for source, singles in enumerate(plan.singles):
-                    rows[source, : len(singles)] = singles
-            self._asked = self.shard.ask(rows.reshape(-1), self.ledger)
-            self._asked_in = plan
-        return self._asked
+    def prepare(self, plan: StepPlan, batch: SequenceBatch | None) -> None:
+        """What is the same at every layer of a pass: the rows whose single tokens are attended to here."""
+        if batch is not None:
+            batch.singles(self.shard.device)
+        if not plan.decodes:
+            return
+        if plan.shared:
+            rows = plan.singles[SHARED_SOURCE]
+        else:
+            rows = np.full((self.exchange.size, plan.width), -1, np.int64)
+            for source, singles in enumerate(plan.singles):
+                rows[source, : len(singles)] = singles
+        self._asked = self.shard.ask(rows.reshape(-1), self.ledger)
+        own = plan.singles[SHARED_SOURCE if plan.shared else self.exchange.rank]
+        self.counters["queries"] += len(own) * self.shape.num_layers
 
     # -- prompts and chunks ------------------------------------------------------------------------------------------
 
@@ -356,15 +366,6 @@ class ShardedAttention:
                     lse[mine],
                 )
         return out, lse
-
-
-def _padded(query: Tensor, width: int) -> Tensor:
-    """Queries ``[n, H, D]`` with zeros after them, ``[width, H, D]``."""
-    if len(query) == width:
-        return query
-    padded = query.new_zeros(width, *query.shape[1:])
-    padded[: len(query)] = query
-    return padded
 
 
 def token_places(slices: list[slice], num_tokens: int, device: torch.device) -> Tensor | None:

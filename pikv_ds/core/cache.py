@@ -123,7 +123,7 @@ class ExpertShardedKVCache:
         )
         self.shard = Shard(
             pool,
-            PageTable(self.num_units, self.device, len(self.formats)),
+            PageTable(self.num_units, self.device, len(self.formats), pool.capacity_pages or 0),
             self.formats,
             config.lookup,
             self.streams,
@@ -277,6 +277,8 @@ class ExpertShardedKVCache:
             self.evictor,
             self.attention,
         )
+        assert self.plan is not None
+        self.attention.prepare(self.plan, batch)
 
     def _undo(self) -> None:
         """Undoes the last pass on this rank (see `Transaction`)."""
@@ -353,14 +355,26 @@ class ExpertShardedKVCache:
             counts = [of_rank[layer] if of_rank else 0 for of_rank in self.plan.seals]
             self._send(Sending(self.plan.sealing, counts, range(layer * self.streams, (layer + 1) * self.streams)))
         elif batch.ends_with(layer):
-            self._seal_all(batch)
-        batch.close_layer(layer)
-        if batch.in_step and not self.plan.prefill:
+            self.end_step(batch)
             return
-        if not batch.in_step and self.plan.prefill:
+        batch.close_layer(layer)
+        if not self.plan.prefill:
+            return
+        if not batch.in_step:
             self.sender.settle()
         self._measure()
         if self.config.debug and not batch.in_step:
+            self.check_integrity()
+
+    def end_step(self, batch: SequenceBatch) -> None:
+        """Ends a pass of single tokens, once all layers have run: seals what it has filled up. The last layer's
+        `routed` does so, too; whoever replays the layers' ops without their Python calls it."""
+        assert self.plan is not None
+        assert not self.plan.prefill, "prompts are sealed layer by layer"
+        self._seal_all(batch)
+        batch.close_layers()
+        self._measure()
+        if self.config.debug:
             self.check_integrity()
 
     def _seal(self, batch: SequenceBatch, layer: int, full: list[FullPages]) -> None:

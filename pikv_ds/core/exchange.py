@@ -299,18 +299,20 @@ class Exchange:
         self.sent_bytes["partial"] += packed.nbytes
         return _unpack(received.view(self.size - 1, n, *packed.shape[1:]), self.partial_dtype)
 
-    def gather_queries(self, query: Tensor) -> Gathered:
+    def gather_queries(self, query: Tensor, received: Tensor) -> Gathered:
         """Gives every rank all ranks' queries.
 
         Args:
             query: ``[n, H, D]``, of equally many tokens on every rank.
+            received: ``[size * n, H, D]``, written.
         """
-        if self.size == 1:
-            return Gathered(query, None, self.waited_s)
-        received = query.new_empty(self.size * len(query), *query.shape[1:])
-        with talking("sent queries", self.waited_s):
-            work = _all_gather(received, query, group=self.group, async_op=True)
-        self.sent_bytes["query"] += query.nbytes * (self.size - 1)
+        work = None
+        if self.size > 1:
+            with talking("sent queries", self.waited_s):
+                work = _all_gather(received, query, group=self.group, async_op=True)
+            self.sent_bytes["query"] += query.nbytes * (self.size - 1)
+        else:
+            received.copy_(query)
         return Gathered(received, work, self.waited_s)
 
     def return_partials(self, partials: Partials, received: Partials) -> None:

@@ -170,6 +170,7 @@ class SequenceBatch:
         self._rests: dict[int, list[tuple[int, Tail]]] = {}  # [layer]: of chunks that fill pages, until the pass ends
         self._overwritten: list[tuple[int, Tail]] = []  # open tokens of all layers that these have replaced
         self._singles: SingleTokens | None = None  # of this pass, as the next one
+        self._table: Tensor | None = None  # int32 [4, n], theirs
         self._slices: list[tuple[int, slice]] | None = []
 
     def __len__(self) -> int:
@@ -237,6 +238,11 @@ class SequenceBatch:
     def ends_with(self, layer: int) -> bool:
         """Whether this is the last layer that has not ended the pass under way."""
         return self._open_layers == {layer}
+
+    def close_layers(self) -> None:
+        """Ends the pass for all layers."""
+        for layer in sorted(self._open_layers):
+            self.close_layer(layer)
 
     def close_layer(self, layer: int) -> None:
         """Ends the pass for one layer; the last one moves the lengths, which `undo` can still take back."""
@@ -333,7 +339,8 @@ class SequenceBatch:
         return tails.at(layer)
 
     def singles(self, device: torch.device) -> SingleTokens:
-        """The sequences that append a single token in this pass, with one copy to the device."""
+        """The sequences that append a single token in this pass, with one copy to the device; while their number
+        stays, into the same memory."""
         if self._singles is None:
             new = np.array(self.new, np.int64)
             indices = np.flatnonzero(new == 1)
@@ -341,15 +348,14 @@ class SequenceBatch:
                 np.array(self.lengths, np.int64)[indices] - np.array(self.sealed, np.int64)[indices] * self.page_size
             )
             tokens = (new.cumsum() - new)[indices]
-            table = torch.from_numpy(np.stack([tokens, indices, slots, slots + 1]).astype(np.int32)).to(device)
-            self._singles = SingleTokens(
-                indices,
-                None if len(indices) == new.sum() else table[0].long(),
-                table[:3],
-                table[1],
-                table[3],
-                indices[slots + 1 == self.page_size],
-            )
+            table = torch.from_numpy(np.stack([tokens, indices, slots, slots + 1]).astype(np.int32))
+            if self._table is None or self._table.shape != table.shape or self._table.device != device:
+                with torch.inference_mode(False):  # the next pass may not be in inference mode
+                    self._table = torch.empty(table.shape, dtype=torch.int32, device=device)
+            self._table.copy_(table)
+            at = None if len(indices) == new.sum() else self._table[0].long()
+            filling = indices[slots + 1 == self.page_size]
+            self._singles = SingleTokens(indices, at, self._table[:3], self._table[1], self._table[3], filling)
         return self._singles
 
     def join(self, layer: int, keys: Tensor, values: Tensor | None) -> None:

@@ -325,7 +325,16 @@ class Shard:
         sealed[there] = ledger.num_sealed(rows[there])
         by_unit = self.table.totals(rows[there])
         in_scope = by_unit.reshape(-1, self.streams, by_unit.shape[1]).sum(1)
+        if self._asks_in_place:
+            heads = np.array([this.layout.num_kv_heads for this in self.formats])
+            for counter in ("pages_in_scope", "pages_read"):
+                self.counters[counter] += int((in_scope * heads).sum())
         return AskedRows(rows, sealed, self.table.lists(rows, self.streams), in_scope)
+
+    @property
+    def _asks_in_place(self) -> bool:
+        """Whether the kernel walks the lists where they are: no lookup chooses, and nothing is learnt of pages."""
+        return self.lookup.summary is None and not self.learns
 
     def attend_singles(
         self, layer: int, asked: AskedRows, query: Tensor, scale: float, out: Tensor, lse: Tensor
@@ -336,7 +345,7 @@ class Shard:
             query: ``[R, H, D]``.
             out, lse: float32 ``[R, H, V]`` and ``[R, H]``, whose rows may be part of longer rows.
         """
-        if self.lookup.summary is not None or self.learns:
+        if not self._asks_in_place:
             there = np.flatnonzero(asked.rows >= 0)
             rows = [(row, 1) for row in asked.rows[there].tolist()]
             at = torch.from_numpy(there).to(self.device)
@@ -347,10 +356,6 @@ class Shard:
             out[at], lse[at] = found, found_lse
             return
         formats = np.flatnonzero(asked.in_scope[layer]).tolist() or [0]
-        for i in formats:
-            pages = int(asked.in_scope[layer, i]) * self.formats[i].layout.num_kv_heads
-            self.counters["pages_in_scope"] += pages
-            self.counters["pages_read"] += pages
         if len(formats) == 1 and self.streams == 1 and not self.formats[formats[0]].bases:
             self._attend_lists(formats[0], layer, asked.lists, query, scale, out, lse)
             return

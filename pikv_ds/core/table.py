@@ -86,17 +86,22 @@ class PageTable:
     Args:
         num_units: units of a row (see `SequenceBatch`).
         num_formats: page formats; each has a list of its own.
+        reserve: entries for which there is memory from the beginning, so that it stays where it is.
     """
 
-    def __init__(self, num_units: int, device: torch.device | str = "cpu", num_formats: int = 1) -> None:
+    def __init__(
+        self, num_units: int, device: torch.device | str = "cpu", num_formats: int = 1, reserve: int = 0
+    ) -> None:
         self.num_units, self.num_formats, self.device = num_units, num_formats, torch.device(device)
         self._num_lists = num_units * num_formats  # of a row
         self._count_of, self._directory_of = Mirror(0, self.device), Mirror(0, self.device)
-        self._slots, self._numbers = Mirror(SEGMENT, self.device), Mirror(SEGMENT, self.device)  # [segment * SEGMENT]
+        size = (1 + -(-reserve // SEGMENT)) * SEGMENT
+        self._slots, self._numbers = Mirror(size, self.device), Mirror(size, self.device)  # [segment * SEGMENT]
         self._directory = Mirror(64, self.device)  # of a row [list, room], from its start
         self._free_segments = np.zeros(0, np.int64)
         self._num_segments = 1  # segment 0 is of null entries: unset places of a directory point there
         self._free_directories: dict[int, list[int]] = {}  # starts, by room
+        self._asking: Tensor | None = None  # rows of the last `lists`
         self._directory_end = 0
 
     @property
@@ -187,8 +192,11 @@ class PageTable:
         width = 1 << (longest - 1).bit_length() if longest else 0  # which changes seldom
         counts, directories = self._count_of.tensor.view(-1, self._num_lists), self._directory_of.tensor.view(-1, 2)
         where = self._slots.tensor, counts, self._directory.tensor, directories
-        on_device = torch.from_numpy(rows.astype(np.int32)).to(self.device)
-        return PageLists(*where, on_device, width, 0, self.num_formats, heads)
+        asking = torch.from_numpy(rows.astype(np.int32))
+        if self._asking is None or self._asking.shape != asking.shape:
+            self._asking = lasting_zeros(asking.shape, torch.int32, self.device)
+        self._asking.copy_(asking)  # into the same memory while their number stays
+        return PageLists(*where, self._asking, width, 0, self.num_formats, heads)
 
     def rows(self, rows: list[int], units: range, page_format: int = 0) -> TableRows:
         """The lists of some rows as ops take them, for each row one per unit."""
