@@ -5,6 +5,7 @@ The checks take any `Ops`: tests/test_cuda_emulated.py runs them on the CUDA ker
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from passes import KERNEL_CODECS
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pikv_ds.core.exchange import Partials
 from pikv_ds.core.table import PageTable
@@ -217,6 +219,29 @@ def test_lists_are_those_of_the_table(rng: torch.Generator) -> None:
     assert counts.tolist() == [50, 0, 50, 0]
     for i, row in ((0, 4), (2, 0)):
         assert dense[i, :50].tolist() == slots.numpy()[(rows == row) & (units == 2)].tolist()
+
+
+def test_ops_have_fake_forms() -> None:
+    """A decode layer can be followed without memory and kernels."""
+    layout = KERNEL_CODECS["int8"].layout(2, DIM, PAGE, torch.bfloat16)
+    ops = importlib.import_module("pikv_ds.ops.cpp_ops")
+    with FakeTensorMode():
+        ints = {"dtype": torch.int32}
+        key, tail = torch.zeros(3, 2, DIM, dtype=torch.bfloat16), torch.zeros(5, 2, PAGE, DIM, dtype=torch.bfloat16)
+        query, places = torch.zeros(3, HEADS, DIM, dtype=torch.bfloat16), torch.zeros(3, 3, **ints)
+        ops.append_tokens(key, key, places, tail, tail.clone(), torch.zeros(1, **ints))
+        ops.append_experts(torch.zeros(3, 2, dtype=torch.int64), places, torch.zeros(5, PAGE, 2, dtype=torch.int16))
+        partials = Partials(torch.zeros(2, 3, HEADS * (DIM + 1)), HEADS)
+        ops.tail_attention(query, tail, tail, places[2], 0.2, partials.outs[1], partials.lses[1], places[1])
+        ops.seal_pages(tail, tail, layout, torch.zeros(5, layout.page_bytes, dtype=torch.uint8), None, places[0, :1])
+        table = torch.zeros(3, 8, **ints)
+        torch.ops.pikv_ds.decode_attention(
+            *(query, places[0].long(), 8, layout.page_bytes, table, places[0], layout.code, 2, PAGE, 0, 0.2),
+            *(partials.outs[0], partials.lses[0], None, 1, None),
+        )
+        out = query.new_empty(3, HEADS, DIM)
+        ops.merge_partials(partials.outs, partials.lses, out, None)
+        assert isinstance(out, FakeTensor)
 
 
 @pytest.mark.parametrize(

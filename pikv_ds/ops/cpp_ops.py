@@ -18,6 +18,15 @@ from pikv_ds.slabs import Slabs
 _C = torch.ops.pikv_ds
 
 
+def _fake(*args: object, **kwargs: object) -> None:
+    """The fake form of every op: they write into tensors that the caller owns, and make none."""
+
+
+for _op in (*OPS, "decode_lists"):
+    if hasattr(_C, _op):
+        torch.library.register_fake(f"pikv_ds::{_op}", _fake)
+
+
 @cache
 def supported(device_type: str) -> frozenset[str]:
     """Ops that have kernels for a device."""
