@@ -11,6 +11,7 @@ from collections.abc import Iterator
 # three quarters of their time. Read when torch is loaded; processes that tests start inherit it.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import process_groups
 import pytest
 import torch
 from sampling import sample
@@ -49,6 +50,13 @@ def fast_ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
         pytest.skip(missing)
     with torch.device(device):
         yield Ops(name, device)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_groups_are_left() -> Iterator[None]:
+    """What a file's tests have made in this process goes with them."""
+    yield
+    process_groups.destroy_all_but_the_world()
 
 
 @pytest.fixture

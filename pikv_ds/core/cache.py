@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from pikv_ds.core.formats import describe_flags, make_formats, num_streams
 from pikv_ds.core.latencies import Latencies
 from pikv_ds.core.ledger import SHARED_SOURCE, Ledger
 from pikv_ds.core.placement import rank_bound
+from pikv_ds.core.planner import Planner
 from pikv_ds.core.pool import PagePool
 from pikv_ds.core.rebalance import Rebalancer
 from pikv_ds.core.sealing import PageSender, Sending
@@ -40,7 +41,6 @@ from pikv_ds.core.step import (
     NON_FINITE,
     NOTHING,
     OUT_OF_RANGE,
-    UNLIMITED,
     Announcement,
     StepPlan,
 )
@@ -142,6 +142,7 @@ class ExpertShardedKVCache:
         self.rebalancer = None if packing is None else Rebalancer(packing, *parts, topologies)
         self.sender = PageSender(*parts, config.codec, config.placement, topologies, self._flags)
         self.attention = ShardedAttention(*parts, shape, keeps_all=not self.evictor.cuts, flags=self._flags)
+        self.planner = Planner(self.exchange, self.ledger, pool, self.evictor, self.attention)
         self.plan: StepPlan | None = None
         self.committed_tokens = 0
         """The sum of `bound` over this rank's sequences at the lengths that they may reach. The engine that admits
@@ -169,9 +170,6 @@ class ExpertShardedKVCache:
         collective, so it only leaves them here; the next pass releases them."""
         self._released: list[int] = []
         self._given_up: list[int] = []  # rows that all ranks have, released here, while rank 0 has not said so yet
-        self._announced: list[tuple[int, int]] | None = None
-        self._entries: list[tuple[tuple[int, int], ...]] = [()] * self.exchange.size
-        """Per source: the rows of the last pass, and the tokens that each of them appends."""
         self._unsent: list[Ints] = [np.zeros(0, np.int64)] * self.exchange.size
         """Per source: the rows whose tails filled up in the last pass; their pages go with the next plan."""
 
@@ -267,7 +265,7 @@ class ExpertShardedKVCache:
             if batch is not None and begun:
                 batch.break_off()
             raise
-        several = [row for rows in self._entries for row, n in rows if n > 1]
+        several = [row for rows in self.planner.entries for row, n in rows if n > 1]
         self._transaction = Transaction(
             batch if begun else None,
             np.unique(np.array(several, np.int64)),
@@ -518,7 +516,7 @@ class ExpertShardedKVCache:
         """
         self.sender.settle()
         status, error = self._status(error)
-        changed = entries != self._announced
+        changed = entries != self.planner.announced
         mine = Announcement(
             step=self.num_plans,
             status=status,
@@ -552,13 +550,13 @@ class ExpertShardedKVCache:
         own_tokens = self.ledger.own_tokens()
         if self._passed and own_tokens > self._most_tokens:  # at the same pass on every rank
             self._most_tokens, self.fullest = own_tokens, self._after_pass
-        every, gone = self._exchange_rows(everyone, entries, changed)
+        every, gone = self.planner.exchange_rows(everyone, entries, changed, self._released)
         step.check_shared(everyone, every)
         sources = [SHARED_SOURCE] if shared else range(self.exchange.size)  # whose pages need room
         prefill = any(n > 1 for rows in every for _, n in rows)
-        seals = [self._seals(every[source]) if source in sources else [] for source in range(self.exchange.size)]
+        seals = [self.planner.seals(every[r]) if r in sources else [] for r in range(self.exchange.size)]
         unsent = [rows[~np.isin(rows, gone)] for rows in self._unsent]
-        free, spare = self._free_without(gone)
+        free, spare = self.planner.free_without(gone)
         step.check_room(
             sum(map(sum, seals)) + sum(map(len, unsent)) * self.num_units,
             sum(spare if prefill else free),
@@ -577,12 +575,11 @@ class ExpertShardedKVCache:
             self._forget(row)
         self._unsent, self._released = unsent, []
         self._given_up = [row for row in self._given_up if row not in gone]
-        self._entries = self._number(every, shared)
-        self._announced = list(self._entries[self.exchange.rank])
-        if batch is not None:
-            for (index, _), (row, _) in zip(batch.slices(), self._announced, strict=True):
+        self.planner.number(every, shared)
+        if batch is not None and self.planner.announced is not None:
+            for (index, _), (row, _) in zip(batch.slices(), self.planner.announced, strict=True):
                 batch.rows[index] = row
-        self.plan = self._plan(sources, seals, prefill, free, shared)
+        self.plan = self.planner.plan(sources, seals, prefill, free, shared)
         try:
             self._send(Sending(unsent, [len(rows) * self.num_units for rows in unsent], range(self.num_units)))
         except PiKVError:
@@ -599,85 +596,6 @@ class ExpertShardedKVCache:
             self.shard.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
         for watcher in self.watchers:
             watcher(self)
-
-    def _exchange_rows(
-        self, everyone: list[Announcement], entries: list[tuple[int, int]], changed: bool
-    ) -> tuple[list[Sequence[tuple[int, int]]], list[int]]:
-        """Which rows take part in the pass, of every source, and which are finished."""
-        released = [(row, 0) for row in self._released]
-        table = [*entries, *released] if changed else released
-        counts = [a.num_entries + a.num_released for a in everyone]
-        every: list[Sequence[tuple[int, int]]] = []
-        gone: list[int] = []
-        for source, rows in enumerate(self.exchange.all_gather_ragged(table, 2, counts)):
-            announced = everyone[source]
-            mine = [(row, n) for row, n in rows[: announced.num_entries]]
-            every.append(mine if announced.changed else self._entries[source])
-            gone += [row for row, _ in rows[announced.num_entries :]]
-        return every, gone
-
-    def _seals(self, rows: Sequence[tuple[int, int]]) -> list[int]:
-        """Pages that some rows seal in this pass, ``[layers]``."""
-        layers, size = self.shape.num_layers, self.config.page_size
-        filling, prompts = 0, []
-        for row, n in rows:
-            before = 0 if row == NO_ROW else int(self.ledger.lengths[row])
-            if self.evictor.cuts and n > 1 and not before:
-                prompts.append(n)
-            else:
-                filling += (before + n) // size - before // size
-        return [
-            filling * self.streams + sum(self.evictor.sealed_pages(n, layer) for n in prompts)
-            for layer in range(layers)
-        ]
-
-    def _free_without(self, gone: list[int]) -> tuple[list[int], list[int]]:
-        """Free pages of every rank, all and without the reserve, once some rows are gone."""
-        capacity, reserved = self.pool.capacity_pages, self.pool.reserved_pages
-        if capacity is None:
-            return [UNLIMITED] * self.exchange.size, [UNLIMITED] * self.exchange.size
-        free = capacity - self.ledger.totals + self.ledger.pages[gone].sum((0, 1))
-        return free.clip(min=0).tolist(), (free - reserved).clip(min=0).tolist()
-
-    def _number(self, every: Sequence[Sequence[tuple[int, int]]], shared: bool) -> list[tuple[tuple[int, int], ...]]:
-        """Gives new sequences their rows, and notes what each row appends."""
-        out: list[tuple[tuple[int, int], ...]] = []
-        for source, rows in enumerate(every):
-            if shared and source != SHARED_SOURCE:  # the same sequences
-                out.append(out[SHARED_SOURCE])
-                continue
-            out.append(tuple((self.ledger.join(source, shared) if row == NO_ROW else row, n) for row, n in rows))
-        for row, n in {pair for rows in out for pair in rows}:
-            self.ledger.new[row] = n
-        return out
-
-    def _plan(
-        self, sources: Sequence[int], seals: list[list[int]], prefill: bool, free: list[int], shared: bool
-    ) -> StepPlan:
-        """What follows from the rows of this pass."""
-        singles, queries, fetches, sealing = [], [], [], []
-        for source in range(self.exchange.size):
-            rows = np.array([row for row, _ in self._entries[source]] if source in sources else [], np.int64)
-            pages, filling = self.ledger.num_sealed(rows).tolist(), self.ledger.filling(rows) > 0
-            entries = [entry for entry, _ in zip(self._entries[source], rows, strict=False)]
-            singles.append(np.array([row for row, n in entries if n == 1], np.int64))
-            asking = [(*entry, n) for entry, n in zip(entries, pages, strict=True) if n and entry[1] > 1]
-            fetched = {row for row, n, held in asking if not shared and self.attention.cheaper_to_fetch(held, n)}
-            queries.append(tuple((row, n) for row, n, _ in asking if row not in fetched))
-            fetches.append(tuple(row for row, _, _ in asking if row in fetched))
-            sealing.append(rows[filling])
-        decodes = any(self.ledger.num_sealed(rows).any() for rows in singles)
-        return StepPlan(
-            tuple(singles),
-            decodes,
-            tuple(queries),
-            tuple(fetches),
-            tuple(sealing),
-            tuple(map(tuple, seals)),
-            prefill,
-            free,
-            shared,
-        )
 
     def _status(self, error: str | None) -> tuple[int, str | None]:
         """This rank's status and its error, if there is one, once what was noted of sealed pages is read."""

@@ -234,6 +234,7 @@ def _work(rank: int, size: int, port: int, join: bool, pipe: Connection, log: st
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    import process_groups
     import torch
     import torch.distributed as dist
 
@@ -245,6 +246,7 @@ def _work(rank: int, size: int, port: int, join: bool, pipe: Connection, log: st
             dist.barrier()
 
     _answer(pipe, begin)
+    process_groups.watch()
     while True:
         try:
             function, kwargs = pickle.loads(pipe.recv_bytes())
@@ -252,6 +254,7 @@ def _work(rank: int, size: int, port: int, join: bool, pipe: Connection, log: st
             os._exit(0)
         os.ftruncate(1, 0)
         _answer(pipe, function, rank, **kwargs)
+        process_groups.destroy_those_of_caches()
 
 
 def _end_with_the_tests() -> None:
