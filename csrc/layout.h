@@ -126,7 +126,7 @@ struct PageList {
                                      : int64_t{segments[i / kSegment]} * kSegment + i % kSegment];
   }
 
-  static constexpr int kSegment = 32;  // entries of a segment: pikv_ds/core/table.py's SEGMENT
+  static constexpr int kSegment = 32;  // entries of a segment: pikv_ds/ops/lists.py's SEGMENT
 };
 
 // The lists that the B rows of a table stand for: a dense table, or places in a PageTable, which

@@ -204,7 +204,7 @@ class DynamicRequests:
         known, active = dynamic.requests(context)
         self.release([r for r in self.rows if r not in known])
         error = _broken_off(self.cache, self.batch)
-        if error is not None:  # nobody can join it; it is undone, and every rank is told
+        if error is not None:  # nobody can join it; it is undone, and every rank is told: this raises
             self.cache.begin_step(self.batch, [0] * len(self.batch), error)
         for request in active:
             row = self.rows.get(request.id)
@@ -238,7 +238,7 @@ def _broken_off(cache: ExpertShardedKVCache, batch: SequenceBatch) -> str | None
         return None
     return (
         f"the previous forward pass of this batch was broken off at layer {batch.first_open_layer} (by an error, or "
-        "because the experts of that layer did not run); reset the context and start anew"
+        "because the experts of that layer did not run) and is undone; reset the context and start anew"
     )
 
 

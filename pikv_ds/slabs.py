@@ -51,6 +51,13 @@ class Slabs:
             longer[: len(self.pointers)] = self.pointers
             self.pointers = longer
 
+    def reserve(self, num_slabs: int) -> None:
+        """There is room for the addresses of so many, so that these stay where they are."""
+        if num_slabs > len(self.pointers):
+            longer = lasting_zeros([num_slabs], torch.int64, self.device)
+            longer[: len(self.pointers)] = self.pointers
+            self.pointers = longer
+
     def put(self, slab: int, storage: Tensor | None) -> None:
         """Sets a slab's storage, None to give it back."""
         self.reach(slab + 1)

@@ -268,3 +268,10 @@ def test_wrong_lists_are_refused(change: dict[str, Any], message: str) -> None:
     query = torch.zeros(2, 2, DIM)
     with pytest.raises(RuntimeError, match=message):
         Ops("cpp").decode_attention(query, slabs, PageLists(**(fields | change)), None, layout, 1.0, out, lse)
+
+
+def test_tails_that_are_parts_of_others_are_refused() -> None:
+    keys, places = torch.zeros(2, 2, DIM), torch.zeros(3, 1, dtype=torch.int32)
+    tails = torch.zeros(4, 3, 2, PAGE, DIM)[:, 0]
+    with pytest.raises(RuntimeError, match="append_tokens: tail_keys must be contiguous"):
+        Ops("cpp").append_tokens(keys, None, places, tails, None, torch.zeros(1, dtype=torch.int32))

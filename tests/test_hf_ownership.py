@@ -451,3 +451,40 @@ def test_a_rows_tokens_do_not_depend_on_its_neighbours_padding(codec: str) -> No
     ids = torch.cat([nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
     together = model.generate(ids, attention_mask=(ids != 0).long(), **GREEDY)[:, -12:]
     assert torch.equal(together, torch.stack(alone))
+
+
+class Stopped(Exception):
+    """What breaks passes off here."""
+
+
+@pytest.mark.parametrize("where", ["attention", "experts", "norm"])
+@pytest.mark.parametrize("between", [False, True])
+def test_a_pass_that_was_broken_off_can_be_made_again(where: str, between: bool) -> None:
+    """Positions, masks and tokens are as if it had never been, also if another cache's pass comes first."""
+    model = tiny.mixtral()
+    pikv_ds.attach(model, SETTINGS)
+    ids = torch.arange(1, 31)[None]
+    part = {
+        "attention": model.model.layers[1].self_attn,
+        "experts": model.model.layers[1].mlp,
+        "norm": model.model.norm,
+    }[where]
+
+    def stop(*args: Any) -> None:
+        raise Stopped
+
+    with torch.no_grad():
+        calm, cache = pikv_ds.new_cache(model), pikv_ds.new_cache(model)
+        for own in (calm, cache):
+            model(ids[:, :20], past_key_values=own)
+        for new in (ids[:, 20:21], ids[:, 21:30]):
+            expected = model(new, past_key_values=calm).logits
+            hook = part.register_forward_pre_hook(stop)
+            with pytest.raises(Stopped):
+                model(new, past_key_values=cache)
+            hook.remove()
+            if between:
+                model(ids[:, :3], past_key_values=pikv_ds.new_cache(model))
+            assert torch.equal(model(new, past_key_values=cache).logits, expected)
+            assert cache.get_seq_length() == calm.get_seq_length()
+    pikv_ds.detach(model)

@@ -99,6 +99,14 @@ def test_a_taped_decode_pass_goes_on_for_many(codec: Any) -> None:
     assert replayed(*twins, rows=3) == 5
 
 
+def test_lists_longer_than_a_segment() -> None:
+    """What was reserved stays where it is."""
+    twins = [Twin(SHAPE, 7, rows=2, capacity_tokens=4000) for _ in range(2)]
+    for twin in twins:
+        twin.make([8 * 31, 8 * 62])
+    assert replayed(*twins, rows=2, passes=40) == 5
+
+
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_latent_pages(codec: str) -> None:
     twins = [Twin(LATENT, 7, rows=3, codec=codec, capacity_tokens=4000) for _ in range(2)]

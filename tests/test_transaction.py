@@ -13,7 +13,7 @@ from passes import LATENT, SHAPE, make_cache
 from torch import Tensor
 
 from pikv_ds.core.cache import ExpertShardedKVCache
-from pikv_ds.core.sequences import SequenceBatch
+from pikv_ds.core.sequences import SequenceBatch, Tails
 from pikv_ds.core.shape import ModelShape
 from pikv_ds.errors import PiKVError
 from pikv_ds.ops import OPS
@@ -147,6 +147,7 @@ PASSES = {
     "prompts": ([], [21, 9]),
     "chunks": ([[21, 9]], [20, 13]),
     "a prompt beside a token": ([[21, 0]], [1, 30]),
+    "a prompt beside a token that fills a page": ([[23, 0]], [1, 30]),
     "tokens that fill a page": ([[23, 15]], [1, 1]),
     "a token": ([[20, 9]], [1, 1]),
 }
@@ -237,3 +238,86 @@ def test_an_error_of_the_plan_leaves_the_pass_before_it() -> None:
         twin.cache.begin_step(twin.batch, [0, 0], error="the batch has 3")
     for _ in range(6):
         assert all(torch.equal(a, b) for a, b in zip(twin.make([1, 1]), calm.make([1, 1]), strict=True))
+
+
+def test_memory_that_ends_where_the_last_layer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of chunks goes into the tails at the very end; an error there breaks the pass off, too."""
+    calm, broken = Twin(SHAPE, 5), Twin(SHAPE, 5)
+    for twin in (calm, broken):
+        twin.make([19, 8])
+    expected = calm.make([20, 13])
+    with monkeypatch.context() as patch:
+        patch.setattr(Tails, "whole", raises)
+        with pytest.raises(Broken):
+            broken.make([20, 13])
+    assert broken.cache.broken_off is broken.batch
+    assert all(torch.equal(a, b) for a, b in zip(broken.make([20, 13]), expected, strict=True))
+    assert same(broken.state(), calm.state())
+
+
+def raises(*args: Any) -> Any:
+    raise Broken
+
+
+def test_a_watcher_that_raises_breaks_the_pass_off() -> None:
+    calm, broken = Twin(SHAPE, 5), Twin(SHAPE, 5)
+    for twin in (calm, broken):
+        twin.make([19, 8])
+    broken.cache.watchers.append(raises)
+    with pytest.raises(Broken):
+        broken.make([1, 1])
+    broken.cache.watchers.clear()
+    for _ in range(12):
+        assert all(torch.equal(a, b) for a, b in zip(broken.make([1, 1]), calm.make([1, 1]), strict=True))
+    assert same(broken.state(), calm.state())
+
+
+def test_an_error_within_a_plan_that_stands_is_told_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = Twin(SHAPE, 5)
+    twin.make([19, 8])
+    with monkeypatch.context() as patch:
+        patch.setattr(twin.cache.evictor, "evict", raises)
+        with pytest.raises(Broken):
+            twin.make([1, 1])
+    for _ in range(2):
+        with pytest.raises(PiKVError, match="an error came between a step plan and its pass"):
+            twin.make([1, 1])
+
+
+def test_an_error_after_the_last_layer_undoes_the_pass() -> None:
+    calm, twin = Twin(SHAPE, 5), Twin(SHAPE, 5)
+    calm.make([19, 8])
+    twin.make([19, 8])
+    for new in ([20, 13], [1, 1]):
+        twin.make(new)
+        twin.passes -= 1
+        twin.cache.fail_pass()
+        assert twin.cache.broken_off is twin.batch
+        assert all(torch.equal(a, b) for a, b in zip(twin.make(new), calm.make(new), strict=True))
+    assert same(twin.state(), calm.state())
+
+
+def test_what_a_released_sequence_has_dropped_does_not_come_back() -> None:
+    twin = Twin(SHAPE, 5, retention="snap", budget={"name": "uniform", "prompt": 0.5})
+    twin.make([64, 64])
+    twin.cache.release(twin.batch, [0])
+    assert twin.cache.admit(twin.batch) == 0
+    twin.cache.fail_pass()
+    twin.cache._undo()
+    assert twin.batch.lengths == [0, 0]
+    assert not twin.batch.dropped[:, 0].any()
+
+
+def test_layers_may_choose_different_numbers_of_experts() -> None:
+    twin = Twin(SHAPE, 5)
+    rng = torch.Generator().manual_seed(1)
+    for new in ([19, 8], *[[1, 1]] * 9):
+        twin.cache.begin_step(twin.batch, new)
+        for layer, (query, key, value, _) in enumerate(twin.inputs(new)):
+            twin.cache.attend(twin.batch, layer, query, key, value, 0.3)
+            chosen = torch.randint(SHAPE.num_experts, (sum(new), 1 + layer), generator=rng)
+            twin.cache.routed(twin.batch, layer, chosen)
+    twin.cache.begin_step(None, [])
+    twin.cache.check_integrity()
+    assert twin.batch.lengths == [28, 17]
+    assert twin.cache.sender.counters["seals"] == (3 + 2) * SHAPE.num_layers

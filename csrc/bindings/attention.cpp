@@ -252,6 +252,7 @@ void AppendTokens(const Tensor& keys, std::optional<Tensor> values, const Tensor
   int64_t stride;
   p.tail_keys =
       args.PartialOut("tail_keys", tail_keys, {b, k, s, d}, "[B, K, S, D]", dtype, &stride);
+  if (stride != k * s * d) args.Fail("tail_keys must be contiguous");
   if (values.has_value() != tail_values.has_value()) {
     args.Fail("values and tail_values must both be there, or neither");
   }
@@ -262,6 +263,7 @@ void AppendTokens(const Tensor& keys, std::optional<Tensor> values, const Tensor
         args.StridedIn("values", *values, {n, k, p.value_dim}, "[N, K, V]", dtype, p.value_strides);
     p.tail_values = args.PartialOut("tail_values", *tail_values, {b, k, s, p.value_dim},
                                     "[B, K, S, V]", dtype, &stride);
+    if (stride != k * s * p.value_dim) args.Fail("tail_values must be contiguous");
   }
   p.flags = args.Out<int32_t>("flags", flags, {1}, "[1]");
   p.num_tokens = m;

@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(pikv_ds, m) {
   m.def("decode_lists(Tensor query, " PIKV_SLABS
         "Tensor slots, Tensor counts, Tensor directory, Tensor directories, Tensor rows, "
         "int width, int first, int step, int heads, " PIKV_LAYOUT "float scale, " PIKV_PARTIAL
-        ", int num_splits, Tensor? scratch) -> ()");
+        ", int num_splits, Tensor(c!)? scratch) -> ()");
   m.def("key_scores(Tensor query, " PIKV_SLABS "Tensor table, Tensor counts, " PIKV_LAYOUT
         "float scale, Tensor(a!) out, int num_splits) -> ()");
   m.def("prefill_attention(Tensor query, " PIKV_SLABS "Tensor slots, " PIKV_LAYOUT

@@ -176,6 +176,8 @@ class ShardedAttention:
         """What is the same at every layer of a pass: the rows whose single tokens are attended to here."""
         if batch is not None:
             batch.singles(self.shard.device)
+        if not plan.width:
+            self._room = None  # prompts need the memory
         if not plan.decodes:
             return
         if plan.shared:
@@ -301,7 +303,7 @@ class ShardedAttention:
         return self.shard.read(found.slots, 0, summaries=False)
 
     def cheaper_to_fetch(self, num_pages: int, query_tokens: int) -> bool:
-        """Whether a pass moves fewer bytes when a sequence's pages travel instead of its queries.
+        """Whether a pass moves fewer bytes when a sequence's pages travel instead of its queries, several tokens.
 
         ``P * page_bytes / G < T * H * (D * q + V * p + 4)``, both sides G - 1 times: of P pages a share of
         1 / G lies here; a query of q bytes an element goes to all other ranks, and from each an output of p
@@ -313,8 +315,6 @@ class ShardedAttention:
         if self.shard.reuse is not None or not self.keeps_all or self.exchange.size == 1 or len(formats) > 1:
             return False
         layout = formats[0].layout
-        if query_tokens == 1:
-            return False
         query = self.shape.head_dim * layout.dtype.itemsize
         partial = self.shape.value_dim * self.exchange.partial_dtype.itemsize + torch.float32.itemsize
         queries = query_tokens * self.shape.num_heads * (query + partial)

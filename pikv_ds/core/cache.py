@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pikv_ds.config import PiKVConfig
@@ -159,6 +160,8 @@ class ExpertShardedKVCache:
         self.num_plans = 0
         """Step plans so far, the same on every rank."""
         self._transaction: Transaction | None = None
+        self._standing = False  # a plan stands, and what it does itself is not done yet
+        self._again = False  # a pass was undone, and no plan has stood since
         self.peak_bytes = 0
         self.fullest = Snapshot()
         self._after_pass = Snapshot()
@@ -247,6 +250,12 @@ class ExpertShardedKVCache:
         """
         while self.abandoned:
             self.release(self.abandoned.popleft())
+        ruined = self._standing
+        if ruined:
+            error = error or (
+                "an error came between a step plan and its pass, and left this rank's cache in pieces; detach and "
+                "attach PiKV anew"
+            )
         last = NOTHING if self._transaction is None else self._transaction.state
         if last == BROKEN_OFF:
             self._undo()
@@ -262,30 +271,36 @@ class ExpertShardedKVCache:
         try:
             self._exchange_plan(batch if begun else None, new, entries, error, True in kinds, digest, last)
         except PiKVError:  # the other ranks know nothing of any other error, and make the pass
+            self._standing = ruined
             if batch is not None and begun:
                 batch.break_off()
             raise
-        several = [row for rows in self.planner.entries for row, n in rows if n > 1]
-        self._transaction = Transaction(
-            batch if begun else None,
-            np.unique(np.array(several, np.int64)),
-            self.ledger,
-            self.shard,
-            self.sender,
-            self.evictor,
-            self.attention,
-        )
         assert self.plan is not None
+        sending = np.unique(np.concatenate(self.plan.sealing)) if self.plan.prefill else np.zeros(0, np.int64)
+        self._transaction = Transaction(
+            batch if begun else None, sending, self.ledger, self.shard, self.sender, self.evictor, self.attention
+        )
+        self._standing = False
         self.attention.prepare(self.plan, batch)
+        if self.shard.trace is not None:
+            bytes_now = self.kv_bytes, self.pool.page_storage_bytes
+            self.shard.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
+        for watcher in self.watchers:
+            watcher(self)
 
     def _undo(self) -> None:
         """Undoes the last pass on this rank (see `Transaction`)."""
         if self._transaction is not None:
             self._transaction.undo()
             self._transaction = None
-            self._flags.zero_()
+            self._again = True
             self._unsent = [rows[:0] for rows in self._unsent]
             self.num_steps -= 1  # what comes next is made in its place
+
+    def fail_pass(self) -> None:
+        """The pass under way has ended with an error after its last layer: it is to be undone, too."""
+        if self._transaction is not None:
+            self._transaction.failed = True
 
     @property
     def broken_off(self) -> SequenceBatch | None:
@@ -345,6 +360,8 @@ class ExpertShardedKVCache:
         if experts is not None and any(batch.new):
             singles = batch.singles(experts.device)
             kept = batch.tail_experts(layer, experts)
+            if kept.shape[-1] > experts.shape[-1]:  # other layers choose more
+                experts = F.pad(experts, (0, kept.shape[-1] - experts.shape[-1]), value=-1)
             if len(singles.indices):
                 self.ops.append_experts(experts.contiguous(), singles.places, kept)
         if self.plan.prefill:
@@ -530,10 +547,11 @@ class ExpertShardedKVCache:
         )
         everyone = [Announcement(*row) for row in self.exchange.all_gather(mine)]
         self.num_plans += 1
-        again = step.must_undo(everyone)
-        if again:
+        if step.must_undo(everyone):
             self._undo()
-        else:  # the last pass commits
+        else:
+            if self._transaction is not None:
+                self._transaction.commit()
             self.shard.step = self.num_steps
             self.evictor.settle(self.plan, self.attention.totals)
             self.attention.totals.clear()
@@ -566,6 +584,7 @@ class ExpertShardedKVCache:
             self.layout.page_bytes,
         )
         # From here on the plan stands, on all ranks alike.
+        self._standing = True
         self._passed = True
         self.num_steps += 1
         if self.shard.reuse is not None:
@@ -587,15 +606,11 @@ class ExpertShardedKVCache:
             raise
         self._unsent = [rows[:0] if prefill else rows for rows in self.plan.sealing]
         self.sender.settle()
-        if not again:  # else that was done before the pass that was undone
+        if not self._again:  # else that was done before the pass that was undone
             self.evictor.evict(self._batches)
             if self.rebalancer is not None:
                 self.rebalancer.step(self.num_steps, self.plan.free)
-        if self.shard.trace is not None:
-            bytes_now = self.kv_bytes, self.pool.page_storage_bytes
-            self.shard.trace.step(self.num_steps, self.pool.num_used, *bytes_now, self.own_tokens)
-        for watcher in self.watchers:
-            watcher(self)
+        self._again = False
 
     def _status(self, error: str | None) -> tuple[int, str | None]:
         """This rank's status and its error, if there is one, once what was noted of sealed pages is read."""

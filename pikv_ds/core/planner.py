@@ -92,9 +92,9 @@ class Planner:
         """What follows from the rows of this pass."""
         singles, queries, fetches, sealing = [], [], [], []
         for source in range(self.exchange.size):
-            rows = np.array([row for row, _ in self.entries[source]] if source in sources else [], np.int64)
+            entries = self.entries[source] if source in sources else ()
+            rows = np.array([row for row, _ in entries], np.int64)
             pages, filling = self.ledger.num_sealed(rows).tolist(), self.ledger.filling(rows) > 0
-            entries = [entry for entry, _ in zip(self.entries[source], rows, strict=False)]
             singles.append(np.array([row for row, n in entries if n == 1], np.int64))
             asking = [(*entry, n) for entry, n in zip(entries, pages, strict=True) if n and entry[1] > 1]
             fetched = {row for row, n, held in asking if not shared and self.attention.cheaper_to_fetch(held, n)}

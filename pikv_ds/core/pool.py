@@ -63,6 +63,9 @@ class PagePool:
         self.pages = [Slabs(slab_pages, size.page, device) for size in sizes]
         """Of each format; where a slab is another format's, there is none."""
         self.summaries = [Slabs(slab_pages, size.summary, device) for size in sizes]
+        if capacity_pages is not None:  # the null page's slab, and slack
+            for slabs in (*self.pages, *self.summaries):
+                slabs.reserve(2 + -(-int(capacity_pages * (1 + 2 * SLACK)) // slab_pages))
         self.num_used = 0
         """Pages in use (the null page not counted)."""
         self.num_slots = 0

@@ -60,10 +60,14 @@ class Tails:
         return self._views[layer]
 
     def has_router(self, layer: int, experts: Tensor) -> Tensor:
-        """Where the experts of a layer go, ``[B, S, k]``; its router gives ``[N, k]``."""
-        if self.experts is None:
+        """Where the experts of a layer go, ``[B, S, k]``, -1 for none; its router gives as many, or fewer."""
+        before = self.experts
+        if before is None or before.shape[-1] < experts.shape[-1]:  # layers may choose different numbers of experts
             shape = *self.keys.shape[:2], self.keys.shape[3], experts.shape[-1]
-            self.experts = lasting_zeros(shape, torch.int16, experts.device)
+            self.experts = lasting_zeros(shape, torch.int16, experts.device).fill_(-1)
+            if before is not None:
+                self.experts[..., : before.shape[-1]] = before
+            self._views.clear()
         if layer not in self.routed:
             self.routed.add(layer)
             self._views.pop(layer, None)
@@ -166,7 +170,10 @@ class SequenceBatch:
         """``[units, size]``: full pages that are gone."""
         self.scores: dict[int, dict[int, Tensor]] = {}  # [layer][index]: of a prompt's tokens, until routed
         self._open_layers: set[int] = set()
+        self.undone = 0
+        """Passes that were undone so far."""
         self._before = list(self.lengths), list(self.sealed)
+        self._dropped_before: NDArray[np.int64] | None = None
         self._rests: dict[int, list[tuple[int, Tail]]] = {}  # [layer]: of chunks that fill pages, until the pass ends
         self._overwritten: list[tuple[int, Tail]] = []  # open tokens of all layers that these have replaced
         self._singles: SingleTokens | None = None  # of this pass, as the next one
@@ -219,6 +226,8 @@ class SequenceBatch:
             for before in self._before:  # an `undo` does not bring the released one back
                 if index < len(before):
                     before[index] = 0
+            if self._dropped_before is not None and index < self._dropped_before.shape[1]:
+                self._dropped_before[:, index] = 0
             self._overwritten = [(i, tokens) for i, tokens in self._overwritten if i != index]
             return index
         self.rows.append(NO_ROW)
@@ -246,14 +255,14 @@ class SequenceBatch:
 
     def close_layer(self, layer: int) -> None:
         """Ends the pass for one layer; the last one moves the lengths, which `undo` can still take back."""
-        self._open_layers.discard(layer)
-        if not self._open_layers:
+        if self.ends_with(layer):  # still open, should an error come in between
             self._write_rests()
             for index in range(len(self)):
                 self.sealed[index] += self.filling(index)
                 self.lengths[index] += self.new[index]
                 self.new[index] = 0
             self._slices = []
+        self._open_layers.discard(layer)
 
     def break_off(self) -> None:
         """Undoes `begin`: the pass never started."""
@@ -271,7 +280,19 @@ class SequenceBatch:
         self.scores.clear()
         lengths, sealed = self._before
         self.lengths[: len(lengths)], self.sealed[: len(sealed)] = lengths, sealed
+        if self._dropped_before is not None:
+            self.dropped[:, : self._dropped_before.shape[1]] = self._dropped_before
+        self.undone += 1
         self.break_off()
+
+    def commit(self) -> None:
+        """The last pass stands: nothing of what it has replaced is needed."""
+        self._overwritten.clear()
+        self._dropped_before = None
+
+    def keep_dropped(self) -> None:
+        """Keeps `dropped` as it is now, for `undo`."""
+        self._dropped_before = self.dropped.copy()
 
     def _write_rests(self) -> None:
         """Puts what is left of chunks that have filled pages into the tails, in place of the tokens of these pages."""
@@ -349,7 +370,7 @@ class SequenceBatch:
             )
             tokens = (new.cumsum() - new)[indices]
             table = torch.from_numpy(np.stack([tokens, indices, slots, slots + 1]).astype(np.int32))
-            if self._table is None or self._table.shape != table.shape or self._table.device != device:
+            if self._table is None or self._table.shape != table.shape or self._table.device.type != device.type:
                 with torch.inference_mode(False):  # the next pass may not be in inference mode
                     self._table = torch.empty(table.shape, dtype=torch.int32, device=device)
             self._table.copy_(table)
@@ -384,7 +405,7 @@ class SequenceBatch:
             self.fresh[layer] = joined
 
     def tail_experts(self, layer: int, experts: Tensor) -> Tensor:
-        """Where the experts of a layer's open tokens are kept, int16 ``[B, S, k]``.
+        """Where the experts of a layer's open tokens are kept, int16 ``[B, S, k]``, k the most of any layer.
 
         Args:
             experts: ``[N, k]``, what its router has chosen.

@@ -197,7 +197,7 @@ class Shard:
         """Removes pages that are here; returns their slots, whose bytes stay until `free`.
 
         Args:
-            why: for the trace: "evict", "demote" or "move".
+            why: for the trace: "evict", "demote", "move" or "undo".
         """
         slots = self.table.remove(rows, units, numbers)
         if self.by_expert is not None and len(slots):

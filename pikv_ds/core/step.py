@@ -60,7 +60,7 @@ class StepPlan:
     seals: tuple[tuple[int, ...], ...]
     """Per rank and layer: pages that this pass seals."""
     prefill: bool
-    """Some rank seals a prompt: pages are sent layer by layer instead of once per pass."""
+    """Some row appends several tokens: pages are sent layer by layer instead of once per pass."""
     free: list[int]
     """Per rank: pages that its pool can still take; kept up to date as pages are sent."""
     shared: bool = False

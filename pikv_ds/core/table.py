@@ -21,6 +21,8 @@ from pikv_ds.ops.lists import SEGMENT, PageLists
 from pikv_ds.slabs import lasting_zeros
 
 Ints = NDArray[np.int64]
+RESERVED_ROWS = 64
+"""Rows whose lists end within a segment, which a reserve counts with."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class PageTable:
     Args:
         num_units: units of a row (see `SequenceBatch`).
         num_formats: page formats; each has a list of its own.
-        reserve: entries for which there is memory from the beginning, so that it stays where it is.
+        reserve: entries for which there is memory from the beginning, so that it stays where it is while there are
+            at most `RESERVED_ROWS` rows.
     """
 
     def __init__(
@@ -95,9 +98,10 @@ class PageTable:
         self.num_units, self.num_formats, self.device = num_units, num_formats, torch.device(device)
         self._num_lists = num_units * num_formats  # of a row
         self._count_of, self._directory_of = Mirror(0, self.device), Mirror(0, self.device)
-        size = (1 + -(-reserve // SEGMENT)) * SEGMENT
+        segments = 1 + (reserve // SEGMENT + RESERVED_ROWS * self._num_lists if reserve else 0)
+        size = segments * SEGMENT
         self._slots, self._numbers = Mirror(size, self.device), Mirror(size, self.device)  # [segment * SEGMENT]
-        self._directory = Mirror(64, self.device)  # of a row [list, room], from its start
+        self._directory = Mirror(4 * segments, self.device)  # of a row [list, room], from its start
         self._free_segments = np.zeros(0, np.int64)
         self._num_segments = 1  # segment 0 is of null entries: unset places of a directory point there
         self._free_directories: dict[int, list[int]] = {}  # starts, by room

@@ -2,7 +2,7 @@
 
 A pass commits when all ranks have made it whole: the next step plan tells. One that was broken off on any rank is
 undone on every rank, so that its batch is as it was and the pass can be made again, with the same bits. What would be
-destroyed on the way is kept: a few numbers per pass, and of rows that append several tokens the ledger's counts.
+destroyed on the way is kept: a few numbers per pass, and of rows whose pages are sent in it the ledger's counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Transaction:
 
     Args:
         batch: of this rank; None where it has none in the pass.
-        rows: of all ranks, those that append several tokens: their pages are sent while the pass goes on.
+        rows: of all ranks, those whose pages are sent while the pass goes on: where there are prompts, all that fill
+            pages.
     """
 
     def __init__(
@@ -47,7 +48,11 @@ class Transaction:
         self._chosen, self._audit, self._reuse = shard.snapshot()
         self._sent: tuple[Ints, Any, Any] | None = None
         self._totals, self._grown = ledger.totals.copy(), set(evictor.grown_rows)
-        self._dropped = batch.dropped.copy() if batch is not None and evictor.cuts else None
+        self._flags = attention.flags.clone()  # what the plan itself has noted, of pages that it demoted
+        self.failed = False
+        """The pass has ended with an error after its last layer."""
+        if batch is not None and evictor.cuts:
+            batch.keep_dropped()
         if len(rows):
             self._sent = sender.seen.copy(), ledger.pages[rows], ledger.demoted[rows]
 
@@ -56,12 +61,18 @@ class Transaction:
         """`BROKEN_OFF`, `MADE` or `NOTHING`: how this rank's part of the pass has ended."""
         if self.broken:
             return BROKEN_OFF
-        return MADE if self.batch is not None and self.appends else NOTHING
+        alive = self.batch is not None and any(self.batch.alive)  # else there is nothing to be made again
+        return MADE if alive and self.appends else NOTHING
 
     @property
     def broken(self) -> bool:
         """Whether the pass was broken off on this rank."""
-        return self.batch is not None and self.batch.in_step
+        return self.batch is not None and (self.failed or self.batch.in_step)
+
+    def commit(self) -> None:
+        """The pass stands."""
+        if self.batch is not None:
+            self.batch.commit()
 
     def undo(self) -> None:
         """Leaves everything as it was when the plan stood; every rank does so."""
@@ -69,8 +80,6 @@ class Transaction:
         self.sender.staged.clear()
         if self.batch is not None:
             self.batch.undo()
-            if self._dropped is not None:
-                self.batch.dropped[:, : self._dropped.shape[1]] = self._dropped
         if self._sent is not None:
             for row in self.rows.tolist():
                 self._take_pages(row)
@@ -80,6 +89,7 @@ class Transaction:
         self.evictor.grown_rows.update(self._grown)
         self.shard.restore(self._chosen, self._audit, self._reuse)
         self.shard.visits.clear()
+        self.attention.flags.copy_(self._flags)
         self.attention.totals.clear()
         for counter, before in zip(self._counted(), self._counters, strict=True):
             counter.clear()

@@ -132,6 +132,11 @@ class Attachment:
                 self._passing = threading.get_ident()
             return self._passing == threading.get_ident()
 
+    @property
+    def passing(self) -> bool:
+        """Whether a pass with a cache is under way."""
+        return self._passing is not None
+
     @torch.compiler.disable
     def _pass_ended(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the whole model, also after a pass that failed (then there is no output)."""
@@ -139,6 +144,8 @@ class Attachment:
             mine = self._passing == threading.get_ident()
             if mine:
                 self._passing = None
+        if mine and output is None:  # an error after the last layer is one of the pass, too
+            self.store.fail_pass()
         broken = self.store.broken_off if mine and output is not None else None
         if broken is not None:
             raise PiKVError(

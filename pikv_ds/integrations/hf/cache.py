@@ -52,6 +52,11 @@ class Owner(Protocol):
     layers: dict[int, LayerTap]
     attached: bool
 
+    @property
+    def passing(self) -> bool:
+        """Whether a pass with a cache is under way."""
+        ...
+
     def obstacle(self, layer_idx: int) -> str | None:
         """Why the caller must not hand over keys and values of this layer now; None if it may."""
         ...
@@ -77,13 +82,33 @@ class PiKVCache(Cache):
         super().__init__(layers=[])
         self.attachment, self.store = attachment, attachment.store
         self.batch: SequenceBatch | None = None
-        self.columns = 0
-        self._before: tuple[int, Tensor | None] = 0, None  # columns and `shown`, before the last pass
-        self.shown: Tensor | None = None  # bool [B, n]: which of the first columns are tokens; all that follow are
+        self._history: tuple[int, Tensor | None] = (
+            0,
+            None,
+        )  # columns, and which of the first are tokens, after the last pass
+        self._before: tuple[int, Tensor | None] = 0, None  # the same before it
+        self._undone = 0  # passes of the batch that were undone before it
         self.places: tuple[Tensor, Tensor] | None = None  # rows and columns of this pass's tokens; None: all
         self.idle = False  # passes serve the other ranks and append nothing
         self.generating = False  # in `generate`'s loop, where every pass appends ones to the mask
         self.release_finished = release_finished
+
+    @property
+    def history(self) -> tuple[int, Tensor | None]:
+        """Columns so far, and bool ``[B, n]``: which of the first are tokens; all that follow are. None: all are.
+
+        A pass that was broken off is not part of it, from its end on: positions follow from here before the next one
+        begins."""
+        batch = self.batch
+        if batch is None:
+            return self._history
+        broken = batch is self.store.broken_off and not self.attachment.passing
+        return self._before if broken or batch.undone != self._undone else self._history
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a sequence so far, padding included."""
+        return self.history[0]
 
     @torch.compiler.disable
     def update(
@@ -125,9 +150,7 @@ class PiKVCache(Cache):
             self.batch = self.store.new_batch(rows)
             weakref.finalize(self, self.store.abandoned.append, self.batch)
         batch, error = self.batch, self._cast(key) or self._cast(value)
-        if batch is self.store.broken_off:  # the last pass, which is undone now
-            self.columns, self.shown = self._before
-        self._before = self.columns, self.shown
+        before = columns, shown = self._before if batch is self.store.broken_off else self.history
         if len(batch) != rows:
             error = f"the cache holds {len(batch)} sequences, the batch has {rows}; use a new cache for another batch"
         elif attention_mask is not None and attention_mask.dim() != 2:
@@ -139,41 +162,35 @@ class PiKVCache(Cache):
         elif torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             error = "PiKV's cache keeps no gradients: make passes with a cache under torch.no_grad()"
         elif not self.idle and not self.generating:
-            error = error or self._other_history(attention_mask)
+            error = error or self._other_history(attention_mask, columns, shown)
         new = [width if alive and not self.idle else 0 for alive in batch.alive]
         tokens = None
         if attention_mask is not None and not self.generating and any(new) and error is None:
-            mask = attention_mask[:, self.columns : self.columns + width].bool()
+            mask = attention_mask[:, columns : columns + width].bool()
             if mask.shape[1] != width:
-                error = f"attention_mask has {attention_mask.shape[1]} columns, cache and batch {self.columns + width}"
+                error = f"attention_mask has {attention_mask.shape[1]} columns, cache and batch {columns + width}"
             elif not bool(mask.all()):
-                self._show(mask)
+                shown = _shown(mask, columns, shown)
                 tokens = mask & torch.tensor(batch.alive, device=mask.device)[:, None]
                 new = tokens.sum(1).tolist()
         if tokens is None and not all(new):
             tokens = (torch.tensor(new, device=key.device)[:, None] > 0).expand(-1, width)
         self.places = None if tokens is None else tokens.nonzero(as_tuple=True)  # type: ignore[assignment]
         self.store.begin_step(batch, new if error is None else [0] * len(batch), error)
-        self.columns += 0 if self.idle else width
+        self._before, self._undone = before, batch.undone
+        self._history = columns + (0 if self.idle else width), shown
         return batch
 
-    def _show(self, mask: Tensor) -> None:
-        """Notes which columns of this pass are tokens, where some are not."""
-        before = mask.new_ones(len(mask), self.columns)
-        if self.shown is not None:
-            before[:, : self.shown.shape[1]] = self.shown
-        self.shown = torch.cat([before, mask], dim=1)
-
-    def _other_history(self, attention_mask: Tensor | None) -> str | None:
+    def _other_history(self, attention_mask: Tensor | None, columns: int, shown: Tensor | None) -> str | None:
         """What to say of a mask that hides what was a token when it came into the cache, or the other way round."""
-        if not self.columns or (attention_mask is None and self.shown is None):
+        if not columns or (attention_mask is None and shown is None):
             return None
-        wanted = torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self.store.device)
-        if self.shown is not None:
-            wanted[:, : self.shown.shape[1]] = self.shown
+        wanted = torch.ones(self.batch_size, columns, dtype=torch.bool, device=self.store.device)
+        if shown is not None:
+            wanted[:, : shown.shape[1]] = shown
         if attention_mask is None:
             return "the cache has padding; pass the attention_mask of the whole text, what is in the cache included"
-        seen = attention_mask[:, : self.columns].bool()
+        seen = attention_mask[:, :columns].bool()
         if seen.shape != wanted.shape or bool((seen == wanted).all()):
             return None  # too few columns are another error
         row, column = (seen != wanted).nonzero()[0].tolist()
@@ -287,7 +304,7 @@ class PiKVCache(Cache):
 
     def reset(self) -> None:
         self.release()
-        self.batch, self.columns, self.shown = None, 0, None
+        self.batch, self._history, self._before, self._undone = None, (0, None), (0, None), 0
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
@@ -329,3 +346,11 @@ class PiKVCache(Cache):
             "PiKV does not copy or save caches: their pages lie on several ranks, once. For several questions on one "
             "prompt, generate with the prompt repeated"
         )
+
+
+def _shown(mask: Tensor, columns: int, shown: Tensor | None) -> Tensor:
+    """Which columns are tokens, those of this pass (`mask`) included, where some are not."""
+    before = mask.new_ones(len(mask), columns)
+    if shown is not None:
+        before[:, : shown.shape[1]] = shown
+    return torch.cat([before, mask], dim=1)
