@@ -72,7 +72,8 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
 # -- a sample of the combinations ---------------------------------------------------------------
 #
 # `@pytest.mark.sampled` says that a test's parameters multiply. Of its cases a run takes few that hold every value of
-# every parameter at least once, and with `sampled(together=2)` every pair of values. Which ones follows from a seed.
+# every parameter at least once, and with `sampled(together=2)` every pair of values; with `sampled(few=1)` it takes just
+# so many, where each costs a minute or there are dozens of a kind. Which ones follows from a seed.
 
 SEED, LONG = "PIKV_TEST_SEED", "PIKV_TEST_LONG"
 
@@ -113,7 +114,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for name, cases in tests.items():
         marker = cases[0].get_closest_marker("sampled")
         values = [tuple((key, repr(value)) for key, value in case.callspec.params.items()) for case in cases]
-        kept = sample(values, marker.kwargs.get("together", 1), random.Random(f"{os.environ[SEED]} {name}"))
+        choose, few = random.Random(f"{os.environ[SEED]} {name}"), marker.kwargs.get("few")
+        if few is not None:
+            kept = set(choose.sample(range(len(cases)), min(few, len(cases))))
+        else:
+            kept = sample(values, marker.kwargs.get("together", 1), choose)
         left_out |= {case for i, case in enumerate(cases) if i not in kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

@@ -26,7 +26,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {"a page, sealed and entered", "a call that seals", "ops per layer of a decode pass"} < names
     sealed = [(f["ranks"], f["experts"]) for f in figures if f["name"] == "a page, sealed and entered"]
     assert sealed == [(ranks, experts) for ranks in (1, 2, 4) for experts in (8, 128)]
-    assert all(figure["value"] > 0 for figure in figures if figure["name"] != "a page, sealed and entered")
+    differences = ("a page, sealed and entered", "a call that seals")  # of times, which a busy machine may turn round
+    assert all(figure["value"] > 0 for figure in figures if figure["name"] not in differences)
     assert "metadata per page, 3 rows × 200" in capsys.readouterr().out.replace("\n", " ")
 
 

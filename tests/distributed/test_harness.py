@@ -34,7 +34,8 @@ def start(folder: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are looked up as Linux has them")
 def test_ranks_do_not_outlive_a_process_that_is_killed(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(here)!r}); import test_harness; test_harness.start({str(tmp_path)!r})"
+    paths = [str(here), str(here.parent)]
+    code = f"import sys; sys.path[:0] = {paths}; import test_harness; test_harness.start({str(tmp_path)!r})"
     tests = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 100
     while len(list(tmp_path.iterdir())) < 2 or not all(path.read_text() for path in tmp_path.iterdir()):

@@ -116,6 +116,7 @@ def test_deepspeed(job: list[str], alone: dict[str, list[int]], tmp_path: Path) 
     assert tokens(tmp_path / "figures.json", ranks=2) == alone
 
 
+@pytest.mark.sampled(few=1)
 @pytest.mark.parametrize("meeting", ["mpi4py", "given"])
 def test_mpirun(meeting: str, job: list[str], alone: dict[str, list[int]], tmp_path: Path) -> None:
     needs("mpirun")
@@ -243,6 +244,7 @@ class Batch:
         return "".join(f"--- {p.name}\n{p.read_text()[-2000:]}" for p in [self.output, *logs] if p.is_file())
 
 
+@pytest.mark.sampled(few=1)
 @pytest.mark.parametrize(
     ("script", "options"),
     [("srun.sbatch", ["--ntasks-per-node=1"]), ("torchrun.sbatch", []), ("deepspeed.sbatch", [])],
@@ -255,6 +257,7 @@ def test_batch_scripts(
     assert tokens(tmp_path / "figures.json", ranks=2) == alone, batch.written()
 
 
+@pytest.mark.sampled(few=1)
 @pytest.mark.parametrize("script", ["srun.sbatch", "torchrun.sbatch", "deepspeed.sbatch"])
 def test_a_job_that_nears_its_time_limit_goes_on_later(
     slurm: Path, script: str, job: list[str], tmp_path: Path

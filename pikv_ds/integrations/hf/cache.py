@@ -105,6 +105,10 @@ class PiKVCache(Cache):
         broken = batch is self.store.broken_off and not self.attachment.passing
         return self._before if broken or batch.undone != self._undone else self._history
 
+    def adopt(self, batch: SequenceBatch, columns: int) -> None:
+        """Goes on with a batch to which somebody else has given its first tokens, equally many of each sequence."""
+        self.batch, self._history, self._before, self._undone = batch, (columns, None), (0, None), batch.undone
+
     @property
     def columns(self) -> int:
         """Tokens of a sequence so far, padding included."""

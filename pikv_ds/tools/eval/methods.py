@@ -101,9 +101,9 @@ class PiKV:
 def feed(cache: Any, snapshot: Snapshot) -> None:
     """Puts a prompt into an empty `PiKVCache` as its prefill would."""
     store = cache.store
-    batch = cache.batch = store.new_batch(1)
+    batch = store.new_batch(1)
+    cache.adopt(batch, snapshot.length)
     store.begin_step(batch, [snapshot.length])
-    cache.columns = snapshot.length
     for index, layer in enumerate(snapshot.layers):
         query, key, value = (x[0].transpose(0, 1).contiguous() for x in (layer.query, layer.key, layer.value))
         source = (layer.module, layer.hidden, {"position_embeddings": layer.positions})
