@@ -72,8 +72,8 @@ def rng(request: pytest.FixtureRequest) -> torch.Generator:
 # -- a sample of the combinations ---------------------------------------------------------------
 #
 # `@pytest.mark.sampled` says that a test's parameters multiply. Of its cases a run takes few that hold every value of
-# every parameter at least once, and with `sampled(together=2)` every pair of values; with `sampled(few=1)` it takes just
-# so many, where each costs a minute or there are dozens of a kind. Which ones follows from a seed.
+# every parameter at least once, `sampled(together=2)` every pair of values, and `sampled(few=1)` so many cases only,
+# where each costs a minute. Which ones follows from a seed.
 
 SEED, LONG = "PIKV_TEST_SEED", "PIKV_TEST_LONG"
 

@@ -100,7 +100,7 @@ def test_wire_is_the_caches_own_formula() -> None:
     assert planner.plan(SHAPE, PiKVConfig(), load).wire == wire_bytes_per_token_layer(cache) == 0
     load = planner.Load(context=1000, batch=6, ranks=3)
     per_layer = 2 * SHAPE.num_heads * (SHAPE.head_dim * 4 + SHAPE.head_dim * 4 + 4)
-    assert planner.plan(SHAPE_OF_THREE, PiKVConfig(), load).wire == 2 * 2 * per_layer + 2 * 64  # and the step plan
+    assert planner.plan(SHAPE_OF_THREE, PiKVConfig(), load).wire == 2 * 2 * per_layer + 2 * 72  # and the step plan
 
 
 SHAPE_OF_THREE = dataclasses.replace(SHAPE, num_experts=6)

@@ -304,7 +304,7 @@ def test_any_number_of_threads(codec: str, rng) -> None:
             {"bounds": torch.zeros(3, 128, dtype=torch.uint8)},
             r"bounds must have shape .* = \[2, 128\], got \[3, 128\]",
         ),
-        ({"flags": torch.zeros(2, dtype=torch.int32)}, r"flags must have shape \[1\] = \[1\], got \[2\]"),
+        ({"flags": torch.zeros(3, dtype=torch.int32)}, "pages must be a multiple of flags = 3, got 2"),
         ({"flags": torch.zeros(1)}, "flags must be Int, got Float"),
         ({"layout": PageLayout(1, 16, 8, torch.float32, "bfloat16")}, "element must be the type of keys"),
     ],

@@ -82,7 +82,7 @@ void MergePartialsCuda(const MergePartialsParams& params, cudaStream_t stream) {
   if (num_places == 0) return;
   const int64_t strides =
       params.head_dim | params.outs_strides[0] | params.outs_strides[1];  // all multiples of 4?
-  const bool vectors = strides % 4 == 0 && Aligned16(params.outs);
+  const bool vectors = strides % 4 == 0 && reinterpret_cast<uintptr_t>(params.outs) % 16 == 0;
   Launch("merge_partials", MergePartialsKernel, dim3(CeilDiv(num_places, kWarps)),
          kWarps * kWarpSize, 0, stream, params, vectors);
 }
