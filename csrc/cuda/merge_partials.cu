@@ -66,8 +66,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
         sum[0] += weight * *partial_out;
       }
     }
-    for (int i = 0; i < width; ++i) {
-      StoreFloat(p.out, out + d + i, p.dtype, empty ? 0.0f : sum[i] / weight_sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < width) StoreFloat(p.out, out + d + i, p.dtype, empty ? 0.0f : sum[i] / weight_sum);
     }
   }
   if (lane == 0 && p.lse != nullptr) {
