@@ -122,3 +122,41 @@ def test_what_depends_on_the_host_is_found() -> None:
         twin.make([37, 16])
     with pytest.raises(AssertionError, match="host"):
         replayed(*twins, rows=2)
+
+
+class Count(TorchDispatchMode):
+    """Counts the ops that torch dispatches, views and allocations left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "empty" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "ops"),
+    [
+        ({}, 5),
+        ({"retention": "streaming", "budget": {"name": "ada", "tokens": 24}}, 8),
+        ({"codec": {"name": "int4", "rotate": True}}, 20),
+        ({"retention": "h2o", "budget": {"name": "uniform", "tokens": 24}}, 30),
+        ({"lookup": {"name": "quest", "budget": 0.5}}, 71),
+        ({"lookup": {"name": "two_stage", "budget": 0.5}}, 90),
+    ],
+    ids=str,
+)
+def test_ops_per_layer_are_those_of_the_docs(settings: dict[str, Any], ops: int) -> None:
+    """Of a layer with a router, in a decode pass that fills no page; docs/how-it-works.md has the table."""
+    twin = Twin(SHAPE, 7, rows=3, **settings)
+    twin.make([33, 17, 25])
+    twin.make([1, 1, 1])
+    inputs = twin.inputs([1, 1, 1])
+    twin.cache.begin_step(twin.batch, [1, 1, 1])
+    for layer, (query, key, value, experts) in enumerate(inputs):
+        with Count() as counting:
+            twin.cache.attend(twin.batch, layer, query, key, value, 0.3)
+            twin.cache.routed(twin.batch, layer, experts if layer else None)
+    assert counting.count == ops  # of the last layer
