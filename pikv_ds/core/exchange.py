@@ -56,18 +56,16 @@ def talking(what: str, waited: Counter[str] | None = None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Queries under way. `combine` needs it to send the partials back where they belong."""
+class Gathered:
+    """Queries of other ranks under way, in rank order."""
 
-    counts: tuple[int, ...]
-    """Query rows of every rank."""
     received: Tensor
-    """``[sum of the other ranks' rows, H, D]``, in rank order; ready after `wait`."""
+    """``[N, H, D]``; ready after `wait`."""
     _work: Any
     _waited: Counter[str]
 
     def wait(self) -> Tensor:
-        """The other ranks' queries, in rank order."""
+        """The queries, once they are here."""
         if self._work is not None:
             with talking("received queries", self._waited):
                 self._work.wait()
@@ -75,20 +73,11 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Equally many queries of all ranks under way."""
+class Dispatched(Gathered):
+    """The same; `combine` needs it to send the partials back where they belong."""
 
-    received: Tensor
-    """``[size * n, H, D]``, in rank order; ready after `wait`."""
-    _work: Any
-    _waited: Counter[str]
-
-    def wait(self) -> Tensor:
-        """All ranks' queries, in rank order."""
-        if self._work is not None:
-            with talking("received queries", self._waited):
-                self._work.wait()
-        return self.received
+    counts: tuple[int, ...]
+    """Query rows of every rank."""
 
 
 class Partials:
@@ -267,13 +256,13 @@ class Exchange:
         others = [0 if r == self.rank else n for r, n in enumerate(counts)]
         received = query.new_empty(sum(others), num_heads, head_dim)
         if self.size == 1 or sum(counts) == 0:
-            return Dispatched(tuple(counts), received, None, self.waited_s)
+            return Dispatched(received, None, self.waited_s, tuple(counts))
         copies = query.repeat(self.size - 1, 1, 1)
         mine = [0 if r == self.rank else counts[self.rank] for r in range(self.size)]
         with talking("sent queries", self.waited_s):
             work = dist.all_to_all_single(received, copies, others, mine, group=self.group, async_op=True)
         self.sent_bytes["query"] += copies.nbytes
-        return Dispatched(tuple(counts), received, work, self.waited_s)
+        return Dispatched(received, work, self.waited_s, tuple(counts))
 
     def combine(self, handle: Dispatched, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Returns partials to the queries' ranks.
